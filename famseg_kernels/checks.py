@@ -1,0 +1,73 @@
+"""Argument checks shared by all operations: one place where errors get their words.
+
+A message names the argument, what was expected and what came; nothing runs before all checks have passed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def tensor(name: str, value: Any, dims: int) -> None:
+    """`value` is a tensor with `dims` dimensions."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
+    if value.dim() != dims:
+        raise ValueError(f"{name}: expected {dims} dimensions, got shape {tuple(value.shape)}")
+
+
+def data(name: str, value: Any, dims: int) -> None:
+    """`value` is the tensor that sets the call's dtype."""
+    tensor(name, value, dims)
+    if value.dtype not in DTYPES:
+        raise TypeError(f"{name}: expected float32, bfloat16, float16 or float64, got {value.dtype}")
+
+
+def shape(name: str, value: Tensor, expected: Sequence[int], meaning: str) -> None:
+    if tuple(value.shape) != tuple(expected):
+        raise ValueError(f"{name}: expected shape {tuple(expected)} {meaning}, got {tuple(value.shape)}")
+
+
+def companion(name: str, value: Tensor, x: Tensor, *, fp32_allowed: bool = False, x_name: str = "x") -> None:
+    """`value` goes with `x`: same device, same dtype (or float32 where the contract allows it beside a lower x)."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
+    if value.device != x.device:
+        raise ValueError(f"{name}: expected device {x.device} like {x_name}, got {value.device}")
+    if value.dtype == x.dtype or (fp32_allowed and value.dtype == torch.float32 and x.dtype != torch.float64):
+        return
+    alternative = " or torch.float32" if fp32_allowed and x.dtype.itemsize < 4 else ""
+    raise TypeError(f"{name}: expected {x.dtype} like {x_name}{alternative}, got {value.dtype}")
+
+
+def integer(name: str, value: Any, minimum: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
+    if value < minimum:
+        raise ValueError(f"{name}: expected at least {minimum}, got {value}")
+
+
+def odd(name: str, value: int, maximum: int | None = None) -> None:
+    """A kernel size: odd, so that "same" padding is symmetric."""
+    if value % 2 == 0:
+        raise ValueError(f"{name}: expected an odd kernel size, got {value}")
+    if maximum is not None and value > maximum:
+        raise ValueError(f"{name}: expected a kernel size of at most {maximum}, got {value}")
+
+
+def divides(name: str, value: int, total_name: str, total: int) -> None:
+    if total % value:
+        raise ValueError(f"{name}: expected a divisor of {total_name} = {total}, got {value}")
+
+
+def image_format(x: Tensor) -> torch.memory_format:
+    """The memory format of a result shaped like the image tensor x: channels_last if x is, else contiguous."""
+    if x.is_contiguous() or not x.is_contiguous(memory_format=torch.channels_last):
+        return torch.contiguous_format
+    return torch.channels_last

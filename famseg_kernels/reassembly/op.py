@@ -1,0 +1,63 @@
+"""fk.reassemble and fk.carafe: the functional forms."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from famseg_kernels.reassembly import cuda, reference
+from famseg_kernels.reassembly.spec import CARAFE, REASSEMBLE
+from famseg_kernels.registry import Operation, autocast_dtype
+
+REASSEMBLE_OPERATION = Operation(REASSEMBLE, {"reference": reference.reassemble, "cuda": cuda})
+CARAFE_OPERATION = Operation(CARAFE, {"reference": reference.carafe})
+
+
+def reassemble(x: Tensor, logits: Tensor, kernel_size: int = 5, scale: int = 2, groups: int = 1) -> Tensor:
+    """Content-aware upsampling: softmax over the taps of each predicted kernel, then a weighted sum of x.
+
+    y[n, c, s·i+dy, s·j+dx] = Σ_tap w · x[n, c, i+ky−r, j+kx−r], zero outside, no renormalisation; tap = ky·k + kx.
+    CARAFE (arXiv 1905.02188, Eq. 1–2); FAMSeg Fig. 3 (kernel normalisation and reorganisation).
+
+    Args:
+        x: (N, C, H, W), contiguous or channels_last; fp32, bf16, fp16 or fp64.
+        logits: (N, groups·k²·s², H, W) as they leave the encoder, channel (g·k² + tap)·s² + dy·s + dx.
+        kernel_size: odd window size k.
+        scale: upsampling factor s ≥ 1.
+        groups: kernel groups, a divisor of C; channel c uses group c // (C / groups).
+
+    Returns:
+        (N, C, s·H, s·W) in x's dtype and memory format.
+
+    Raises:
+        TypeError, ValueError: arguments of another dtype, device or shape; an even kernel.
+    """
+    x, logits = _autocast(x, logits)
+    REASSEMBLE.check(x, logits, kernel_size, scale, groups)
+    return REASSEMBLE_OPERATION(x, logits, kernel_size, scale, groups)
+
+
+def carafe(features: Tensor, masks: Tensor, kernel_size: int, group_size: int = 1, scale_factor: int = 1) -> Tensor:
+    """Reassembly with finished masks: mmcv's `carafe` by name, meaning and argument order, on any device.
+
+    Args:
+        features: (N, C, H, W).
+        masks: (N, k²·group_size, s·H, s·W), normalised by the caller; channel (g·k + ky)·k + kx.
+        kernel_size: odd window size k.
+        group_size: number of kernel groups, a divisor of C.
+        scale_factor: upsampling factor s ≥ 1.
+
+    Returns:
+        (N, C, s·H, s·W) in features' dtype and memory format.
+
+    Raises:
+        TypeError, ValueError: arguments of another dtype, device or shape; an even kernel.
+    """
+    features, masks = _autocast(features, masks)
+    CARAFE.check(features, masks, kernel_size, group_size, scale_factor)
+    return CARAFE_OPERATION(features, masks, kernel_size, group_size, scale_factor)
+
+
+def _autocast(x: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    if isinstance(x, Tensor) and isinstance(weights, Tensor) and (dtype := autocast_dtype(x)) is not None:
+        return x.to(dtype), weights.to(dtype)
+    return x, weights

@@ -1,0 +1,54 @@
+"""reassemble and carafe in plain PyTorch: the definitions that every kernel is held to.
+
+Both are one weighted sum over the taps of a window. With w as (N, g, k², s, s, H, W) and x shifted by a tap as
+(N, g, C/g, 1, 1, H, W) it is a loop of k² multiply–adds without an unfolded tensor.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from famseg_kernels import checks
+
+
+def _reassemble(x: Tensor, logits: Tensor, kernel_size: int, scale: int, groups: int) -> Tensor:
+    n, _, h, w = x.shape
+    weights = _wide(logits).view(n, groups, kernel_size**2, scale, scale, h, w).softmax(dim=2)
+    return _weighted_sum(x, weights)
+
+
+def _carafe(features: Tensor, masks: Tensor, kernel_size: int, group_size: int, scale_factor: int) -> Tensor:
+    n, _, h, w = features.shape
+    s = scale_factor
+    weights = _wide(masks).view(n, group_size, kernel_size**2, h, s, w, s).permute(0, 1, 2, 4, 6, 3, 5)
+    return _weighted_sum(features, weights)
+
+
+def _weighted_sum(x: Tensor, weights: Tensor) -> Tensor:
+    """y[n, c, s·i+dy, s·j+dx] = Σ_tap weights[n, g(c), tap, dy, dx, i, j] · x[n, c, i+ky−r, j+kx−r], zero outside."""
+    n, c, h, w = x.shape
+    _, g, taps, s, _, _, _ = weights.shape
+    k = round(taps**0.5)
+    padded = F.pad(_wide(x), [k // 2] * 4).view(n, g, c // g, 1, 1, h + k - 1, w + k - 1)
+    y = torch.zeros((n, g, c // g, s, s, h, w), dtype=padded.dtype, device=x.device)
+    for tap, weight in enumerate(weights.unsqueeze(2).unbind(3)):  # unbind: its backward is one stack, not k² zeros
+        ky, kx = divmod(tap, k)
+        y = y + weight * padded[..., ky : ky + h, kx : kx + w]
+    y = y.permute(0, 1, 2, 5, 3, 6, 4).reshape(n, c, s * h, s * w)
+    return y.to(x.dtype).contiguous(memory_format=checks.image_format(x))
+
+
+def _wide(t: Tensor) -> Tensor:
+    return (t if t.dtype == torch.float64 else t.float()).contiguous()
+
+
+def _never(*_: object) -> str | None:
+    return None
+
+
+reassemble = SimpleNamespace(forward=_reassemble, unsupported=_never)
+carafe = SimpleNamespace(forward=_carafe, unsupported=_never)

@@ -1,0 +1,336 @@
+"""One operation = one `Operation`: its spec, its backends, and how torch sees it.
+
+An operation is a torch.library op `famseg::<name>` with a backward op `famseg::<name>_backward` beside it. Both
+take the backend's name as their last argument: the choice made by the caller's thread reaches autograd's threads
+and is part of a compiled graph. Autograd is registered on the op itself (so that opcheck, torch.compile and
+AOTAutograd see it) by one generic autograd.Function that saves nothing but the inputs.
+
+Cost of this path without and with gradients: see `python -m benchmarks.overhead`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from famseg_kernels import backends
+
+log = logging.getLogger("famseg_kernels")
+
+_library = torch.library.Library("famseg", "DEF")
+
+
+@dataclass(frozen=True)
+class Case:
+    """Arguments of one call, made from a seed: the unit of the contract tests and of the benchmarks.
+
+    `make(rand)` returns the op's arguments in fp64 on the CPU; `rand(*shape)` draws standard normal numbers.
+    `keep` names what stays fp32 beside a lower-precision x (positions of the flattened tensor arguments).
+    """
+
+    name: str
+    make: Callable[[Callable[..., Tensor]], tuple[Any, ...]]
+    keep_fp32: tuple[int, ...] = ()
+    seed: int = 0
+
+    def arguments(self, dtype: torch.dtype, device: str = "cpu") -> tuple[Any, ...]:
+        """The arguments, rounded to `dtype` (so that every precision sees the same numbers as its truth)."""
+        generator = torch.Generator().manual_seed(self.seed)
+
+        def rand(*shape: int) -> Tensor:
+            return torch.randn(*shape, dtype=torch.float64, generator=generator)
+
+        position = iter(range(1000))
+
+        def cast(value: Any) -> Any:
+            if isinstance(value, (list, tuple)) and not all(isinstance(v, (int, float)) for v in value):
+                return [cast(v) for v in value]
+            if value is None or isinstance(value, Tensor):
+                index = next(position)
+                if isinstance(value, Tensor) and value.is_floating_point():
+                    wide = index in self.keep_fp32 and dtype.itemsize < 4
+                    return value.to(device, torch.float32 if wide else dtype)
+                return value.to(device) if isinstance(value, Tensor) else None
+            return value
+
+        return tuple(cast(value) for value in self.make(rand))
+
+
+@dataclass(frozen=True)
+class Spec:
+    """The one source of truth about an operation; see `famseg_kernels/<room>/spec.py`.
+
+    schema: the op's arguments and results in torch's schema language, without name and backend.
+    check: raises ValueError/TypeError for arguments that break the contract.
+    fake: result tensors (uninitialised) for given arguments: shapes, dtypes, strides.
+    flops: forward FLOPs, 2 per multiply–add. moved_bytes: bytes that any implementation must move.
+    """
+
+    name: str
+    schema: str
+    check: Callable[..., None]
+    fake: Callable[..., Any]
+    flops: Callable[..., int]
+    moved_bytes: Callable[..., int]
+    cases: tuple[Case, ...] = field(default=())
+
+
+class Operation:
+    """A spec with its backends, registered with torch."""
+
+    def __init__(self, spec: Spec, implementations: dict[str, ModuleType]) -> None:
+        self.spec = spec
+        self.implementations = implementations
+        arguments, results = (part.strip() for part in spec.schema.split("->"))
+        arguments = arguments.removeprefix("(").removesuffix(")")
+        self._returns_list = results == "Tensor[]"
+        types = [argument.strip().split(" ")[0] for argument in arguments.split(",")]
+        self._is_tensor = [kind.startswith("Tensor") for kind in types]
+        self._is_list = [kind.endswith("[]") for kind in types]
+        name = spec.name
+        _library.define(f"{name}({arguments}, str backend) -> {results}")
+        _library.define(f"{name}_backward(Tensor[] grads, {arguments}, bool[] needs, str backend) -> Tensor[]")
+        self.packet = getattr(torch.ops.famseg, name)
+        self.overload = self.packet.default
+        self.backward_overload = getattr(torch.ops.famseg, f"{name}_backward").default
+        for suffix, run, fake, autograd in (
+            ("", self._run_forward, self._fake_forward, self._autograd_forward),
+            ("_backward", self._run_backward, self._fake_backward, self._autograd_backward),
+        ):
+            _library.impl(name + suffix, run, "CompositeExplicitAutograd")
+            torch.library.register_fake(f"famseg::{name}{suffix}", fake, lib=_library)
+            _library.impl(name + suffix, autograd, "Autograd", with_keyset=True)
+        register_flop_formula(self.packet, get_raw=True)(self._count_forward)
+        register_flop_formula(getattr(torch.ops.famseg, f"{name}_backward"), get_raw=True)(self._count_backward)
+
+    def __call__(self, *args: Any) -> Any:
+        """Run on the backend asked for by `use_backend`, FAMSEG_BACKEND or automatic choice."""
+        return self.packet(*args, backends.requested())
+
+    # --- arguments ----------------------------------------------------------------------------------
+
+    def flatten(self, args: Sequence[Any]) -> list[Tensor | None]:
+        """The tensor arguments in order, lists unrolled; absent ones keep their place as None."""
+        flat: list[Tensor | None] = []
+        for value, is_tensor, is_list in zip(args, self._is_tensor, self._is_list, strict=True):
+            if is_list and is_tensor:
+                flat.extend(value)
+            elif is_tensor:
+                flat.append(value)
+        return flat
+
+    def replace(self, args: Sequence[Any], flat: Sequence[Tensor | None]) -> list[Any]:
+        """`args` with its tensor arguments taken from `flat`: the inverse of `flatten`."""
+        position = 0
+        result = []
+        for value, is_tensor, is_list in zip(args, self._is_tensor, self._is_list, strict=True):
+            if is_list and is_tensor:
+                result.append(list(flat[position : position + len(value)]))
+                position += len(value)
+            elif is_tensor:
+                result.append(flat[position])
+                position += 1
+            else:
+                result.append(value)
+        return result
+
+    # --- backend choice -----------------------------------------------------------------------------
+
+    def refusals(self, args: Sequence[Any], method: str) -> dict[str, str]:
+        """Backend → "ok" or why it cannot run `method` ("forward" or "backward") on these arguments."""
+        device = args[0].device.type
+        reasons = {}
+        for name, reason in backends.availability().items():
+            implementation = self.implementations.get(name)
+            if implementation is None:
+                reason = f"it has no kernel for {self.spec.name}"
+            elif reason == "ok" and device not in _DEVICES[name]:
+                reason = f"it runs on {' and '.join(_DEVICES[name])} tensors, x is on {device}"
+            elif reason == "ok" and name != "reference" and not hasattr(implementation, method):
+                reason = f"it has no {method} kernel for {self.spec.name}"
+            elif reason == "ok":
+                reason = implementation.unsupported(*args) or "ok"
+            reasons[name] = reason
+        return reasons
+
+    def choose(self, backend: str, args: Sequence[Any], method: str) -> ModuleType:
+        """The implementation to run: the fastest possible one, or the one asked for if it can be honoured."""
+        if backend == "reference":
+            return self.implementations["reference"]
+        reasons = self.refusals(args, method)
+        if backend != "auto":
+            if reasons[backend] == "ok":
+                return self.implementations[backend]
+            raise RuntimeError(
+                f"{self.spec.name}: backend {backend!r} was asked for but cannot run this call: "
+                f"{reasons[backend]}. Use use_backend('auto') or 'reference', or unset FAMSEG_BACKEND."
+            )
+        chosen = next(name for name, reason in reasons.items() if reason == "ok")
+        if log.isEnabledFor(logging.DEBUG):
+            skipped = {name: reason for name, reason in reasons.items() if reason != "ok"}
+            log.debug("%s.%s: %s (skipped: %s)", self.spec.name, method, chosen, skipped)
+        return self.implementations[chosen]
+
+    # --- kernels behind torch's dispatcher ------------------------------------------------------------
+
+    def _run_forward(self, *args: Any) -> Any:
+        *args, backend = args
+        implementation = self.choose(backend, args, "forward")
+        with _plain_arithmetic(args[0].device.type):
+            results = implementation.forward(*args)
+        if implementation is not self.implementations["reference"]:
+            return results
+        # Kernels allocate what the spec says; plain PyTorch leaves its own strides, at least in dimensions of size 1.
+        expected = self.spec.fake(*args)
+        if self._returns_list:
+            return [_laid_out(r, e) for r, e in zip(results, expected, strict=True)]
+        return _laid_out(results, expected)
+
+    def _run_backward(self, grads: list[Tensor], *args: Any) -> list[Tensor]:
+        *args, needs, backend = args
+        implementation = self.choose(backend, args, "backward")
+        with _plain_arithmetic(args[0].device.type):
+            if implementation is self.implementations["reference"]:
+                results = self._differentiate(implementation.forward, grads, needs, args)
+            else:
+                results = implementation.backward(grads if self._returns_list else grads[0], needs, *args)
+        return [result for result, needed in zip(results, needs, strict=True) if needed]
+
+    def _differentiate(
+        self, forward: Callable[..., Any], grads: list[Tensor], needs: list[bool], args: Sequence[Any]
+    ) -> list[Tensor | None]:
+        """The reference's backward: autograd of its forward, recomputed."""
+        flat = self.flatten(args)
+        with _recording():
+            leaves = [t.detach().requires_grad_() if need else t for t, need in zip(flat, needs, strict=True)]
+            outputs = forward(*self.replace(args, leaves))
+            wanted = [leaf for leaf, need in zip(leaves, needs, strict=True) if need]
+            outputs = outputs if self._returns_list else [outputs]
+            used = [(output, grad) for output, grad in zip(outputs, grads, strict=True) if output.requires_grad]
+            results = iter(
+                torch.autograd.grad([o for o, _ in used], wanted, [g for _, g in used], allow_unused=True)
+            )
+        found = []
+        for tensor, need in zip(flat, needs, strict=True):
+            result = next(results) if need else None
+            if need:
+                result = torch.zeros_like(tensor) if result is None else torch.empty_like(tensor).copy_(result)
+            found.append(result)
+        return found
+
+    def _fake_forward(self, *args: Any) -> Any:
+        return self.spec.fake(*args[:-1])
+
+    def _fake_backward(self, grads: list[Tensor], *args: Any) -> list[Tensor]:
+        *args, needs, _ = args
+        return [torch.empty_like(t) for t, need in zip(self.flatten(args), needs, strict=True) if need]
+
+    def _autograd_forward(self, keyset: Any, *args: Any) -> Any:
+        flat = self.flatten(args[:-1])
+        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in flat):
+            if args[-1] not in ("auto", "reference"):
+                self.choose(args[-1], args[:-1], "backward")  # raise at the call, not in its backward
+            result = _Differentiable.apply(self, keyset, args, *flat)
+            return list(result) if self._returns_list else result
+        with torch._C._AutoDispatchBelowAutograd():
+            return self.overload.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
+    def _autograd_backward(self, keyset: Any, grads: list[Tensor], *args: Any) -> list[Tensor]:
+        inputs = [*grads, *self.flatten(args[:-2])]
+        return list(_OnceDifferentiable.apply(self, keyset, len(grads), args, *inputs))
+
+    def _count_forward(self, *args: Any, **_: Any) -> int:
+        return self.spec.flops(*args[:-1])
+
+    def _count_backward(self, grads: list[Tensor], *args: Any, **_: Any) -> int:
+        # Every multiply–add of the forward has one partner for either factor's gradient.
+        return 2 * self.spec.flops(*args[:-2])
+
+
+_DEVICES = {"cuda": ("cuda",), "triton": ("cuda",), "cpu": ("cpu",), "reference": ("cpu", "cuda")}
+
+
+class _Differentiable(torch.autograd.Function):
+    """Any operation with its backward op; the graph keeps the inputs and nothing else."""
+
+    @staticmethod
+    def forward(ctx: Any, operation: Operation, keyset: Any, args: Sequence[Any], *flat: Tensor | None) -> Any:
+        ctx.operation = operation
+        ctx.save_for_backward(*flat)
+        *plain, ctx.backend = args
+        # The saved tensors are kept once, by save_for_backward; here only their places and the plain values stay.
+        ctx.template = operation.replace(plain, [None] * len(flat))
+        with torch._C._AutoDispatchBelowAutograd():
+            result = operation.overload.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+        return tuple(result) if isinstance(result, list) else result
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        operation: Operation = ctx.operation
+        args = operation.replace(ctx.template, ctx.saved_tensors)
+        needs = list(ctx.needs_input_grad[3:])
+        results = iter(operation.backward_overload(list(grads), *args, needs, ctx.backend))
+        return None, None, None, *(next(results) if need else None for need in needs)
+
+
+class _OnceDifferentiable(torch.autograd.Function):
+    """The backward op; differentiating it again is an error, never a silent None."""
+
+    @staticmethod
+    def forward(ctx: Any, operation: Operation, keyset: Any, grads: int, args: Sequence[Any], *flat: Any) -> Any:
+        ctx.name = operation.spec.name
+        with torch._C._AutoDispatchBelowAutograd():
+            return tuple(
+                operation.backward_overload.redispatch(
+                    keyset & torch._C._after_autograd_keyset, list(flat[:grads]), *args
+                )
+            )
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise RuntimeError(
+            f"{ctx.name} has no second derivative: its backward cannot be differentiated again. "
+            "Call backward/grad without create_graph=True through this layer."
+        )
+
+
+@contextmanager
+def _plain_arithmetic(device_type: str) -> Iterator[None]:
+    """Inside a kernel autocast is over: the op has cast its data already, the rest must keep its precision."""
+    if torch.is_autocast_enabled(device_type):
+        with torch.autocast(device_type, enabled=False):
+            yield
+    else:
+        yield
+
+
+@contextmanager
+def _recording() -> Iterator[None]:
+    """Let autograd record although we are below it in the dispatcher (and maybe inside a dispatch mode)."""
+    key = torch._C.DispatchKey.AutogradFunctionality
+    excluded = torch._C._dispatch_tls_is_dispatch_key_excluded(key)
+    torch._C._dispatch_tls_set_dispatch_key_excluded(key, False)
+    try:
+        with torch.enable_grad():
+            yield
+    finally:
+        torch._C._dispatch_tls_set_dispatch_key_excluded(key, excluded)
+
+
+def _laid_out(result: Tensor, like: Tensor) -> Tensor:
+    return result if result.stride() == like.stride() else like.copy_(result)
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype that autocast wants for data tensors beside x, or None (no autocast, or fp64 which it leaves alone)."""
+    if x.dtype == torch.float64 or not torch.is_autocast_enabled(x.device.type):
+        return None
+    return torch.get_autocast_dtype(x.device.type)

@@ -1,0 +1,124 @@
+"""fk.ssd_scan and fk.ssd_scan_2d: the functional forms."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+from famseg_kernels.registry import Operation, autocast_dtype
+from famseg_kernels.ssd_scan import reference
+from famseg_kernels.ssd_scan.spec import SCAN, SCAN_2D
+
+SCAN_OPERATION = Operation(SCAN, {"reference": reference.scan})
+SCAN_2D_OPERATION = Operation(SCAN_2D, {"reference": reference.scan_2d})
+
+
+def ssd_scan_2d(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    *,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+    dt_limit: tuple[float, float] = (0.0, math.inf),
+    chunk_size: int | None = None,
+) -> Tensor:
+    """Mamba-2 (SSD) scan of an image in K = 1, 2 or 4 directions, merged by summing (FAMSeg section 3.2.2).
+
+    Directions: 0 row-major forward, 1 row-major backward, 2 column-major forward, 3 column-major backward, each over
+    the whole image as one sequence. Per direction, in fp32 or better (arXiv 2405.21060, Eq. 1):
+    dt' = clamp(softplus?(dt + dt_bias), dt_limit), h_t = exp(dt'_t A) h_{t-1} + dt'_t B_t x_tᵀ, y_t = C_t h_t.
+
+    Args:
+        x: (N, H, W, heads, headdim); fp32, bf16, fp16 or fp64.
+        dt: (N, H, W, K, heads), x's dtype or fp32.
+        A: (K, heads), negative, x's dtype or fp32.
+        B, C: (N, H, W, K, groups, state), or both with 1 in place of K (shared by all directions); x's dtype.
+            Head h reads group h // (heads / groups).
+        D: (heads,), applied once, or (K, heads), summed over directions; x's dtype or fp32.
+        dt_bias: (K, heads), x's dtype or fp32.
+        dt_softplus: apply softplus (identity above 20) to dt + dt_bias.
+        dt_limit: (low, high) clamp of dt.
+        chunk_size: any integer ≥ 1 or None; changes speed only.
+
+    Returns:
+        (N, H, W, heads, headdim), contiguous, in x's dtype: the sum over directions plus D·x.
+
+    Raises:
+        TypeError, ValueError: arguments of another dtype, device or shape; K other than 1, 2, 4.
+    """
+    x, B, C = _autocast(x, B, C)
+    args = (x, dt, A, B, C, D, dt_bias, chunk_size, dt_softplus, *_limits(dt_limit))
+    SCAN_2D.check(*args)
+    return SCAN_2D_OPERATION(*args)
+
+
+def ssd_scan(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    chunk_size: int | None = None,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    initial_states: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    dt_softplus: bool = False,
+    dt_limit: tuple[float, float] = (0.0, math.inf),
+    return_final_states: bool = False,
+    return_varlen_states: bool = False,
+) -> Tensor | tuple[Tensor, ...]:
+    """Mamba-2 (SSD) scan of sequences: mamba_ssm's `mamba_chunk_scan_combined` by meaning and argument order.
+
+    Args:
+        x: (batch, length, heads, headdim); fp32, bf16, fp16 or fp64.
+        dt: (batch, length, heads), x's dtype or fp32.
+        A: (heads,), negative, x's dtype or fp32.
+        B, C: (batch, length, groups, state), x's dtype.
+        chunk_size: any integer ≥ 1 or None; changes speed only.
+        D: (heads,) or (heads, headdim): adds D·x.
+        z: like x: the result is multiplied by silu(z).
+        dt_bias: (heads,).
+        initial_states: (batch, heads, headdim, state), the state before the first token; it belongs to seq_idx 0.
+        seq_idx: (batch, length) int32 or int64; a change of it resets the state.
+        cu_seqlens: (sequences + 1,) int32 or int64 bounds of packed sequences, for return_varlen_states only.
+        dt_softplus, dt_limit: as in `ssd_scan_2d`.
+        return_final_states: also return the state after the last token, (batch, heads, headdim, state), fp32 (fp64
+            for fp64 input).
+        return_varlen_states: also return each packed sequence's own final state, (sequences, heads, headdim, state);
+            needs batch 1 and cu_seqlens.
+
+    Returns:
+        y (batch, length, heads, headdim) in x's dtype, or (y, final_states), (y, varlen_states) or
+        (y, final_states, varlen_states) as asked for.
+
+    Raises:
+        TypeError, ValueError: arguments of another dtype, device or shape.
+    """
+    x, B, C = _autocast(x, B, C)
+    if isinstance(z, Tensor) and isinstance(x, Tensor) and (dtype := autocast_dtype(x)) is not None:
+        z = z.to(dtype)
+    options = (chunk_size, dt_softplus, *_limits(dt_limit), return_final_states, return_varlen_states)
+    args = (x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx, cu_seqlens, *options)
+    SCAN.check(*args)
+    results = SCAN_OPERATION(*args)
+    return tuple(results) if len(results) > 1 else results[0]
+
+
+def _limits(dt_limit: tuple[float, float]) -> tuple[float, float]:
+    low, high = dt_limit
+    return float(low), float(high)
+
+
+def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    x = tensors[0]
+    if isinstance(x, Tensor) and (dtype := autocast_dtype(x)) is not None:
+        return tuple(t.to(dtype) if isinstance(t, Tensor) else t for t in tensors)
+    return tensors

@@ -1,0 +1,311 @@
+"""ssd_scan and ssd_scan_2d: what they take, what they cost, and the cases they are tested and timed on.
+
+Mamba-2's state space duality (arXiv 2405.21060, section 6) in 1D, with the meaning of mamba_ssm's
+mamba_chunk_scan_combined, and over an image in one, two or four directions (FAMSeg section 3.2.2).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from famseg_kernels import checks
+from famseg_kernels.registry import Case, Spec
+
+SCAN_SCHEMA = (
+    "(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias, "
+    "Tensor? initial_states, Tensor? seq_idx, Tensor? cu_seqlens, SymInt? chunk_size, bool dt_softplus, "
+    "float dt_min, float dt_max, bool return_final_states, bool return_varlen_states) -> Tensor[]"
+)
+SCAN_2D_SCHEMA = (
+    "(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? dt_bias, SymInt? chunk_size, "
+    "bool dt_softplus, float dt_min, float dt_max) -> Tensor"
+)
+
+
+def check_scan(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    initial_states: Tensor | None,
+    seq_idx: Tensor | None,
+    cu_seqlens: Tensor | None,
+    chunk_size: int | None,
+    dt_softplus: bool,
+    dt_min: float,
+    dt_max: float,
+    return_final_states: bool,
+    return_varlen_states: bool,
+) -> None:
+    checks.data("x", x, 4)
+    b, length, heads, headdim = x.shape
+    _check_parameter("dt", dt, x, (b, length, heads), "(batch, length, heads)")
+    _check_parameter("A", A, x, (heads,), "(heads,)")
+    checks.tensor("B", B, 4)
+    groups, state = B.shape[2:]
+    for name, value in (("B", B), ("C", C)):
+        checks.tensor(name, value, 4)
+        checks.companion(name, value, x)
+        checks.shape(name, value, (b, length, groups, state), "(batch, length, groups, state)")
+    _check_groups(groups, heads)
+    if D is not None:
+        matrix = isinstance(D, Tensor) and D.dim() == 2
+        expected = ((heads, headdim), "(heads, headdim)") if matrix else ((heads,), "(heads,) or (heads, headdim)")
+        _check_parameter("D", D, x, *expected)
+    if z is not None:
+        checks.companion("z", z, x)
+        checks.shape("z", z, tuple(x.shape), "like x")
+    if dt_bias is not None:
+        _check_parameter("dt_bias", dt_bias, x, (heads,), "(heads,)")
+    if initial_states is not None:
+        expected_states = (b, heads, headdim, state)
+        _check_parameter("initial_states", initial_states, x, expected_states, "(batch, heads, headdim, state)")
+    if seq_idx is not None:
+        _check_index("seq_idx", seq_idx, x, (b, length), "(batch, length)")
+    if cu_seqlens is not None:
+        checks.tensor("cu_seqlens", cu_seqlens, 1)
+        _check_index("cu_seqlens", cu_seqlens, x, tuple(cu_seqlens.shape), "(sequences + 1,)")
+    if return_varlen_states:
+        if cu_seqlens is None:
+            raise ValueError("cu_seqlens: expected a tensor with return_varlen_states=True, got None")
+        if b != 1:
+            raise ValueError(f"x: expected batch 1 with return_varlen_states=True, got {b}")
+    _check_options(chunk_size, dt_min, dt_max)
+
+
+def check_scan_2d(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    dt_bias: Tensor | None,
+    chunk_size: int | None,
+    dt_softplus: bool,
+    dt_min: float,
+    dt_max: float,
+) -> None:
+    checks.data("x", x, 5)
+    n, h, w, heads, _ = x.shape
+    checks.tensor("dt", dt, 5)
+    directions = dt.shape[3]
+    if directions not in (1, 2, 4):
+        raise ValueError(f"dt: expected 1, 2 or 4 directions in dimension 3, got shape {tuple(dt.shape)}")
+    _check_parameter("dt", dt, x, (n, h, w, directions, heads), "(N, H, W, directions, heads)")
+    _check_parameter("A", A, x, (directions, heads), "(directions, heads)")
+    checks.tensor("B", B, 6)
+    groups, state = B.shape[4:]
+    shared = B.shape[3] if B.shape[3] in (1, directions) else directions
+    for name, value in (("B", B), ("C", C)):
+        checks.tensor(name, value, 6)
+        checks.companion(name, value, x)
+        meaning = "(N, H, W, directions or 1, groups, state), B and C alike"
+        checks.shape(name, value, (n, h, w, shared, groups, state), meaning)
+    _check_groups(groups, heads)
+    if D is not None:
+        matrix = isinstance(D, Tensor) and D.dim() == 2
+        expected = (directions, heads) if matrix else (heads,)
+        _check_parameter("D", D, x, expected, "(heads,) or (directions, heads)")
+    if dt_bias is not None:
+        _check_parameter("dt_bias", dt_bias, x, (directions, heads), "(directions, heads)")
+    _check_options(chunk_size, dt_min, dt_max)
+
+
+def _check_parameter(name: str, value: Any, x: Tensor, expected: tuple[int, ...], meaning: str) -> None:
+    checks.companion(name, value, x, fp32_allowed=True)
+    checks.shape(name, value, expected, meaning)
+
+
+def _check_index(name: str, value: Any, x: Tensor, expected: tuple[int, ...], meaning: str) -> None:
+    checks.tensor(name, value, len(expected))
+    if value.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{name}: expected int32 or int64, got {value.dtype}")
+    if value.device != x.device:
+        raise ValueError(f"{name}: expected device {x.device} like x, got {value.device}")
+    checks.shape(name, value, expected, meaning)
+
+
+def _check_groups(groups: int, heads: int) -> None:
+    if groups < 1:
+        raise ValueError(f"B: expected at least one group, got {groups}")
+    checks.divides("groups of B and C", groups, "heads", heads)
+
+
+def _check_options(chunk_size: int | None, dt_min: float, dt_max: float) -> None:
+    if chunk_size is not None:
+        checks.integer("chunk_size", chunk_size, 1)
+    if not dt_min <= dt_max:
+        raise ValueError(f"dt_limit: expected (low, high) with low ≤ high, got ({dt_min}, {dt_max})")
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def fake_scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, *rest: Any) -> list[Tensor]:
+    cu_seqlens, return_final_states, return_varlen_states = rest[6], rest[-2], rest[-1]
+    b, _, heads, headdim = x.shape
+    results = [torch.empty_like(x, memory_format=torch.contiguous_format)]
+    if return_final_states:
+        results.append(x.new_empty((b, heads, headdim, B.shape[3]), dtype=_wide(x)))
+    if return_varlen_states:
+        results.append(x.new_empty((cu_seqlens.shape[0] - 1, heads, headdim, B.shape[3]), dtype=_wide(x)))
+    return results
+
+
+def fake_scan_2d(x: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def flops_scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, *_: Any) -> int:
+    """Forward FLOPs of the recurrence: 4·headdim·state a token and head (update and read-out), 2·headdim for D.
+
+    It is the count of the definition, the same for every chunk size and backend; chunked kernels trade more
+    multiply–adds (2·chunk·headdim a token) for matrix products. exp, softplus and the gate z are not counted.
+    """
+    return x.numel() * (4 * B.shape[3] + (2 if D is not None else 0))
+
+
+def flops_scan_2d(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, *_: Any) -> int:
+    """Forward FLOPs of the recurrence: 4·headdim·state a token, head and direction; 2·headdim for D.
+
+    See `flops_scan`. D per direction can be summed over directions first, so it costs the same.
+    """
+    return x.numel() * (4 * B.shape[5] * dt.shape[3] + (2 if D is not None else 0))
+
+
+def moved_bytes(x: Tensor, *rest: Any) -> int:
+    """Bytes to move: every tensor argument in once, y (like x) out."""
+    tensors = [t for t in rest if isinstance(t, Tensor)]
+    return 2 * x.numel() * x.element_size() + sum(t.numel() * t.element_size() for t in tensors)
+
+
+def _negative(t: Tensor) -> Tensor:
+    return -t.abs() - 0.2
+
+
+def _scan_case(
+    name: str,
+    shape: tuple[int, int, int, int],
+    state: int,
+    groups: int = 1,
+    *,
+    chunk_size: int | None = None,
+    options: str = "",
+    dt_limit: tuple[float, float] = (0.0, math.inf),
+    spike: bool = False,
+    keep_fp32: tuple[int, ...] = (),
+) -> Case:
+    b, length, heads, headdim = shape
+    wants = options.split()
+
+    def make(rand: Callable[..., Tensor]) -> tuple[Any, ...]:
+        softplus = "softplus" in wants
+        dt = rand(b, length, heads) if softplus else rand(b, length, heads).abs() * 0.3
+        if spike:
+            dt[:, length // 3] = 1000.0
+        thirds = torch.arange(length).mul(3).div(max(length, 1), rounding_mode="floor").expand(b, length)
+        bounds = torch.tensor([0, length // 3, length // 3, length], dtype=torch.int32)
+        return (
+            rand(*shape) * (0.05 if spike else 1.0),  # so that fp16 can hold the gradients
+            dt,
+            _negative(rand(heads)),
+            rand(b, length, groups, state),
+            rand(b, length, groups, state),
+            rand(heads, headdim) if "D2" in wants else rand(heads) if "D" in wants else None,
+            rand(*shape) if "z" in wants else None,
+            rand(heads) if "bias" in wants else None,
+            rand(b, heads, headdim, state) if "initial" in wants else None,
+            thirds.to(torch.int32).contiguous() if "seq_idx" in wants else None,
+            bounds if "varlen" in wants else None,
+            chunk_size,
+            softplus,
+            *dt_limit,
+            "final" in wants,
+            "varlen" in wants,
+        )
+
+    return Case(name, make, keep_fp32)
+
+
+SCAN_CASES = (
+    _scan_case("plain", (2, 37, 4, 8), 16),
+    _scan_case("every_option", (2, 70, 4, 6), 5, 2, chunk_size=16, options="softplus D z bias initial seq_idx final"),
+    _scan_case("skip_matrix", (1, 33, 2, 3), 4, options="D2 softplus final", keep_fp32=(1, 2, 5)),
+    _scan_case("limits", (1, 20, 3, 4), 8, 3, options="softplus bias", dt_limit=(0.4, 1.2)),
+    _scan_case("spike", (1, 64, 2, 4), 4, chunk_size=32, spike=True),
+    _scan_case("one_token", (2, 1, 2, 5), 3, options="D initial final"),
+    _scan_case("chunk_of_one", (1, 9, 1, 2), 2, chunk_size=1),
+    _scan_case("chunk_above_length", (1, 9, 2, 2), 2, chunk_size=1000, options="final"),
+    _scan_case("packed", (1, 45, 2, 4), 6, chunk_size=8, options="softplus varlen final initial"),
+    _scan_case("empty_batch", (0, 12, 2, 4), 4, options="D final"),
+)
+
+
+def _scan_2d_case(
+    name: str,
+    image: tuple[int, int, int],
+    heads: int,
+    headdim: int,
+    state: int,
+    groups: int = 1,
+    directions: int = 4,
+    *,
+    shared: bool = False,
+    skip: str = "heads",
+    chunk_size: int | None = None,
+    softplus: bool = True,
+    dt_limit: tuple[float, float] = (0.0, math.inf),
+    spike: bool = False,
+    keep_fp32: tuple[int, ...] = (),
+) -> Case:
+    def make(rand: Callable[..., Tensor]) -> tuple[Any, ...]:
+        n, h, w = image
+        dt = rand(n, h, w, directions, heads)
+        if not softplus:
+            dt = dt.abs() * 0.3
+        if spike:
+            dt[:, h // 2, w // 2] = 1000.0
+        k = 1 if shared else directions
+        return (
+            rand(n, h, w, heads, headdim) * (0.05 if spike else 1.0),  # so that fp16 can hold the gradients
+            dt,
+            _negative(rand(directions, heads)),
+            rand(n, h, w, k, groups, state),
+            rand(n, h, w, k, groups, state),
+            {"heads": rand(heads), "directions": rand(directions, heads), "none": None}[skip],
+            rand(directions, heads) if softplus else None,
+            chunk_size,
+            softplus,
+            *dt_limit,
+        )
+
+    return Case(name, make, keep_fp32)
+
+
+SCAN_2D_CASES = (
+    _scan_2d_case("four_directions", (2, 6, 7), 4, 8, 8),
+    _scan_2d_case("shared", (1, 8, 5), 2, 4, 16, shared=True, keep_fp32=(1, 2, 5, 6)),
+    _scan_2d_case("two_directions", (2, 5, 9), 2, 3, 4, 2, directions=2, skip="directions"),
+    _scan_2d_case("one_direction", (1, 4, 11), 3, 5, 6, 3, directions=1, skip="none"),
+    _scan_2d_case("ragged_chunks", (1, 13, 11), 2, 4, 4, chunk_size=32, dt_limit=(0.1, 1.5)),
+    _scan_2d_case("spike", (1, 9, 9), 2, 4, 4, softplus=False, spike=True),
+    _scan_2d_case("one_pixel", (2, 1, 1), 2, 4, 3),
+    _scan_2d_case("one_row", (1, 1, 17), 1, 2, 3, chunk_size=5),
+    _scan_2d_case("empty_batch", (0, 4, 4), 2, 4, 4),
+)
+
+SCAN = Spec("ssd_scan", SCAN_SCHEMA, check_scan, fake_scan, flops_scan, moved_bytes, SCAN_CASES)
+SCAN_2D = Spec(
+    "ssd_scan_2d", SCAN_2D_SCHEMA, check_scan_2d, fake_scan_2d, flops_scan_2d, moved_bytes, SCAN_2D_CASES
+)

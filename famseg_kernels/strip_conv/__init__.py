@@ -1,0 +1,1 @@
+"""Directional strip depthwise convolution (SegNeXt's MSCA core, FAMSeg section 3.2.1)."""

@@ -1,0 +1,151 @@
+"""strip_conv2d on the CPU: hands tensors as addresses to the C++ kernels of csrc/strip_conv."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from famseg_kernels import backends, checks
+
+_DTYPES = {
+    torch.float32: "float32",
+    torch.float64: "float64",
+    torch.bfloat16: "bfloat16",
+    torch.float16: "float16",
+}
+
+
+def unsupported(
+    x: Tensor,
+    square_weight: Tensor | None,
+    square_bias: Tensor | None,
+    row_weights: Sequence[Tensor],
+    row_biases: Sequence[Tensor | None],
+    col_weights: Sequence[Tensor],
+    col_biases: Sequence[Tensor | None],
+) -> str | None:
+    """None when these kernels can run the call, else the reason."""
+    module, reason = backends.native_module("_cpu")
+    if module is None:
+        return reason
+    if x.device.type != "cpu":
+        return f"x is on {x.device.type}"
+    if x.dtype not in _DTYPES:
+        return f"no kernel for {x.dtype}"
+    return None
+
+
+def forward(
+    x: Tensor,
+    square_weight: Tensor | None,
+    square_bias: Tensor | None,
+    row_weights: Sequence[Tensor],
+    row_biases: Sequence[Tensor | None],
+    col_weights: Sequence[Tensor],
+    col_biases: Sequence[Tensor | None],
+) -> Tensor:
+    """y (N, C, H, W) in x's dtype and memory format."""
+    args = _Arguments(x, square_weight, square_bias, row_weights, row_biases, col_weights, col_biases)
+    y = torch.empty_like(args.x)
+    _native().strip_conv2d_forward(*args.native, y.data_ptr(), torch.get_num_threads())
+    return y.contiguous(memory_format=checks.image_format(x))
+
+
+def backward(
+    grad: Tensor,
+    needs: Sequence[bool],
+    x: Tensor,
+    square_weight: Tensor | None,
+    square_bias: Tensor | None,
+    row_weights: Sequence[Tensor],
+    row_biases: Sequence[Tensor | None],
+    col_weights: Sequence[Tensor],
+    col_biases: Sequence[Tensor | None],
+) -> list[Tensor | None]:
+    """Gradients of the flattened tensor arguments where `needs`, None elsewhere."""
+    args = _Arguments(x, square_weight, square_bias, row_weights, row_biases, col_weights, col_biases)
+    grad = grad.contiguous()
+    flat = [x, square_weight, square_bias, *row_weights, *row_biases, *col_weights, *col_biases]
+    gradients = [
+        torch.empty_like(tensor, memory_format=torch.contiguous_format)
+        if need and tensor is not None
+        else None
+        for tensor, need in zip(flat, needs, strict=True)
+    ]
+    addresses = [_address(gradient) for gradient in gradients]
+    count = len(row_weights)
+    sides = [addresses[3 + side * count : 3 + (side + 1) * count] for side in range(4)]
+    _native().strip_conv2d_backward(
+        *args.native,
+        grad.data_ptr(),
+        addresses[0],
+        tuple(addresses[1:3]),
+        list(zip(*sides, strict=True)),
+        torch.get_num_threads(),
+    )
+    # Strides are those of empty_like, which is what the op's fake kernel promises.
+    return [
+        gradient
+        if tensor is None or gradient is None or tensor.is_contiguous()
+        else torch.empty_like(tensor).copy_(gradient)
+        for tensor, gradient in zip(flat, gradients, strict=True)
+    ]
+
+
+class _Arguments:
+    """The op's arguments as the native module takes them.
+
+    Holds the contiguous tensors whose addresses are in `native`: keep it until the native call is over.
+    """
+
+    def __init__(
+        self,
+        x: Tensor,
+        square_weight: Tensor | None,
+        square_bias: Tensor | None,
+        row_weights: Sequence[Tensor],
+        row_biases: Sequence[Tensor | None],
+        col_weights: Sequence[Tensor],
+        col_biases: Sequence[Tensor | None],
+    ) -> None:
+        self.x = x.contiguous()
+        self._kept: list[Tensor] = []
+        square_size = 0 if square_weight is None else square_weight.shape[-1]
+        branches = [
+            (
+                self._keep(row),
+                self._keep(row_bias),
+                row.shape[3],
+                self._keep(col),
+                self._keep(col_bias),
+                col.shape[2],
+            )
+            for row, row_bias, col, col_bias in zip(
+                row_weights, row_biases, col_weights, col_biases, strict=True
+            )
+        ]
+        self.native = (
+            _DTYPES[x.dtype],
+            tuple(x.shape),
+            self.x.data_ptr(),
+            (self._keep(square_weight), self._keep(square_bias), square_size),
+            branches,
+        )
+
+    def _keep(self, tensor: Tensor | None) -> int:
+        if tensor is None:
+            return 0
+        self._kept.append(tensor.contiguous())
+        return self._kept[-1].data_ptr()
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _native() -> Any:
+    """The native module; callers have asked `unsupported` before."""
+    return backends.native_module("_cpu")[0]

@@ -1,0 +1,54 @@
+"""fk.strip_conv2d: the functional form."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from famseg_kernels.registry import Operation, autocast_dtype
+from famseg_kernels.strip_conv import cpu, reference
+from famseg_kernels.strip_conv.spec import SPEC
+
+OPERATION = Operation(SPEC, {"reference": reference, "cpu": cpu})
+
+
+def strip_conv2d(
+    x: Tensor,
+    square_weight: Tensor | None,
+    square_bias: Tensor | None,
+    row_weights: Sequence[Tensor],
+    row_biases: Sequence[Tensor | None] | None,
+    col_weights: Sequence[Tensor],
+    col_biases: Sequence[Tensor | None] | None,
+) -> Tensor:
+    """Multi-branch directional strip depthwise convolution: y = a + Σ_i col_i(row_i(a)), a = square(x).
+
+    SegNeXt's multi-scale convolutional attention core and FAMSeg section 3.2.1. Every stage is zero-padded to
+    "same" size: a and each row result, biases included, are zero outside the image.
+
+    Args:
+        x: (N, C, H, W), contiguous or channels_last; fp32, bf16, fp16 or fp64.
+        square_weight: (C, 1, k, k), k odd ≤ 63, or None (then a = x).
+        square_bias: (C,) or None; None without a square_weight.
+        row_weights: one (C, 1, 1, K) a branch, K odd ≤ 63; may be empty.
+        row_biases: None, or one (C,) or None a branch.
+        col_weights: one (C, 1, K, 1) a branch; K may differ from the branch's row size.
+        col_biases: like row_biases.
+
+    Returns:
+        (N, C, H, W) in x's dtype and memory format.
+
+    Raises:
+        TypeError: a tensor of another dtype than x (outside autocast), or no tensor.
+        ValueError: a wrong shape or device, an even kernel or one above 63, a bias without its weight.
+    """
+    row_weights, col_weights = list(row_weights), list(col_weights)
+    row_biases = [None] * len(row_weights) if row_biases is None else list(row_biases)
+    col_biases = [None] * len(col_weights) if col_biases is None else list(col_biases)
+    args = (x, square_weight, square_bias, row_weights, row_biases, col_weights, col_biases)
+    if isinstance(x, Tensor) and (dtype := autocast_dtype(x)) is not None:
+        flat = [t.to(dtype) if isinstance(t, Tensor) else t for t in OPERATION.flatten(args)]
+        args = tuple(OPERATION.replace(args, flat))
+    SPEC.check(*args)
+    return OPERATION(*args)

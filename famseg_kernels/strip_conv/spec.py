@@ -1,0 +1,133 @@
+"""strip_conv2d: what it takes, what it costs, and the cases it is tested and timed on.
+
+SegNeXt's multi-scale strip convolution (arXiv 2209.08575, Eq. 1; FAMSeg section 3.2.1): a square depthwise
+convolution, then branches of a row and a column convolution that are added to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from famseg_kernels import checks
+from famseg_kernels.registry import Case, Spec
+
+MAX_KERNEL = 63
+
+SCHEMA = (
+    "(Tensor x, Tensor? square_weight, Tensor? square_bias, Tensor[] row_weights, Tensor?[] row_biases, "
+    "Tensor[] col_weights, Tensor?[] col_biases) -> Tensor"
+)
+
+
+def check(
+    x: Tensor,
+    square_weight: Tensor | None,
+    square_bias: Tensor | None,
+    row_weights: Sequence[Tensor],
+    row_biases: Sequence[Tensor | None],
+    col_weights: Sequence[Tensor],
+    col_biases: Sequence[Tensor | None],
+) -> None:
+    checks.data("x", x, 4)
+    channels = x.shape[1]
+    if square_weight is not None:
+        _weight("square_weight", square_weight, x, square=True)
+    elif square_bias is not None:
+        raise ValueError("square_bias: expected None without a square_weight, got a tensor")
+    if square_bias is not None:
+        _bias("square_bias", square_bias, x, channels)
+    if len(row_weights) != len(col_weights):
+        raise ValueError(f"col_weights: expected {len(row_weights)} like row_weights, got {len(col_weights)}")
+    for side, weights, biases in (("row", row_weights, row_biases), ("col", col_weights, col_biases)):
+        if len(biases) != len(weights):
+            raise ValueError(f"{side}_biases: expected {len(weights)} like {side}_weights, got {len(biases)}")
+        for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
+            _weight(f"{side}_weights[{i}]", weight, x, row=side == "row")
+            if bias is not None:
+                _bias(f"{side}_biases[{i}]", bias, x, channels)
+
+
+def _weight(name: str, weight: Tensor, x: Tensor, *, square: bool = False, row: bool = False) -> None:
+    checks.tensor(name, weight, 4)
+    checks.companion(name, weight, x)
+    size = max(weight.shape[2], weight.shape[3])
+    kernel = (size, size) if square else (1, size) if row else (size, 1)
+    meaning = "(channels, 1, k, k)" if square else "(channels, 1, 1, k)" if row else "(channels, 1, k, 1)"
+    checks.shape(name, weight, (x.shape[1], 1, *kernel), meaning)
+    checks.odd(name, size, MAX_KERNEL)
+
+
+def _bias(name: str, bias: Tensor, x: Tensor, channels: int) -> None:
+    checks.tensor(name, bias, 1)
+    checks.companion(name, bias, x)
+    checks.shape(name, bias, (channels,), "(channels,)")
+
+
+def fake(x: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(x, memory_format=checks.image_format(x))
+
+
+def flops(
+    x: Tensor,
+    square_weight: Tensor | None,
+    square_bias: Tensor | None,
+    row_weights: Sequence[Tensor],
+    row_biases: Any,
+    col_weights: Sequence[Tensor],
+    col_biases: Any,
+) -> int:
+    """Forward FLOPs: 2 · elements · (k² + Σ (row + column size)); additions of biases and branches not counted."""
+    square = 0 if square_weight is None else square_weight.shape[-1] ** 2
+    return 2 * x.numel() * (square + sum(max(w.shape[2:]) for w in (*row_weights, *col_weights)))
+
+
+def moved_bytes(x: Tensor, *rest: Any) -> int:
+    """Bytes to move: x in, y out, each weight and bias once."""
+    flat = [t for item in rest for t in (item if isinstance(item, (list, tuple)) else [item]) if t is not None]
+    return x.element_size() * (2 * x.numel() + sum(t.numel() for t in flat))
+
+
+def _case(
+    name: str,
+    shape: tuple[int, int, int, int],
+    square: int | None = 5,
+    strips: Sequence[tuple[int, int]] = ((7, 7), (11, 11), (21, 21)),
+    bias: bool = True,
+) -> Case:
+    channels = shape[1]
+
+    def make(rand: Callable[..., Tensor]) -> tuple[Any, ...]:
+        def biases() -> list[Tensor | None]:
+            return [rand(channels) if bias else None for _ in strips]
+
+        return (
+            rand(*shape),
+            None if square is None else rand(channels, 1, square, square) / square,
+            rand(channels) if bias and square is not None else None,
+            [rand(channels, 1, 1, k) / k**0.5 for k, _ in strips],
+            biases(),
+            [rand(channels, 1, k, 1) / k**0.5 for _, k in strips],
+            biases(),
+        )
+
+    return Case(name, make)
+
+
+CASES = (
+    _case("mscan", (2, 4, 24, 20)),
+    _case("wider_than_high", (1, 3, 5, 70)),
+    _case("image_smaller_than_kernel", (2, 3, 4, 3)),
+    _case("one_pixel", (3, 2, 1, 1)),
+    _case("no_bias", (1, 5, 17, 33), bias=False),
+    _case("no_square", (2, 3, 19, 16), square=None),
+    _case("no_branch", (1, 4, 9, 11), strips=()),
+    _case("unequal_strips", (1, 3, 15, 18), square=3, strips=((3, 9), (1, 5))),
+    _case("longest_kernels", (1, 2, 40, 34), square=63, strips=((63, 63),)),
+    _case("empty_batch", (0, 3, 8, 8)),
+)
+
+SPEC = Spec("strip_conv2d", SCHEMA, check, fake, flops, moved_bytes, CASES)
