@@ -1,0 +1,1 @@
+"""Labelled ultrasound: the phantom, the HC18 challenge, folders; splits and augmentation."""

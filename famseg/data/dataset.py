@@ -1,0 +1,157 @@
+"""From a data specification to what the training loop iterates over."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from famseg.data.augment import Transform, letterbox_scale
+from famseg.data.errors import DataError
+from famseg.data.folder import Folder
+from famseg.data.hc18 import HC18
+from famseg.data.phantom import Phantom
+from famseg.data.sample import Sample
+from famseg.data.split import subjects_of
+
+PHANTOM_LENGTH = 320  # images of a plain "phantom": 256 to train, 64 to validate at the usual 80:20 split
+SCHEMES = "phantom, phantom:LENGTH, hc18:DIR, folder:DIR (several joined by commas)"
+
+
+class SegmentationDataset(torch.utils.data.Dataset):
+    """Some of a sequence's samples, transformed for the network.
+
+    Every item is a dict: "image" float32 (1, h, w); "mask" int64 (h, w); "index" int, the position in
+    `samples`; "pixel_size" float, mm per network pixel before augmentation; "head_circumference" and
+    "femur_length" float, mm. Unknown lengths are NaN, so that items collate.
+
+    Augmentation is a function of (seed, epoch, index) alone: neither the order of access nor the number of
+    loader workers changes it. `cache` keeps decoded samples in memory (per worker process: 0.2 MB for a
+    400x270 pair).
+    """
+
+    def __init__(
+        self,
+        samples: Sequence[Sample],
+        indices: Sequence[int],
+        transform: Transform,
+        *,
+        seed: int = 0,
+        cache: bool = True,
+    ) -> None:
+        self.samples = samples
+        self.indices = list(indices)
+        self.transform = transform
+        self.seed = seed
+        self._cache: dict[int, Sample] | None = {} if cache else None
+        # Shared memory, so that set_epoch also reaches loader workers that are already running.
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch whose augmentation the next items get."""
+        self._epoch.fill_(epoch)
+
+    def sample(self, position: int) -> Sample:
+        """The untransformed sample behind item `position`."""
+        index = self.indices[position]
+        if self._cache is None:
+            return self.samples[index]
+        if index not in self._cache:
+            self._cache[index] = self.samples[index]
+        return self._cache[index]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, position: int) -> dict[str, object]:
+        index, sample = self.indices[position], self.sample(position)
+        entropy = np.random.SeedSequence([self.seed, int(self._epoch), index])
+        image, mask = self.transform(sample.image, sample.mask, int(entropy.generate_state(1)[0]))
+        height, width = sample.image.shape
+        scale = letterbox_scale(height, width, self.transform.size)
+        return {
+            "image": torch.from_numpy(image)[None],
+            "mask": torch.from_numpy(mask.astype(np.int64)),
+            "index": index,
+            "pixel_size": math.nan if sample.pixel_size is None else sample.pixel_size / scale,
+            "head_circumference": _or_nan(sample.head_circumference),
+            "femur_length": _or_nan(sample.femur_length),
+        }
+
+
+def open_data(spec: str, *, image_size: int, seed: int) -> Sequence[Sample]:
+    """Open "phantom", "phantom:LENGTH", "hc18:DIR" or "folder:DIR", or several of them joined by commas.
+
+    Phantoms are generated at (image_size, image_size) from `seed`. In a joined set, every subject is prefixed
+    by its source, so that equal names in two sources stay different subjects.
+
+    Raises:
+        DataError: the specification is not one of these, names a source twice, or its data are unusable.
+    """
+    parts = [part.strip() for part in spec.split(",")]
+    sources = [_open(part, spec, image_size, seed) for part in parts]
+    if len(sources) == 1:
+        return sources[0]
+    # One source twice would put the same images under two subjects, on both sides of a split.
+    names = [_source_name(part) for part in parts]
+    for name in names:
+        if names.count(name) > 1:
+            raise DataError(f"data '{spec}': '{name}' is named twice; name every source once")
+    return _Joined(dict(zip(names, sources, strict=True)))
+
+
+class _Joined(Sequence[Sample]):
+    """Sequences one after the other, subjects prefixed by the name of their source."""
+
+    def __init__(self, sources: dict[str, Sequence[Sample]]) -> None:
+        self._sources = sources
+
+    @property
+    def subjects(self) -> list[str]:
+        return [
+            f"{name}/{subject}" for name, source in self._sources.items() for subject in subjects_of(source)
+        ]
+
+    def __len__(self) -> int:
+        return sum(len(source) for source in self._sources.values())
+
+    def __getitem__(self, index: int) -> Sample:  # type: ignore[override]
+        position = index + len(self) if index < 0 else index
+        for name, source in self._sources.items():
+            if 0 <= position < len(source):
+                sample = source[position]
+                return dataclasses.replace(sample, subject=f"{name}/{sample.subject}")
+            position -= len(source)
+        raise IndexError(f"index {index} out of range for {len(self)} samples")
+
+
+def _open(part: str, spec: str, image_size: int, seed: int) -> Sequence[Sample]:
+    scheme, _, argument = part.partition(":")
+    if scheme == "phantom":
+        return Phantom(
+            _length(argument, part) if ":" in part else PHANTOM_LENGTH, (image_size, image_size), seed
+        )
+    if scheme in ("hc18", "folder") and argument:
+        return HC18(argument) if scheme == "hc18" else Folder(argument)
+    raise DataError(f"data '{spec}': cannot open '{part}'; expected {SCHEMES}")
+
+
+def _length(argument: str, part: str) -> int:
+    if not (argument.isascii() and argument.isdigit() and int(argument) > 0):
+        raise DataError(
+            f"data '{part}': expected a positive number of images after 'phantom:', like phantom:64"
+        )
+    return int(argument)
+
+
+def _source_name(part: str) -> str:
+    scheme, _, argument = part.partition(":")
+    return scheme if scheme == "phantom" else f"{scheme}:{os.path.realpath(argument)}"
+
+
+def _or_nan(value: float | None) -> float:
+    return math.nan if value is None else value

@@ -1,0 +1,176 @@
+"""Your own data: a folder of images and a folder of index masks.
+
+images/NAME.png     also jpg, jpeg, bmp, tif, tiff; grey or colour, 8 or 16 bit
+masks/NAME.png      one label per pixel: 0 background, 1 femur (FL), 2 head (FB); grey or palette
+pixel_size.csv      optional: filename, pixel_size_mm [, subject, femur_length_mm, head_circumference_mm]
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from famseg.data.errors import DataError
+from famseg.data.files import positive, read_grey, read_labels, read_table, require_same_size, write_atomic
+from famseg.data.sample import CLASSES, Sample
+
+TABLE = "pixel_size.csv"
+EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
+_FILENAME, _SUBJECT, _PIXEL_SIZE = "filename", "subject", "pixel_size_mm"
+_FEMUR_LENGTH, _CIRCUMFERENCE = "femur_length_mm", "head_circumference_mm"
+# Viewers show palette masks in the paper's colours (femur red, head green); readers see the indices.
+_PALETTE = [0, 0, 0, 255, 0, 0, 0, 255, 0]
+
+
+@dataclass(frozen=True)
+class _Entry:
+    image: Path
+    mask: Path
+    subject: str
+    pixel_size: float | None = None
+    femur_length: float | None = None
+    head_circumference: float | None = None
+
+
+class Folder(Sequence[Sample]):
+    """The samples of a directory with `images/` and `masks/`, ordered by name, read when asked for.
+
+    Without a `subject` column every image counts as its own subject; several images of one fetus need the
+    column, or they may end up on both sides of a split. With a table, every image needs a row; an empty cell
+    means unknown. Pairs and rows are checked at construction (listing only), pixels at reading.
+
+    Raises:
+        DataError: nothing there, an image without mask or table row, files that cannot be decoded or differ
+            in size, labels above 2.
+    """
+
+    def __init__(self, directory: str | os.PathLike[str]) -> None:
+        self.directory = Path(directory)
+        if not self.directory.is_dir():
+            raise DataError(
+                f"{self.directory}: no such folder; give the folder that holds images/ and masks/"
+            )
+        self._entries = _entries(self.directory)
+
+    @property
+    def names(self) -> list[str]:
+        """File stems."""
+        return [entry.image.stem for entry in self._entries]
+
+    @property
+    def subjects(self) -> list[str]:
+        """The subject of every sample, without reading an image."""
+        return [entry.subject for entry in self._entries]
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __getitem__(self, index: int) -> Sample:  # type: ignore[override]
+        entry = self._entries[index]
+        image, mask = read_grey(entry.image), read_labels(entry.mask)
+        require_same_size(image, mask, entry.image, entry.mask)
+        if mask.max(initial=0) >= len(CLASSES):
+            expected = ", ".join(f"{label} {name}" for label, name in enumerate(CLASSES))
+            raise DataError(
+                f"{entry.mask}: expected the labels {expected}; found label {mask.max()}; relabel the mask"
+            )
+        return Sample(
+            name=entry.image.stem,
+            subject=entry.subject,
+            image=image,
+            mask=mask,
+            pixel_size=entry.pixel_size,
+            femur_length=entry.femur_length,
+            head_circumference=entry.head_circumference,
+        )
+
+
+def write_folder(samples: Iterable[Sample], directory: str | os.PathLike[str]) -> None:
+    """Write samples as a `Folder`: PNG images, palette PNG masks and the table.
+
+    Raises:
+        DataError: the folder already holds images, or a sample's name is not usable as a file name.
+    """
+    root = Path(directory)
+    if any((root / "images").glob("*")):
+        raise DataError(f"{root / 'images'}: already holds files; give a new or empty folder")
+    table = io.StringIO()
+    rows = csv.writer(table, lineterminator="\n")
+    rows.writerow([_FILENAME, _SUBJECT, _PIXEL_SIZE, _FEMUR_LENGTH, _CIRCUMFERENCE])
+    for sample in samples:
+        filename = f"{sample.name}.png"
+        if not sample.name or Path(filename).name != filename or (root / "images" / filename).exists():
+            raise DataError(
+                f"{root}: cannot write the sample '{sample.name}': its name is not a new file name"
+            )
+        mask = Image.fromarray(sample.mask)
+        mask.putpalette(_PALETTE)
+        write_atomic(root / "masks" / filename, _png(mask))
+        write_atomic(root / "images" / filename, _png(Image.fromarray(sample.image)))
+        lengths = (sample.pixel_size, sample.femur_length, sample.head_circumference)
+        rows.writerow([filename, sample.subject, *("" if mm is None else repr(float(mm)) for mm in lengths)])
+    write_atomic(root / TABLE, table.getvalue().encode())
+
+
+def _png(image: Image.Image) -> bytes:
+    content = io.BytesIO()
+    image.save(content, format="PNG")
+    return content.getvalue()
+
+
+def _entries(root: Path) -> list[_Entry]:
+    images, masks = root / "images", root / "masks"
+    for folder in (images, masks):
+        if not folder.is_dir():
+            raise DataError(
+                f"{folder}: no such folder; put the images into images/ and the masks into masks/"
+            )
+    paths = sorted(path for path in images.iterdir() if path.suffix.lower() in EXTENSIONS)
+    if not paths:
+        raise DataError(f"{images}: expected images ({', '.join(EXTENSIONS)}), found none; put them there")
+    table = root / TABLE
+    rows = _rows(table) if table.exists() else None
+    entries: dict[str, _Entry] = {}
+    for path in paths:
+        if path.stem in entries:
+            raise DataError(
+                f"{path}: {entries[path.stem].image.name} has the same stem; rename or remove one of them"
+            )
+        mask = masks / f"{path.stem}.png"
+        if not mask.is_file():
+            raise DataError(f"{path}: its mask {mask} is missing; add it, or remove the image")
+        entries[path.stem] = _entry(path, mask, table, rows)
+    return list(entries.values())
+
+
+def _rows(table: Path) -> dict[str, dict[str, str]]:
+    return {row[_FILENAME]: row for row in read_table(table, (_FILENAME, _PIXEL_SIZE))}
+
+
+def _entry(path: Path, mask: Path, table: Path, rows: dict[str, dict[str, str]] | None) -> _Entry:
+    if rows is None:
+        return _Entry(path, mask, subject=path.stem)
+    row = rows.get(path.name, rows.get(path.stem))
+    if row is None:
+        raise DataError(
+            f"{table}: expected a row for {path.name}, found none; add it (an empty cell means unknown)"
+        )
+
+    def millimetres(column: str) -> float | None:
+        cell = row.get(column, "")
+        return positive(cell, table, path.name, column) if cell else None
+
+    return _Entry(
+        path,
+        mask,
+        subject=row.get(_SUBJECT, "") or path.stem,
+        pixel_size=millimetres(_PIXEL_SIZE),
+        femur_length=millimetres(_FEMUR_LENGTH),
+        head_circumference=millimetres(_CIRCUMFERENCE),
+    )

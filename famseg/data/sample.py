@@ -1,0 +1,22 @@
+"""The one record type that every data source (real or synthetic) delivers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+CLASSES = ("background", "FL", "FB")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One labelled ultrasound image."""
+
+    name: str  # unique within the data set
+    subject: str  # images of one subject must never be split between train and validation
+    image: np.ndarray  # (H, W) uint8
+    mask: np.ndarray  # (H, W) uint8, 0 background, 1 femur, 2 head
+    pixel_size: float | None = None  # mm per pixel
+    femur_length: float | None = None  # mm, None where unknown or absent
+    head_circumference: float | None = None  # mm, None where unknown or absent

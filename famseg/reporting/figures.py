@@ -1,0 +1,238 @@
+"""Figures of a training run: how it went, and what the network sees."""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
+
+from famseg.data.files import write_atomic
+from famseg.data.sample import CLASSES
+from famseg.metrics import SegmentationMetrics
+
+# The paper's colours (Fig. 4): head green, femur red. Shades that stay apart from each other and from grey
+# speckle, also for readers with red-green blindness (the red is darker).
+COLOURS = {"FL": (235, 52, 45), "FB": (52, 214, 88)}
+_LABELS = {"FL": "femur (FL)", "FB": "head (FB)"}
+_CURVES = {"background": "#8a8f98", "FL": "#d7301f", "FB": "#1a9e4b"}
+_LOSS = {"train_loss": ("training", "#2b6cb0"), "val_loss": ("validation", "#e08a1e")}
+_INK, _FAINT, _GRID = "#22262b", "#6b7280", "#e3e6ea"
+
+_CELL = 3.0  # inches, width of one picture
+_GAP, _LINE, _HEADER = 0.08, 0.19, 0.32  # inches between pictures, per line of title, above them all
+_DPI = 130
+
+OverlayItem = (
+    tuple[str, np.ndarray, np.ndarray, np.ndarray]
+    | tuple[str, np.ndarray, np.ndarray, np.ndarray, Mapping[str, object] | None]
+)
+
+
+def plot_history(rows: Sequence[Mapping[str, object]], path: str | os.PathLike[str]) -> None:
+    """Write loss and validation IoU over the epochs as a PNG.
+
+    Args:
+        rows: one per epoch, numbers or their text (as read from CSV): "epoch"; "train_loss", "val_loss";
+            "val_iou_<class>" for any class, "val_miou"; "phase", any label, whose changes are marked. What is
+            absent, empty or NaN in a row leaves a gap that the curve bridges.
+        path: the file, replaced atomically.
+
+    Raises:
+        ValueError: there are no rows.
+    """
+    if not rows:
+        raise ValueError("rows: expected at least one epoch, found none")
+    figure = Figure(figsize=(10.5, 4.2), dpi=_DPI, layout="constrained", facecolor="white")
+    loss, iou = figure.subplots(1, 2)
+    for key, (label, colour) in _LOSS.items():
+        _curve(loss, rows, key, label, colour)
+    _finish(loss, rows, "Loss", "loss")
+    values = [v for key in _LOSS for v in _series(rows, key)[1]]
+    if values and min(values) > 0 and max(values) > 30 * min(values):
+        loss.set_yscale("log")  # or the later epochs, where decisions are made, are a flat line
+
+    for name in dict.fromkeys(
+        key.removeprefix("val_iou_") for row in rows for key in row if key.startswith("val_iou_")
+    ):
+        _curve(iou, rows, f"val_iou_{name}", name, _CURVES.get(name))
+    _curve(iou, rows, "val_miou", "mean", _INK, linestyle="--")
+    _finish(iou, rows, "Validation IoU", "IoU")
+    iou.set_ylim(-0.02, 1.02)
+    _save(figure, path)
+
+
+def plot_overlays(items: Iterable[OverlayItem], path: str | os.PathLike[str]) -> None:
+    """Write a PNG of one row per item: image, truth, prediction; head green, femur red.
+
+    Args:
+        items: (name, image (H, W) uint8, truth (H, W) labels, prediction (H, W) labels) and optionally a dict
+            of remarks that are shown as "key value" over the prediction, below the image's own IoU. A class
+            that neither mask contains has no IoU and is left out.
+        path: the file, replaced atomically.
+
+    Raises:
+        ValueError: there are no items, or the shapes of an item differ.
+    """
+    items = list(items)
+    if not items:
+        raise ValueError("items: expected at least one image, found none")
+    for name, image, truth, predicted, *_ in items:
+        if not image.shape == truth.shape == predicted.shape:
+            raise ValueError(
+                f"{name}: expected image, truth and prediction of one shape, "
+                f"found {image.shape}, {truth.shape}, {predicted.shape}"
+            )
+    heights = [_CELL * image.shape[0] / image.shape[1] for _, image, *_ in items]
+    titles = [_scores(truth, predicted, *remarks) for _, _, truth, predicted, *remarks in items]
+    bands = [_LINE * (title.count("\n") + 1) + _GAP for title in titles]
+    width = 3 * _CELL + 4 * _GAP
+    height = _HEADER + sum(heights) + sum(bands) + _GAP * len(items)
+    # Agg refuses pictures of 2^16 pixels or more on a side.
+    dpi = min(_DPI, int(65000 / height))
+    figure = Figure(figsize=(width, height), dpi=dpi, facecolor="white")
+    bottom = height - _HEADER
+    for (name, image, truth, predicted, *_), score, row_height, band in zip(
+        items, titles, heights, bands, strict=True
+    ):
+        bottom -= band + row_height
+        for column, mask in enumerate((None, truth, predicted)):
+            left = _GAP + column * (_CELL + _GAP)
+            axes = figure.add_axes((left / width, bottom / height, _CELL / width, row_height / height))
+            _picture(axes, image, mask)
+            axes.set_title(
+                (_shortened(name), "truth", score)[column],
+                fontsize=9,
+                loc="left",
+                color=_INK,
+                pad=3,
+                linespacing=1.25,
+            )
+        bottom -= _GAP
+    figure.legend(
+        handles=[
+            Line2D([], [], color=_unit(rgb), lw=5, label=_LABELS[name]) for name, rgb in COLOURS.items()
+        ],
+        loc="upper right",
+        ncols=2,
+        frameon=False,
+        fontsize=9,
+        labelcolor=_INK,
+        borderaxespad=0.3,
+    )
+    _save(figure, path)
+
+
+def _picture(axes: Axes, image: np.ndarray, mask: np.ndarray | None) -> None:
+    """The image in grey; over it every class of the mask as a translucent fill with an opaque outline."""
+    axes.imshow(image, cmap="gray", vmin=0, vmax=255, interpolation="bilinear")
+    axes.set_axis_off()
+    if mask is None:
+        return
+    for name, rgb in COLOURS.items():
+        region = np.asarray(mask) == CLASSES.index(name)
+        if region.any():
+            fill = np.zeros((*region.shape, 4), np.uint8)
+            fill[region] = (*rgb, 70)
+            axes.imshow(fill, interpolation="nearest")
+            # Framed by background, so that the outline also closes along the edge of the image.
+            height, width = region.shape
+            axes.contour(
+                np.arange(-1, width + 1),
+                np.arange(-1, height + 1),
+                np.pad(region, 1).astype(np.float32),
+                levels=[0.5],
+                colors=[_unit(rgb)],
+                linewidths=1.3,
+            )
+    axes.set_xlim(-0.5, image.shape[1] - 0.5)
+    axes.set_ylim(image.shape[0] - 0.5, -0.5)
+
+
+def _unit(rgb: tuple[int, int, int]) -> tuple[float, float, float]:
+    red, green, blue = rgb
+    return red / 255, green / 255, blue / 255
+
+
+def _shortened(name: str, limit: int = 42) -> str:
+    return name if len(name) <= limit else f"...{name[3 - limit :]}"
+
+
+def _scores(truth: np.ndarray, predicted: np.ndarray, remarks: Mapping[str, object] | None = None) -> str:
+    metrics = SegmentationMetrics(len(CLASSES))
+    metrics.update(np.asarray(predicted), np.asarray(truth))
+    iou = dict(zip(CLASSES, metrics.compute()["iou"], strict=True))
+    parts = [f"{name} {iou[name]:.3f}" for name in COLOURS if not math.isnan(iou[name])]
+    title = "prediction" + (f", IoU  {'   '.join(parts)}" if parts else ", nothing there")
+    return title + ("\n" + "   ".join(f"{key} {value}" for key, value in remarks.items()) if remarks else "")
+
+
+def _curve(
+    axes: Axes,
+    rows: Sequence[Mapping[str, object]],
+    key: str,
+    label: str,
+    colour: str | None,
+    linestyle: str = "-",
+) -> None:
+    epochs, values = _series(rows, key)
+    if values:
+        # Markers while they can be told apart; a single epoch would be invisible without.
+        marker = "o" if len(values) <= 25 else None
+        axes.plot(epochs, values, linestyle, color=colour, label=label, lw=1.7, marker=marker, ms=4)
+
+
+def _finish(axes: Axes, rows: Sequence[Mapping[str, object]], title: str, ylabel: str) -> None:
+    """Labels, grid, whole epochs on the axis, and a line with its name where the phase changes."""
+    axes.set_title(title, loc="left", fontsize=11, color=_INK)
+    axes.set_xlabel("epoch")
+    axes.set_ylabel(ylabel)
+    axes.grid(color=_GRID, lw=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8, min_n_ticks=1))
+    epochs = [_number(row.get("epoch")) for row in rows]
+    margin = 0.04 * (max(epochs) - min(epochs)) or 1
+    axes.set_xlim(min(epochs) - margin, max(epochs) + margin)
+    for before, after in pairwise(rows):
+        if after.get("phase") != before.get("phase"):
+            change = (_number(before.get("epoch")) + _number(after.get("epoch"))) / 2
+            axes.axvline(change, color=_FAINT, lw=1, ls=":")
+            axes.annotate(
+                f" {after.get('phase')}",
+                (change, 0.01),
+                xycoords=("data", "axes fraction"),
+                fontsize=8,
+                color=_FAINT,
+                va="bottom",
+            )
+    if axes.get_legend_handles_labels()[0]:
+        # Below the axes: inside, it covers a curve in one run or another.
+        axes.legend(frameon=False, fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=4)
+    else:
+        axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center", color=_FAINT)
+
+
+def _series(rows: Sequence[Mapping[str, object]], key: str) -> tuple[list[float], list[float]]:
+    """Epochs and values of the rows that have a finite value."""
+    points = [(_number(row.get("epoch")), _number(row.get(key))) for row in rows]
+    points = [(epoch, value) for epoch, value in points if math.isfinite(value)]
+    return [epoch for epoch, _ in points], [value for _, value in points]
+
+
+def _number(value: object) -> float:
+    return math.nan if value is None or value == "" else float(value)  # type: ignore[arg-type]
+
+
+def _save(figure: Figure, path: str | os.PathLike[str]) -> None:
+    content = io.BytesIO()
+    figure.savefig(content, format="png")
+    write_atomic(Path(path), content.getvalue())
