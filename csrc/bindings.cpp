@@ -1,0 +1,126 @@
+// famseg_kernels._cpu: addresses, sizes and names in; the checks were made in Python.
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "common/isa.h"
+#include "strip_conv/cpu.h"
+
+namespace py = pybind11;
+
+namespace {
+
+using Address = uintptr_t;
+
+void* pointer(Address address) {
+  return reinterpret_cast<void*>(address);
+}
+
+famseg::Dtype dtype_named(const std::string& name) {
+  if (name == "float32") return famseg::Dtype::float32;
+  if (name == "float64") return famseg::Dtype::float64;
+  if (name == "bfloat16") return famseg::Dtype::bfloat16;
+  if (name == "float16") return famseg::Dtype::float16;
+  throw std::invalid_argument("dtype " + name + " is none of float32, float64, bfloat16, float16");
+}
+
+std::vector<std::string> available_isas() {
+  std::vector<std::string> names;
+  for (famseg::Isa isa : famseg::available_isas()) names.push_back(famseg::isa_name(isa));
+  return names;
+}
+
+// (n, c, h, w)
+using Shape = std::tuple<int64_t, int64_t, int64_t, int64_t>;
+// (address, bias address, size)
+using Square = std::tuple<Address, Address, int64_t>;
+// (row, row bias, row size, column, column bias, column size)
+using Branch = std::tuple<Address, Address, int64_t, Address, Address, int64_t>;
+// (row, row bias, column, column bias)
+using BranchGradient = std::tuple<Address, Address, Address, Address>;
+
+std::vector<famseg::strip_conv::Branch> branches_from(const std::vector<Branch>& branches) {
+  std::vector<famseg::strip_conv::Branch> result;
+  for (const auto& [row, row_bias, row_size, column, column_bias, column_size] : branches) {
+    result.push_back({pointer(row), pointer(row_bias), row_size, pointer(column),
+                      pointer(column_bias), column_size});
+  }
+  return result;
+}
+
+famseg::strip_conv::Problem problem_from(const std::string& dtype, const Shape& shape, Address x,
+                                         const Square& square,
+                                         const std::vector<famseg::strip_conv::Branch>& branches) {
+  const auto [n, c, h, w] = shape;
+  const auto [weight, bias, size] = square;
+  return {dtype_named(dtype),
+          n,
+          c,
+          h,
+          w,
+          pointer(x),
+          pointer(weight),
+          pointer(bias),
+          size,
+          branches.data(),
+          static_cast<int64_t>(branches.size())};
+}
+
+void strip_conv2d_forward(const std::string& dtype, const Shape& shape, Address x,
+                          const Square& square, const std::vector<Branch>& branches, Address y,
+                          int threads) {
+  const auto native_branches = branches_from(branches);
+  const auto problem = problem_from(dtype, shape, x, square, native_branches);
+  const famseg::Isa isa = famseg::active_isa();
+  py::gil_scoped_release release;
+  famseg::strip_conv::forward(isa, problem, pointer(y), threads);
+}
+
+void strip_conv2d_backward(const std::string& dtype, const Shape& shape, Address x,
+                           const Square& square, const std::vector<Branch>& branches,
+                           Address y_gradient, Address x_gradient,
+                           const std::tuple<Address, Address>& square_gradients,
+                           const std::vector<BranchGradient>& branch_gradients, int threads) {
+  if (branch_gradients.size() != branches.size()) {
+    throw std::invalid_argument("branch_gradients needs one entry for each branch");
+  }
+  const auto native_branches = branches_from(branches);
+  const auto problem = problem_from(dtype, shape, x, square, native_branches);
+  std::vector<famseg::strip_conv::BranchGradients> native_gradients;
+  for (const auto& [row, row_bias, column, column_bias] : branch_gradients) {
+    native_gradients.push_back(
+        {pointer(row), pointer(row_bias), pointer(column), pointer(column_bias)});
+  }
+  const famseg::strip_conv::Gradients gradients = {
+      pointer(y_gradient), pointer(x_gradient), pointer(std::get<0>(square_gradients)),
+      pointer(std::get<1>(square_gradients)), native_gradients.data()};
+  const famseg::Isa isa = famseg::active_isa();
+  py::gil_scoped_release release;
+  famseg::strip_conv::backward(isa, problem, gradients, threads);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cpu, m) {
+  m.doc() = "CPU kernels of famseg_kernels. Tensors come as addresses (0: absent), contiguous.";
+  m.def(
+      "isa", [] { return std::string(famseg::isa_name(famseg::active_isa())); },
+      "The instruction set the kernels run with; FAMSEG_CPU_ISA forces a lower one.");
+  m.def("available_isas", &available_isas, "The instruction sets this CPU has, lowest first.");
+  m.def("strip_conv2d_forward", &strip_conv2d_forward, py::arg("dtype"), py::arg("shape"),
+        py::arg("x"), py::arg("square"), py::arg("branches"), py::arg("y"), py::arg("threads"),
+        "square: (weight, bias, size); branches: [(row, row bias, row size, column, column bias, "
+        "column size)].");
+  m.def("strip_conv2d_backward", &strip_conv2d_backward, py::arg("dtype"), py::arg("shape"),
+        py::arg("x"), py::arg("square"), py::arg("branches"), py::arg("y_gradient"),
+        py::arg("x_gradient"), py::arg("square_gradients"), py::arg("branch_gradients"),
+        py::arg("threads"),
+        "As strip_conv2d_forward; square_gradients: (weight, bias); branch_gradients: [(row, row "
+        "bias, column, column bias)]. Gradients at address 0 are not computed.");
+}

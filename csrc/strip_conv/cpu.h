@@ -1,0 +1,85 @@
+// strip_conv2d on the CPU, on plain pointers.
+//
+//   a = square(x) + square_bias            (a = x without a square kernel)
+//   y = a + sum_i column_i(row_i(a) + row_bias_i) + column_bias_i
+//
+// depthwise, stride 1, "same" zero padding at every stage: a and the row results, biases included,
+// are zero outside the image. Tensors are contiguous (N, C, H, W); weights are (C, taps).
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "common/dtype.h"
+#include "common/isa.h"
+
+namespace famseg::strip_conv {
+
+struct Branch {
+  const void* row_weight;  // (C, row_size)
+  const void* row_bias;    // (C) or null
+  int64_t row_size;
+  const void* column_weight;  // (C, column_size)
+  const void* column_bias;    // (C) or null
+  int64_t column_size;
+};
+
+struct Problem {
+  Dtype dtype;
+  int64_t n, c, h, w;
+  const void* x;
+  const void* square_weight;  // (C, square_size, square_size) or null
+  const void* square_bias;    // (C) or null
+  int64_t square_size;        // 0 without a square kernel
+  const Branch* branches;
+  int64_t branch_count;
+};
+
+// Where the gradients go; null for those not wanted.
+struct BranchGradients {
+  void* row_weight;
+  void* row_bias;
+  void* column_weight;
+  void* column_bias;
+};
+
+struct Gradients {
+  const void* y;  // the incoming gradient
+  void* x;
+  void* square_weight;
+  void* square_bias;
+  const BranchGradients* branches;
+};
+
+void forward(Isa isa, const Problem& problem, void* y, int threads);
+void backward(Isa isa, const Problem& problem, const Gradients& gradients, int threads);
+
+// One instruction set's kernels. A plane is one (n, c) image, n * C + c its index. `scratch` is
+// 64-byte aligned, of the stated size, and all zero before its first use; it may go from plane to
+// plane of one problem, but not to another problem.
+struct Kernels {
+  size_t (*forward_scratch)(const Problem&);
+  void (*forward_plane)(const Problem&, void* y, int64_t plane, void* scratch);
+  size_t (*backward_scratch)(const Problem&);
+  // Writes the plane's share of the gradients of weights and biases to `partial`, partial_size
+  // numbers, and its part of the gradient of x.
+  int64_t (*partial_size)(const Problem&);
+  void (*backward_plane)(const Problem&, const Gradients&, int64_t plane, double* partial,
+                         void* scratch);
+  // Adds up `partials` (N, C, partial_size) over n, in order, for one channel.
+  void (*reduce_channel)(const Problem&, const Gradients&, int64_t channel, const double* partials);
+};
+
+}  // namespace famseg::strip_conv
+
+namespace famseg {
+namespace baseline {
+extern const strip_conv::Kernels strip_conv_kernels;
+}
+namespace avx2 {
+extern const strip_conv::Kernels strip_conv_kernels;
+}
+namespace avx512 {
+extern const strip_conv::Kernels strip_conv_kernels;
+}
+}  // namespace famseg

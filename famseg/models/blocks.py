@@ -1,0 +1,150 @@
+"""The encoder's blocks: ConvBlock and BottleMamba (FAMSeg section 3.2.2), SegNeXt's strip block (section 3.2.1)."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from famseg_kernels import Mamba2Scan2d, StripAttention
+
+Shortcut = Literal["mamba", "identity"]
+
+
+class LayerNorm2d(nn.LayerNorm):
+    """LayerNorm over the channels of (N, C, H, W)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class DropPath(nn.Module):
+    """Stochastic depth: in training, drop the branch of whole samples with probability `rate`."""
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.rate == 0.0 or not self.training:
+            return x
+        keep = torch.rand(x.shape[0], 1, 1, 1, device=x.device) >= self.rate
+        return x * keep / (1.0 - self.rate)
+
+
+class ConvBNReLU(nn.Sequential):
+    def __init__(self, cin: int, cout: int, kernel: int, stride: int = 1) -> None:
+        super().__init__(
+            nn.Conv2d(cin, cout, kernel, stride, kernel // 2, bias=False), nn.BatchNorm2d(cout), nn.ReLU(inplace=True)
+        )
+
+
+def bottleneck(cin: int, cout: int, stride: int) -> nn.Sequential:
+    """The main branch of both residual blocks: 1×1 → 3×3 (stride) → 1×1."""
+    hidden = max(cout // 4, 1)
+    return nn.Sequential(
+        ConvBNReLU(cin, hidden, 1),
+        ConvBNReLU(hidden, hidden, 3, stride),
+        nn.Conv2d(hidden, cout, 1, bias=False),
+        nn.BatchNorm2d(cout),
+    )
+
+
+class ConvBlock(nn.Module):
+    """The paper's convolution block: bottleneck beside a strided 1×1 convolution, summed, ReLU."""
+
+    def __init__(self, cin: int, cout: int, stride: int) -> None:
+        super().__init__()
+        self.main = bottleneck(cin, cout, stride)
+        self.side = nn.Sequential(nn.Conv2d(cin, cout, 1, stride, bias=False), nn.BatchNorm2d(cout))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.main(x) + self.side(x))
+
+
+class BottleMamba(nn.Module):
+    """The paper's bottle block: a bottleneck whose shortcut is a Mamba-2 scan that filters raw noise.
+
+    shortcut="identity" is the ablation "No mamba" (Table 3). The scan starts near the identity, so that a fresh
+    network behaves like a residual network.
+    """
+
+    def __init__(self, channels: int, shortcut: Shortcut, d_state: int, headdim: int, directions: int) -> None:
+        super().__init__()
+        self.main = bottleneck(channels, channels, 1)
+        self.shortcut: nn.Module = nn.Identity()
+        if shortcut == "mamba":
+            scan = Mamba2Scan2d(channels, d_state, headdim, directions=directions)
+            scan.init_identity()
+            self.shortcut = nn.Sequential(LayerNorm2d(channels), scan)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.main(x) + self.shortcut(x))
+
+
+class SpatialAttention(nn.Module):
+    """SegNeXt's attention: 1×1 → GELU → strip attention → 1×1, plus the input."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.proj_1 = nn.Conv2d(channels, channels, 1)
+        self.spatial_gating_unit = StripAttention(channels)
+        self.proj_2 = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.proj_2(self.spatial_gating_unit(F.gelu(self.proj_1(x))))
+
+
+class DWConv(nn.Module):
+    """SegNeXt's name for the depthwise 3×3 of its MLP."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.dwconv = nn.Conv2d(channels, channels, 3, padding=1, groups=channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dwconv(x)
+
+
+class Mlp(nn.Module):
+    """SegNeXt's MLP: 1×1 → depthwise 3×3 → GELU → 1×1."""
+
+    def __init__(self, channels: int, ratio: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Conv2d(channels, channels * ratio, 1)
+        self.dwconv = DWConv(channels * ratio)
+        self.fc2 = nn.Conv2d(channels * ratio, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.dwconv(self.fc1(x))))
+
+
+class StripBlock(nn.Module):
+    """SegNeXt's MSCAN block, key for key: x + ls1·attn(bn1(x)), then x + ls2·mlp(bn2(x))."""
+
+    def __init__(self, channels: int, mlp_ratio: int, drop_path: float = 0.0) -> None:
+        super().__init__()
+        self.norm1 = nn.BatchNorm2d(channels)
+        self.attn = SpatialAttention(channels)
+        self.norm2 = nn.BatchNorm2d(channels)
+        self.mlp = Mlp(channels, mlp_ratio)
+        self.layer_scale_1 = nn.Parameter(1e-2 * torch.ones(channels))
+        self.layer_scale_2 = nn.Parameter(1e-2 * torch.ones(channels))
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.drop_path(self.layer_scale_1[:, None, None] * self.attn(self.norm1(x)))
+        return x + self.drop_path(self.layer_scale_2[:, None, None] * self.mlp(self.norm2(x)))
+
+
+def init_convolutions(module: nn.Module) -> None:
+    """SegNeXt's initialisation for every convolution: N(0, √(2 / fan_out)), bias 0."""
+    for conv in module.modules():
+        if isinstance(conv, nn.Conv2d):
+            fan_out = math.prod(conv.kernel_size) * conv.out_channels // conv.groups
+            nn.init.normal_(conv.weight, 0.0, math.sqrt(2.0 / fan_out))
+            if conv.bias is not None:
+                nn.init.zeros_(conv.bias)

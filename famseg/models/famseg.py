@@ -1,0 +1,244 @@
+"""FAMSeg, top-down: the network of the paper's Fig. 1 (section 3), each design choice a named option."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from famseg.models.blocks import BottleMamba, ConvBlock, ConvBNReLU, Shortcut, StripBlock, init_convolutions
+from famseg.models.hamburger import AggregatedDepthConv, Hamburger, LightHam
+from famseg_kernels import FeatureAwareUpsample, Mamba2Scan2d, StripConv2d
+
+
+@dataclass(frozen=True)
+class FAMSegConfig:
+    """What makes a FAMSeg.
+
+    widths, strips, bottles: channels, strip blocks and bottle blocks of the four stages.
+    context_channels: C_h, width of the context and of the decoder's first stage; it halves with every later one.
+    shortcut: of the bottle block, "mamba" or "identity" (Table 3, "No mamba").
+    upsample: "fam" or "bilinear" (ablation of the decoder).
+    context: "hamburger" (aggregated depth convolution + hamburger), "lightham" (SegNeXt's head) or "none" (aggregated
+        depth convolution alone).
+    fusion: whether the decoder fuses stages 3 and 2 (Table 3, feature fusion).
+    """
+
+    num_classes: int = 3
+    in_channels: int = 1
+    widths: Sequence[int] = (32, 64, 160, 256)
+    strips: Sequence[int] = (3, 3, 5, 2)
+    bottles: Sequence[int] = (1, 2, 2, 1)
+    mlp_ratios: Sequence[int] = (8, 8, 4, 4)
+    context_channels: int = 256
+    context_rank: int = 16
+    shortcut: Shortcut = "mamba"
+    upsample: Literal["fam", "bilinear"] = "fam"
+    context: Literal["hamburger", "lightham", "none"] = "hamburger"
+    fusion: bool = True
+    d_state: int = 64
+    headdim: int = 32
+    directions: int = 4
+    drop_path: float = 0.1
+
+    def __post_init__(self) -> None:
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {getattr(self, name)!r}")
+
+
+_CHOICES = {
+    "shortcut": ("mamba", "identity"),
+    "upsample": ("fam", "bilinear"),
+    "context": ("hamburger", "lightham", "none"),
+}
+
+MODELS = {
+    "famseg_nano": FAMSegConfig(
+        widths=(16, 32, 48, 64),
+        strips=(1, 1, 2, 1),
+        bottles=(1, 1, 1, 1),
+        mlp_ratios=(4, 4, 4, 4),
+        context_channels=64,
+        d_state=16,
+        headdim=16,
+        drop_path=0.0,
+    ),
+    "famseg_tiny": FAMSegConfig(),
+    "famseg_small": FAMSegConfig(widths=(64, 128, 320, 512), strips=(2, 2, 4, 2)),
+    "famseg_base": FAMSegConfig(
+        widths=(64, 128, 320, 512), strips=(3, 3, 12, 3), context_channels=512, context_rank=64
+    ),
+}
+
+
+class FAMSeg(nn.Module):
+    """(N, in_channels, H, W) → logits (N, num_classes, H, W), for any H, W ≥ 1."""
+
+    def __init__(self, config: FAMSegConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+        self.classifier = nn.Conv2d(self.decoder.out_channels, config.num_classes, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.classifier(self.decoder(self.encoder(x), x.shape[2:]))
+
+
+class Encoder(nn.Module):
+    """SegNeXt's stem to stride 4, then four stages; returns their features at strides 4, 8, 16, 32."""
+
+    def __init__(self, config: FAMSegConfig) -> None:
+        super().__init__()
+        width = config.widths[0]
+        self.stem = nn.Sequential(
+            nn.Conv2d(config.in_channels, width // 2, 3, 2, 1),
+            nn.BatchNorm2d(width // 2),
+            nn.GELU(),
+            nn.Conv2d(width // 2, width, 3, 2, 1),
+            nn.BatchNorm2d(width),
+        )
+        rates = iter(torch.linspace(0, config.drop_path, sum(config.strips)).tolist())
+        self.stages = nn.ModuleList()
+        cin = width
+        for i, (cout, strips, bottles) in enumerate(
+            zip(config.widths, config.strips, config.bottles, strict=True)
+        ):
+            blocks: list[nn.Module] = [ConvBlock(cin, cout, 1 if i == 0 else 2)]
+            blocks += [
+                BottleMamba(cout, config.shortcut, config.d_state, config.headdim, config.directions)
+                for _ in range(bottles)
+            ]
+            blocks += [StripBlock(cout, config.mlp_ratios[i], next(rates)) for _ in range(strips)]
+            self.stages.append(nn.Sequential(*blocks))
+            cin = cout
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        x = self.stem(x)
+        features = []
+        for stage in self.stages:
+            x = stage(x)
+            features.append(x)
+        return features
+
+
+class Decoder(nn.Module):
+    """Context at stride 32, fused upwards with stages 3 and 2, upsampled to full size (section 3.3).
+
+    Only the last three encoder stages enter: the first one carries the raw noise.
+    """
+
+    def __init__(self, config: FAMSegConfig) -> None:
+        super().__init__()
+        _, c2, c3, _ = config.widths
+        width = config.context_channels
+        steps = [max(width >> i, 8) for i in range(5)]  # strides 16, 8, 4, 2, 1
+        self.context: nn.Module
+        if config.context == "lightham":
+            # SegNeXt's head fuses the three stages at stride 8 by itself.
+            self.context = LightHam(config.widths[1:], width, config.context_rank)
+            skips: list[int | None] = [None, None, None]
+            steps = steps[2:]
+        else:
+            aggregate = AggregatedDepthConv(config.widths[1:], width)
+            ham = [Hamburger(width, config.context_rank)] if config.context == "hamburger" else []
+            self.context = nn.Sequential(aggregate, *ham)
+            skips = [c3, c2] if config.fusion else [0, 0]
+            skips += [None, None, None]
+        self.steps = nn.ModuleList()
+        for cout, skip in zip(steps, skips, strict=True):
+            self.steps.append(UpStep(width, skip or 0, cout, config.upsample))
+            width = cout
+        self.out_channels = width
+        self.skips = [bool(skip) for skip in skips]
+
+    def forward(self, features: Sequence[Tensor], size: torch.Size) -> Tensor:
+        x = self.context(features[1:])
+        # Every size is the ceiling of the input's over the stride, so an upsampled map is cropped by one at most.
+        sizes = {1: size}
+        for stride in (2, 4, 8, 16):
+            sizes[stride] = torch.Size(-(-extent // stride) for extent in size)
+        stride = 2 ** (len(self.steps) - 1)
+        skips = {16: features[2], 8: features[1]}
+        for step, has_skip in zip(self.steps, self.skips, strict=True):
+            x = step(x, skips[stride] if has_skip else None, sizes[stride])
+            stride //= 2
+        return x
+
+
+class UpStep(nn.Module):
+    """Upsample twofold by FAM (or bilinearly), crop to `size`, concatenate the skip, Conv3×3-BN-ReLU."""
+
+    def __init__(self, cin: int, skip: int, cout: int, upsample: str) -> None:
+        super().__init__()
+        self.upsample = (
+            FeatureAwareUpsample(cin, compressed_channels=min(64, cin))
+            if upsample == "fam"
+            else nn.Upsample(scale_factor=2, mode="bilinear", align_corners=False)
+        )
+        self.conv = ConvBNReLU(cin + skip, cout, 3)
+
+    def forward(self, x: Tensor, skip: Tensor | None, size: torch.Size) -> Tensor:
+        x = self.upsample(x)[:, :, : size[0], : size[1]]
+        return self.conv(x if skip is None else torch.cat([x, skip], 1))
+
+
+def create_model(name: str, num_classes: int = 3, **options: object) -> FAMSeg:
+    """A freshly initialised FAMSeg.
+
+    Args:
+        name: "famseg_nano", "famseg_tiny", "famseg_small" or "famseg_base".
+        num_classes: output classes.
+        options: any field of FAMSegConfig, for example shortcut="identity", upsample="bilinear", context="none".
+
+    Raises:
+        ValueError: unknown model, option or value.
+    """
+    if name not in MODELS:
+        raise ValueError(f"model: expected one of {', '.join(MODELS)}, got {name!r}")
+    known = {f.name for f in dataclasses.fields(FAMSegConfig)}
+    if unknown := options.keys() - known:
+        raise ValueError(f"model option: expected one of {', '.join(sorted(known))}, got {', '.join(unknown)}")
+    config = dataclasses.replace(MODELS[name], num_classes=num_classes, **options)  # type: ignore[arg-type]
+    model = FAMSeg(config)
+    init_convolutions(model)
+    for module in model.modules():  # these have an initialisation of their own
+        if isinstance(module, (StripConv2d, FeatureAwareUpsample)):
+            module.reset_parameters()
+        elif isinstance(module, Mamba2Scan2d):
+            module.init_identity()
+    nn.init.normal_(model.classifier.weight, std=0.01)
+    return model
+
+
+def load_mscan(model: FAMSeg, state_dict: dict[str, Tensor]) -> int:
+    """Load the blocks of a published MSCAN checkpoint into the strip blocks; returns how many tensors were loaded.
+
+    Takes SegNeXt's keys (`block1.0.attn.…`, `mlp.dwconv.dwconv.…`) and mmseg's (`mlp.dwconv.…`), with or without a
+    `backbone.` prefix. Stem, downsampling and norms between stages have no counterpart in FAMSeg and are ignored.
+
+    Raises:
+        ValueError: the checkpoint has fewer blocks or other widths than the model.
+    """
+    source = {key.removeprefix("backbone."): value for key, value in state_dict.items()}
+    loaded = 0
+    for i, stage in enumerate(model.encoder.stages, 1):
+        blocks = [block for block in stage if isinstance(block, StripBlock)]
+        for j, block in enumerate(blocks):
+            target = block.state_dict()
+            for key, value in target.items():
+                names = (f"block{i}.{j}.{key}", f"block{i}.{j}.{key.replace('dwconv.dwconv', 'dwconv')}")
+                found = next((source[name] for name in names if name in source), None)
+                if found is None and key.endswith("num_batches_tracked"):
+                    continue
+                if found is None or found.shape != value.shape:
+                    came = "nothing" if found is None else f"shape {tuple(found.shape)}"
+                    raise ValueError(f"{names[0]}: expected shape {tuple(value.shape)}, got {came}")
+                value.copy_(found)
+                loaded += 1
+    return loaded

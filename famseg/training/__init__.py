@@ -1,0 +1,1 @@
+"""Training: configuration, phases and learning rates, the Lightning module, callbacks."""
