@@ -68,7 +68,9 @@ def availability() -> dict[str, str]:
 class _Requested(threading.local):
     """The backend asked for in this thread. A thread-local and not a ContextVar: torch.compile guards on it."""
 
-    name: str = os.environ.get("FAMSEG_BACKEND", "auto")
+    def __init__(self) -> None:
+        # Not a class attribute: torch.compile would read that one, whatever the thread has set.
+        self.name = os.environ.get("FAMSEG_BACKEND", "auto")
 
 
 _requested = _Requested()

@@ -14,7 +14,7 @@ def summarise(name: str, image_size: int, **options: Any) -> str:
     """A table of parameters and forward FLOPs (2 per multiply–add, one image) of the model's parts."""
     model = create_model(name, **options).eval()
     image = torch.zeros(1, model.config.in_channels, image_size, image_size)
-    with torch.no_grad(), FlopCounterMode(model, display=False, depth=None) as counter:
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(image)
     counts = {module: sum(ops.values()) for module, ops in counter.get_flop_counts().items()}
     lines = [f"{name} at {image_size}×{image_size}", f"{'part':28}{'parameters':>14}{'MFLOP':>12}"]

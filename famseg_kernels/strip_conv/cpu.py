@@ -49,7 +49,7 @@ def forward(
 ) -> Tensor:
     """y (N, C, H, W) in x's dtype and memory format."""
     args = _Arguments(x, square_weight, square_bias, row_weights, row_biases, col_weights, col_biases)
-    y = torch.empty_like(args.x)
+    y = torch.empty_like(args.x, memory_format=torch.contiguous_format)
     _native().strip_conv2d_forward(*args.native, y.data_ptr(), torch.get_num_threads())
     return y.contiguous(memory_format=checks.image_format(x))
 
@@ -69,11 +69,16 @@ def backward(
     args = _Arguments(x, square_weight, square_bias, row_weights, row_biases, col_weights, col_biases)
     grad = grad.contiguous()
     flat = [x, square_weight, square_bias, *row_weights, *row_biases, *col_weights, *col_biases]
-    gradients = [
-        torch.empty_like(tensor, memory_format=torch.contiguous_format)
-        if need and tensor is not None
-        else None
+    # The op's fake kernel promises the strides of empty_like; the native kernels write contiguously.
+    results = [
+        torch.empty_like(tensor) if need and tensor is not None else None
         for tensor, need in zip(flat, needs, strict=True)
+    ]
+    gradients = [
+        torch.empty_like(result, memory_format=torch.contiguous_format)
+        if result is not None and not result.is_contiguous()
+        else result
+        for result in results
     ]
     addresses = [_address(gradient) for gradient in gradients]
     count = len(row_weights)
@@ -86,13 +91,10 @@ def backward(
         list(zip(*sides, strict=True)),
         torch.get_num_threads(),
     )
-    # Strides are those of empty_like, which is what the op's fake kernel promises.
-    return [
-        gradient
-        if tensor is None or gradient is None or tensor.is_contiguous()
-        else torch.empty_like(tensor).copy_(gradient)
-        for tensor, gradient in zip(flat, gradients, strict=True)
-    ]
+    for result, gradient in zip(results, gradients, strict=True):
+        if result is not None and gradient is not None and result is not gradient:
+            result.copy_(gradient)
+    return results
 
 
 class _Arguments:

@@ -1,0 +1,143 @@
+"""famseg-train from the outside: what it writes, and one clear line with exit code 2 for what it cannot use."""
+
+from __future__ import annotations
+
+import csv
+import json
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from famseg.cli.train import main
+from famseg.data.folder import write_folder
+from famseg.data.phantom import Phantom
+
+QUICK = ["--epochs", "2", "--batch-size", "4", "--image-size", "48"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    out = tmp_path_factory.mktemp("run") / "out"
+    code = main(["--data", "phantom:10", *QUICK, "--out", str(out)])
+    return code, out
+
+
+def test_a_run_writes_everything(run):
+    code, out = run
+    assert code == 0
+    files = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
+    assert files == {
+        "config.yaml", "metrics.csv", "metrics.json", "checkpoints/last.ckpt", "checkpoints/best.ckpt",
+        "figures/loss.png", "figures/overlays.png",
+    }  # fmt: skip
+
+
+def test_metrics_have_the_documented_shape(run):
+    _, out = run
+    rows = list(csv.DictReader((out / "metrics.csv").open()))
+    assert [row["phase"] for row in rows] == ["adamw", "sgd"]
+    assert {"epoch", "learning_rate", "train_loss", "val_loss", "val_miou", "val_iou_FL", "val_iou_FB"} <= set(rows[0])
+    results = json.loads((out / "metrics.json").read_text())
+    assert set(results["iou"]) == {"background", "FL", "FB"}
+    present = [iou for iou in results["iou"].values() if iou is not None]
+    assert results["miou"] == pytest.approx(np.mean(present))
+    best = max(rows, key=lambda row: float(row["val_miou"]))
+    assert results["miou"] == pytest.approx(float(best["val_miou"]), abs=1e-5)
+    assert results["best_epoch"] == int(best["epoch"])
+
+
+def test_the_configuration_repeats_the_run_bitwise(run, tmp_path):
+    _, out = run
+    settings = yaml.safe_load((out / "config.yaml").read_text())
+    settings["out"] = str(tmp_path / "again")
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
+    assert main(["--config", str(tmp_path / "config.yaml")]) == 0
+    for name in ("metrics.csv", "figures/overlays.png"):
+        assert (tmp_path / "again" / name).read_bytes() == (out / name).read_bytes()
+
+
+def test_checkpoints_hold_no_code(run):
+    _, out = run
+    checkpoint = torch.load(out / "checkpoints" / "last.ckpt", weights_only=True)
+    assert checkpoint["config"]["model"] == "famseg_nano"
+
+
+def test_summary_prints_and_writes_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["--summary", "--model", "famseg_nano", "--image-size", "64"]) == 0
+    assert "total" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def folder(tmp_path):
+    write_folder([Phantom(4, (64, 64))[i] for i in range(4)], tmp_path / "data")
+    return tmp_path / "data"
+
+
+def spoil_missing_mask(folder):
+    next((folder / "masks").iterdir()).unlink()
+
+
+def spoil_size(folder):
+    Image.fromarray(np.zeros((32, 64), np.uint8)).save(next((folder / "masks").iterdir()))
+
+
+def spoil_label(folder):
+    Image.fromarray(np.full((64, 64), 7, np.uint8)).save(next((folder / "masks").iterdir()))
+
+
+def spoil_png(folder):
+    next((folder / "images").iterdir()).write_bytes(b"no picture")
+
+
+def spoil_empty(folder):
+    for kind in ("images", "masks"):
+        for path in (folder / kind).iterdir():
+            path.unlink()
+    (folder / "pixel_size.csv").unlink(missing_ok=True)
+
+
+@pytest.mark.parametrize("spoil", [spoil_missing_mask, spoil_size, spoil_label, spoil_png, spoil_empty])
+def test_unusable_data_end_in_one_line_and_nothing_written(folder, spoil, tmp_path, capsys):
+    spoil(folder)
+    out = tmp_path / "out"
+    assert main(["--data", f"folder:{folder}", *QUICK, "--out", str(out)]) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("famseg-train: ") and message.count("\n") == 1
+    assert str(folder) in message and "Traceback" not in message
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--model", "famseg_huge"], "famseg_huge"),
+        (["--data", "folder:/nowhere"], "/nowhere"),
+        (["--data", "hc18:/nowhere"], "/nowhere"),
+        (["--data", "coco"], "coco"),
+        (["--device", "cuda"], "cuda"),
+        (["--epochs", "many"], "many"),
+        (["--no-such-flag", "1"], "no-such-flag"),
+    ],
+)
+def test_bad_usage_is_exit_code_2(arguments, words, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.chdir(tmp_path)
+    try:
+        code = main(arguments)
+    except SystemExit as stop:  # the argument parser's own way out
+        code = stop.code
+    assert code == 2
+    assert words in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_used_output_folder_is_refused(folder, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "old").write_text("keep me")
+    assert main(["--data", f"folder:{folder}", *QUICK, "--out", str(tmp_path / "out")]) == 2
+    assert "choose another" in capsys.readouterr().err

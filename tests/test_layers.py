@@ -1,0 +1,149 @@
+"""Layers: checkpoints of SegNeXt and mmcv load and mean the same, accelerate swaps, the scan block starts as identity."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import famseg_kernels as fk
+
+
+class AttentionModule(nn.Module):
+    """SegNeXt's module as published: names, kernel sizes, paddings."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.conv0 = nn.Conv2d(dim, dim, 5, padding=2, groups=dim)
+        for i, k in enumerate((7, 11, 21)):
+            setattr(self, f"conv{i}_1", nn.Conv2d(dim, dim, (1, k), padding=(0, k // 2), groups=dim))
+            setattr(self, f"conv{i}_2", nn.Conv2d(dim, dim, (k, 1), padding=(k // 2, 0), groups=dim))
+        self.conv3 = nn.Conv2d(dim, dim, 1)
+
+    def forward(self, x):
+        attn = self.conv0(x)
+        branches = [getattr(self, f"conv{i}_2")(getattr(self, f"conv{i}_1")(attn)) for i in range(3)]
+        return self.conv3(attn + sum(branches)) * x
+
+
+class CARAFEPack(nn.Module):
+    """mmcv's module as published, on plain PyTorch."""
+
+    def __init__(self, channels, scale_factor, up_kernel=5, up_group=1, encoder_kernel=3, encoder_dilation=1, compressed_channels=64):
+        super().__init__()
+        self.channels, self.scale_factor, self.up_kernel, self.up_group = channels, scale_factor, up_kernel, up_group
+        self.encoder_kernel, self.encoder_dilation = encoder_kernel, encoder_dilation
+        self.compressed_channels = compressed_channels
+        self.channel_compressor = nn.Conv2d(channels, compressed_channels, 1)
+        out = up_kernel**2 * up_group * scale_factor**2
+        padding = (encoder_kernel - 1) * encoder_dilation // 2
+        self.content_encoder = nn.Conv2d(compressed_channels, out, encoder_kernel, padding=padding, dilation=encoder_dilation)
+
+    def forward(self, x):
+        mask = F.pixel_shuffle(self.content_encoder(self.channel_compressor(x)), self.scale_factor)
+        n, c, h, w = mask.shape
+        mask = mask.view(n, self.up_group, self.up_kernel**2, h, w).softmax(2)
+        patches = F.unfold(x, self.up_kernel, padding=self.up_kernel // 2).view(n, -1, *x.shape[2:])
+        patches = F.interpolate(patches, scale_factor=self.scale_factor)
+        patches = patches.view(n, self.up_group, -1, self.up_kernel**2, h, w)
+        return (patches * mask[:, :, None]).sum(3).view(n, -1, h, w)  # fmt: skip
+
+
+@pytest.mark.parametrize("size", [(95, 27), (8, 8), (3, 5)])
+def test_segnext_attention_loads_and_agrees(size):
+    torch.manual_seed(0)
+    theirs, ours = AttentionModule(6), fk.StripAttention(6)
+    assert ours.state_dict().keys() == theirs.state_dict().keys()
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(2, 6, *size)
+    torch.testing.assert_close(ours(x), theirs(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{}, {"up_group": 2, "up_kernel": 3}, {"scale_factor": 3, "encoder_dilation": 2}])
+def test_mmcv_carafe_pack_loads_and_agrees(options):
+    torch.manual_seed(0)
+    options = {"scale_factor": 2, "compressed_channels": 8, **options}
+    theirs, ours = CARAFEPack(4, **options), fk.FeatureAwareUpsample(4, **options)
+    nn.init.normal_(theirs.content_encoder.weight)
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(2, 4, 7, 6)
+    torch.testing.assert_close(ours(x), theirs(x), rtol=1e-4, atol=1e-5)
+
+
+def test_a_fresh_upsampler_averages_the_window():
+    y = fk.FeatureAwareUpsample(4)(torch.ones(1, 4, 8, 8))
+    torch.testing.assert_close(y[..., 6:10, 6:10], torch.ones(1, 4, 4, 4))
+
+
+def test_strip_layer_without_square_or_bias():
+    layer = fk.StripConv2d(3, square_kernel=None, strip_kernels=(5,), bias=False)
+    assert set(layer.state_dict()) == {"conv0_1.weight", "conv0_2.weight"}
+    assert layer(torch.randn(1, 3, 4, 4)).shape == (1, 3, 4, 4)
+
+
+@pytest.mark.parametrize("directions", [1, 2, 4])
+@pytest.mark.parametrize("shared_bc", [False, True])
+def test_scan_block_trains(directions, shared_bc):
+    torch.manual_seed(0)
+    layer = fk.Mamba2Scan2d(8, d_state=4, headdim=4, directions=directions, shared_bc=shared_bc)
+    x = torch.randn(2, 8, 5, 6, requires_grad=True)
+    y = layer(x)
+    assert y.shape == x.shape
+    y.square().sum().backward()
+    for name, parameter in layer.named_parameters():
+        assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
+
+
+def test_scan_block_starts_near_the_identity():
+    torch.manual_seed(0)
+    layer = fk.Mamba2Scan2d(32, d_state=16, headdim=16)
+    layer.init_identity()
+    x = F.layer_norm(torch.randn(2, 9, 9, 32), (32,)).permute(0, 3, 1, 2)
+    with torch.no_grad():
+        y = layer(x)
+    assert (y - x).norm() / x.norm() < 0.25
+
+
+@pytest.mark.parametrize(("options", "message"), [({"headdim": 5}, "headdim"), ({"directions": 3}, "directions")])
+def test_scan_block_names_what_does_not_fit(options, message):
+    with pytest.raises(ValueError, match=message):
+        fk.Mamba2Scan2d(8, **{"headdim": 4, **options})
+
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), AttentionModule(4))
+        self.up = CARAFEPack(4, 2, compressed_channels=8)
+
+    def forward(self, x):
+        return self.up(self.encoder(x))
+
+
+def test_accelerate_swaps_in_place_and_keeps_parameters_and_results():
+    torch.manual_seed(0)
+    model = Model().eval()
+    x = torch.randn(1, 1, 9, 8)
+    before, parameters = model(x), list(model.parameters())
+    report = fk.accelerate(model)
+    assert report.swapped == {
+        "encoder.1": "AttentionModule → StripAttention",
+        "up": "CARAFEPack → FeatureAwareUpsample",
+    }
+    assert isinstance(model.encoder[1], fk.StripAttention) and not model.up.training
+    assert {id(p) for p in model.parameters()} == {id(p) for p in parameters}
+    torch.testing.assert_close(model(x), before, rtol=1e-4, atol=1e-5)
+    assert "encoder.1" in str(report)
+    assert not fk.accelerate(model).swapped
+
+
+def test_accelerate_leaves_what_it_does_not_know():
+    model = Model()
+    model.encoder[1].conv1_1 = nn.Conv2d(4, 4, (1, 9), padding=(0, 4), groups=4)
+    model.up.register_forward_hook(lambda *args: None)
+    report = fk.accelerate(model)
+    assert not report.swapped
+    assert "conv1_1.weight" in report.left["encoder.1"] and "hooks" in report.left["up"]
+    with pytest.raises(ValueError, match="Sequential"):
+        fk.accelerate(AttentionModule(4))

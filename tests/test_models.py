@@ -1,0 +1,140 @@
+"""FAMSeg: shapes, options, determinism, published weights, one training step."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import famseg
+from famseg.models import MODELS, load_mscan
+from famseg.models.hamburger import LightHam, NMF2d
+from famseg.models.summary import summarise
+
+OPTIONS = [
+    {},
+    {"shortcut": "identity"},
+    {"upsample": "bilinear"},
+    {"context": "lightham"},
+    {"context": "none"},
+    {"fusion": False},
+    {"num_classes": 5, "in_channels": 3},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_every_option_gives_full_size_logits(options):
+    model = famseg.create_model("famseg_nano", **options).eval()
+    with torch.no_grad():
+        y = model(torch.randn(1, options.get("in_channels", 1), 48, 64))
+    assert y.shape == (1, options.get("num_classes", 3), 48, 64)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (33, 57), (95, 27), (64, 31), (7, 130)])
+def test_any_input_size(size):
+    model = famseg.create_model("famseg_nano").eval()
+    with torch.no_grad():
+        assert model(torch.randn(1, 1, *size)).shape == (1, 3, *size)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_model_is_built_and_runs(name):
+    model = famseg.create_model(name).eval()
+    with torch.no_grad():
+        assert torch.isfinite(model(torch.randn(1, 1, 32, 32))).all()
+
+
+def test_same_input_same_output_also_from_another_instance():
+    torch.manual_seed(0)
+    model = famseg.create_model("famseg_nano").eval()
+    x = torch.randn(2, 1, 40, 40)
+    again = famseg.create_model("famseg_nano").eval()
+    again.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        assert torch.equal(model(x), model(x))
+        assert torch.equal(model(x), again(x))
+
+
+def test_gradients_reach_every_parameter():
+    torch.manual_seed(0)
+    model = famseg.create_model("famseg_nano")
+    model(torch.randn(2, 1, 64, 64)).square().mean().backward()
+    assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0] == []
+
+
+def test_wrong_names_are_refused():
+    for arguments, message in (
+        (("famseg_huge",), "model: expected one of famseg_nano"),
+        (("famseg_nano", 3), None),
+    ):
+        if message:
+            with pytest.raises(ValueError, match=message):
+                famseg.create_model(*arguments)
+    with pytest.raises(ValueError, match="shortcut: expected one of mamba, identity, got 'none'"):
+        famseg.create_model("famseg_nano", shortcut="none")
+    with pytest.raises(ValueError, match="model option: expected one of"):
+        famseg.create_model("famseg_nano", depth=3)
+
+
+def published_mscan(model, *, dwconv="dwconv.dwconv", prefix=""):
+    """A checkpoint with the keys of SegNeXt (or, with dwconv="dwconv", of mmseg) for the model's strip blocks."""
+    checkpoint = {f"{prefix}patch_embed1.proj.0.weight": torch.zeros(1)}
+    for i, stage in enumerate(model.encoder.stages, 1):
+        blocks = [b for b in stage if type(b).__name__ == "StripBlock"]
+        for j, block in enumerate(blocks):
+            for key, value in block.state_dict().items():
+                name = f"{prefix}block{i}.{j}.{key.replace('dwconv.dwconv', dwconv)}"
+                checkpoint[name] = torch.full_like(value, 0.01 * (i + j))
+    return checkpoint
+
+
+@pytest.mark.parametrize("layout", [{}, {"dwconv": "dwconv", "prefix": "backbone."}], ids=["segnext", "mmseg"])
+def test_published_mscan_blocks_load(layout):
+    model = famseg.create_model("famseg_tiny")
+    assert load_mscan(model, published_mscan(model, **layout)) == 13 * 38
+    block = model.encoder.stages[3][-1]
+    assert torch.all(block.mlp.dwconv.dwconv.weight == 0.01 * 5)
+    assert torch.all(block.attn.spatial_gating_unit.conv2_1.weight == 0.01 * 5)
+    with pytest.raises(ValueError, match=r"block1.0.*expected shape"):
+        load_mscan(famseg.create_model("famseg_small"), published_mscan(model))
+
+
+def test_lightham_has_the_keys_of_segnexts_head():
+    keys = set(LightHam((8, 8, 8), 16).state_dict())
+    assert keys == {
+        "squeeze.conv.weight", "squeeze.gn.weight", "squeeze.gn.bias",
+        "hamburger.ham_in.conv.weight", "hamburger.ham_in.conv.bias",
+        "hamburger.ham_out.conv.weight", "hamburger.ham_out.gn.weight", "hamburger.ham_out.gn.bias",
+        "align.conv.weight", "align.gn.weight", "align.gn.bias",
+    }  # fmt: skip
+
+
+def test_factorisation_reconstructs_a_low_rank_map():
+    torch.manual_seed(0)
+    x = (torch.rand(1, 12, 2) @ torch.rand(1, 2, 30)).view(1, 12, 5, 6)
+    y = NMF2d(12, 8).eval()(x)
+    assert (y - x).norm() / x.norm() < 0.1
+
+
+def test_compiles_in_one_graph():
+    torch._dynamo.reset()
+    model = famseg.create_model("famseg_nano").eval()
+    x = torch.randn(1, 1, 32, 32)
+    with torch.no_grad():
+        y = torch.compile(model, fullgraph=True, backend="aot_eager")(x)
+        torch.testing.assert_close(y, model(x), rtol=1e-4, atol=1e-4)
+
+
+def test_bf16_autocast_stays_close():
+    torch.manual_seed(0)
+    model = famseg.create_model("famseg_nano").eval()
+    x = torch.randn(1, 1, 64, 64)
+    with torch.no_grad():
+        y = model(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            z = model(x)
+    assert (y - z.float()).norm() / y.norm() < 0.1
+
+
+def test_summary_counts_parameters_and_flops():
+    text = summarise("famseg_nano", 64)
+    assert f"{sum(p.numel() for p in famseg.create_model('famseg_nano').parameters()):,}" in text
