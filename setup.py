@@ -28,9 +28,7 @@ def find_cxx() -> str:
         if path := shutil.which(name):
             return path
     # SystemExit and not an exception: its message is all the user sees, without a traceback.
-    raise SystemExit(
-        "famseg needs a C++17 compiler: install g++ (Debian: apt install g++) or set CXX to one."
-    )
+    raise SystemExit("famseg needs a C++17 compiler: install g++ (Debian: apt install g++) or set CXX to one.")
 
 
 def find_nvcc() -> str | None:

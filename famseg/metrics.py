@@ -58,9 +58,7 @@ class SegmentationMetrics:
         for name, labels in (("pred", pred), ("target", target)):
             low, high = int(labels.min()), int(labels.max())
             if low < 0 or high >= self.num_classes:
-                raise ValueError(
-                    f"{name}: expected labels 0 to {self.num_classes - 1}, found {low} to {high}"
-                )
+                raise ValueError(f"{name}: expected labels 0 to {self.num_classes - 1}, found {low} to {high}")
         cells = target.flatten() * self.num_classes + pred.to(target.device).flatten()
         # bincount without weights counts in integers, so it is exact and deterministic on every device.
         counts = torch.bincount(cells, minlength=self.num_classes**2)

@@ -44,7 +44,7 @@ __all__ = [
 
 def available_backends() -> dict[str, str]:
     """Backend name → "ok", or the reason why it cannot be used here; the fastest first."""
-    reasons = _backends.availability()
+    reasons = dict(_backends.availability())
     for name in reasons:
         if not any(name in operation.implementations for operation in OPERATIONS):
             reasons[name] = "this version has no kernel for it"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.util
 import os
 import threading
 from collections.abc import Iterator
@@ -55,6 +56,7 @@ def _cuda_reason() -> str:
     return gpu_reason() if module is not None else reason
 
 
+@functools.cache
 def availability() -> dict[str, str]:
     """Backend → "ok" or the reason why it cannot run here, whatever operations it implements."""
     return {

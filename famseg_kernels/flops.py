@@ -38,9 +38,7 @@ def strip_conv2d_bytes(x: Tensor, *args: Any) -> int:
     return _strip_conv.moved_bytes(x, *args)
 
 
-def ssd_scan_2d(
-    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None, **options: Any
-) -> int:
+def ssd_scan_2d(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None, **options: Any) -> int:
     """4 · headdim · state a token, head and direction (the recurrence's update and read-out), 2 · headdim for D."""
     return _ssd_scan.flops_scan_2d(x, dt, A, B, C, D)
 
@@ -96,9 +94,7 @@ def carafe(features: Tensor, masks: Tensor, kernel_size: int, group_size: int = 
     return _reassembly.flops_carafe(features, masks, kernel_size, group_size, scale_factor)
 
 
-def carafe_bytes(
-    features: Tensor, masks: Tensor, kernel_size: int, group_size: int = 1, scale_factor: int = 1
-) -> int:
+def carafe_bytes(features: Tensor, masks: Tensor, kernel_size: int, group_size: int = 1, scale_factor: int = 1) -> int:
     """features and masks in, y out."""
     return _reassembly.bytes_carafe(features, masks, kernel_size, group_size, scale_factor)
 

@@ -5,7 +5,7 @@ take the backend's name as their last argument: the choice made by the caller's 
 and is part of a compiled graph. Autograd is registered on the op itself (so that opcheck, torch.compile and
 AOTAutograd see it) by one generic autograd.Function that saves nothing but the inputs.
 
-Cost of this path without and with gradients: see `python -m benchmarks.overhead`.
+What a call costs before any arithmetic: `python -m benchmarks.overhead`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -86,7 +85,7 @@ class Spec:
 class Operation:
     """A spec with its backends, registered with torch."""
 
-    def __init__(self, spec: Spec, implementations: dict[str, ModuleType]) -> None:
+    def __init__(self, spec: Spec, implementations: dict[str, Any]) -> None:
         self.spec = spec
         self.implementations = implementations
         arguments, results = (part.strip() for part in spec.schema.split("->"))
@@ -130,7 +129,7 @@ class Operation:
     def replace(self, args: Sequence[Any], flat: Sequence[Tensor | None]) -> list[Any]:
         """`args` with its tensor arguments taken from `flat`: the inverse of `flatten`."""
         position = 0
-        result = []
+        result: list[Any] = []
         for value, is_tensor, is_list in zip(args, self._is_tensor, self._is_list, strict=True):
             if is_list and is_tensor:
                 result.append(list(flat[position : position + len(value)]))
@@ -144,45 +143,42 @@ class Operation:
 
     # --- backend choice -----------------------------------------------------------------------------
 
-    def refusals(self, args: Sequence[Any], method: str) -> dict[str, str]:
-        """Backend → "ok" or why it cannot run `method` ("forward" or "backward") on these arguments."""
+    def refusal(self, name: str, args: Sequence[Any], method: str) -> str | None:
+        """None if backend `name` can run `method` ("forward" or "backward") on these arguments, else why not."""
+        implementation = self.implementations.get(name)
+        if implementation is None:
+            return f"it has no kernel for {self.spec.name}"
+        if (reason := backends.availability()[name]) != "ok":
+            return reason
         device = args[0].device.type
-        reasons = {}
-        for name, reason in backends.availability().items():
-            implementation = self.implementations.get(name)
-            if implementation is None:
-                reason = f"it has no kernel for {self.spec.name}"
-            elif reason == "ok" and device not in _DEVICES[name]:
-                reason = f"it runs on {' and '.join(_DEVICES[name])} tensors, x is on {device}"
-            elif reason == "ok" and name != "reference" and not hasattr(implementation, method):
-                reason = f"it has no {method} kernel for {self.spec.name}"
-            elif reason == "ok":
-                reason = implementation.unsupported(*args) or "ok"
-            reasons[name] = reason
-        return reasons
+        if device not in _DEVICES[name]:
+            return f"it runs on {' and '.join(_DEVICES[name])} tensors, x is on {device}"
+        if name != "reference" and not hasattr(implementation, method):
+            return f"it has no {method} kernel for {self.spec.name}"
+        return implementation.unsupported(*args)
 
-    def choose(self, backend: str, args: Sequence[Any], method: str) -> ModuleType:
+    def choose(self, backend: str, args: Sequence[Any], method: str) -> Any:
         """The implementation to run: the fastest possible one, or the one asked for if it can be honoured."""
-        if backend == "reference":
-            return self.implementations["reference"]
-        reasons = self.refusals(args, method)
         if backend != "auto":
-            if reasons[backend] == "ok":
+            if (reason := self.refusal(backend, args, method)) is None:
                 return self.implementations[backend]
             raise RuntimeError(
-                f"{self.spec.name}: backend {backend!r} was asked for but cannot run this call: "
-                f"{reasons[backend]}. Use use_backend('auto') or 'reference', or unset FAMSEG_BACKEND."
+                f"{self.spec.name}: backend {backend!r} was asked for but cannot run this call: {reason}. "
+                "Use use_backend('auto') or 'reference', or unset FAMSEG_BACKEND."
             )
-        chosen = next(name for name, reason in reasons.items() if reason == "ok")
-        if log.isEnabledFor(logging.DEBUG):
-            skipped = {name: reason for name, reason in reasons.items() if reason != "ok"}
-            log.debug("%s.%s: %s (skipped: %s)", self.spec.name, method, chosen, skipped)
-        return self.implementations[chosen]
+        skipped: dict[str, str] = {}
+        for name in backends.BACKENDS:
+            reason = self.refusal(name, args, method)
+            if reason is None:
+                log.debug("%s.%s: %s (skipped: %s)", self.spec.name, method, name, skipped)
+                return self.implementations[name]
+            skipped[name] = reason
+        raise RuntimeError(f"{self.spec.name}: no backend can run this call: {skipped}")
 
     # --- kernels behind torch's dispatcher ------------------------------------------------------------
 
-    def _run_forward(self, *args: Any) -> Any:
-        *args, backend = args
+    def _run_forward(self, *arguments: Any) -> Any:
+        *args, backend = arguments
         implementation = self.choose(backend, args, "forward")
         with _plain_arithmetic(args[0].device.type):
             results = implementation.forward(*args)
@@ -194,8 +190,8 @@ class Operation:
             return [_laid_out(r, e) for r, e in zip(results, expected, strict=True)]
         return _laid_out(results, expected)
 
-    def _run_backward(self, grads: list[Tensor], *args: Any) -> list[Tensor]:
-        *args, needs, backend = args
+    def _run_backward(self, grads: list[Tensor], *arguments: Any) -> list[Tensor]:
+        *args, needs, backend = arguments
         implementation = self.choose(backend, args, "backward")
         with _plain_arithmetic(args[0].device.type):
             if implementation is self.implementations["reference"]:
@@ -206,18 +202,16 @@ class Operation:
 
     def _differentiate(
         self, forward: Callable[..., Any], grads: list[Tensor], needs: list[bool], args: Sequence[Any]
-    ) -> list[Tensor | None]:
+    ) -> list[Any]:
         """The reference's backward: autograd of its forward, recomputed."""
-        flat = self.flatten(args)
+        flat: list[Any] = self.flatten(args)
         with _recording():
             leaves = [t.detach().requires_grad_() if need else t for t, need in zip(flat, needs, strict=True)]
             outputs = forward(*self.replace(args, leaves))
             wanted = [leaf for leaf, need in zip(leaves, needs, strict=True) if need]
             outputs = outputs if self._returns_list else [outputs]
             used = [(output, grad) for output, grad in zip(outputs, grads, strict=True) if output.requires_grad]
-            results = iter(
-                torch.autograd.grad([o for o, _ in used], wanted, [g for _, g in used], allow_unused=True)
-            )
+            results = iter(torch.autograd.grad([o for o, _ in used], wanted, [g for _, g in used], allow_unused=True))
         found = []
         for tensor, need in zip(flat, needs, strict=True):
             result = next(results) if need else None
@@ -229,9 +223,10 @@ class Operation:
     def _fake_forward(self, *args: Any) -> Any:
         return self.spec.fake(*args[:-1])
 
-    def _fake_backward(self, grads: list[Tensor], *args: Any) -> list[Tensor]:
-        *args, needs, _ = args
-        return [torch.empty_like(t) for t, need in zip(self.flatten(args), needs, strict=True) if need]
+    def _fake_backward(self, grads: list[Tensor], *arguments: Any) -> list[Tensor]:
+        *args, needs, _ = arguments
+        flat: list[Any] = self.flatten(args)
+        return [torch.empty_like(t) for t, need in zip(flat, needs, strict=True) if need]
 
     def _autograd_forward(self, keyset: Any, *args: Any) -> Any:
         flat = self.flatten(args[:-1])

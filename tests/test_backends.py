@@ -38,7 +38,7 @@ def test_a_backend_that_cannot_take_the_arguments_raises_at_the_call():
     available = [name for name in ("cpu", "cuda") if fk.available_backends()[name] == "ok"]
     if not available:
         pytest.skip("no native backend is available here")
-    with pytest.raises(RuntimeError, match="cannot run this call.*x is on meta"):
+    with pytest.raises(RuntimeError, match=r"cannot run this call.*x is on meta"):
         fk.OPERATIONS[0].choose(available[0], (X.to("meta"), None, None, [], [], [], []), "forward")
 
 

@@ -50,12 +50,24 @@ def scan(**changes):
 
 
 def reassemble(**changes):
-    args = {"x": torch.randn(1, 4, 3, 3), "logits": torch.randn(1, 100, 3, 3), "kernel_size": 5, "scale": 2, "groups": 1}
+    args = {
+        "x": torch.randn(1, 4, 3, 3),
+        "logits": torch.randn(1, 100, 3, 3),
+        "kernel_size": 5,
+        "scale": 2,
+        "groups": 1,
+    }
     return fk.reassemble(**{**args, **changes})
 
 
 def carafe(**changes):
-    args = {"features": torch.randn(1, 4, 3, 3), "masks": torch.rand(1, 25, 6, 6), "kernel_size": 5, "group_size": 1, "scale_factor": 2}
+    args = {
+        "features": torch.randn(1, 4, 3, 3),
+        "masks": torch.rand(1, 25, 6, 6),
+        "kernel_size": 5,
+        "group_size": 1,
+        "scale_factor": 2,
+    }
     return fk.carafe(**{**args, **changes})
 
 

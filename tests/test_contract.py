@@ -76,7 +76,7 @@ def require(operation: Operation, backend: str, args, method: str = "forward") -
     """Skip, with the reason, where this machine or this backend cannot run the call."""
     if (reason := fk.available_backends()[backend]) != "ok":
         pytest.skip(reason)
-    if (reason := operation.refusals(args, method)[backend]) != "ok":
+    if (reason := operation.refusal(backend, args, method)) is not None:
         pytest.skip(reason)
 
 

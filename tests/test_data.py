@@ -547,9 +547,7 @@ def test_joined_data_keep_subjects_apart(hc18: Path, folder: Path, tmp_path: Pat
     assert [sample.name for sample in data][:4] == ["001_2HC", "001_HC", "002_HC", "x"]
     assert data[-1].name == data[5].name
     assert data.subjects == [sample.subject for sample in data]
-    assert (
-        len(set(data.subjects)) == 5
-    )  # two of HC18, one of the folder though it shares a name, two phantoms
+    assert len(set(data.subjects)) == 5  # two of HC18, one of the folder though it shares a name, two phantoms
     with pytest.raises(IndexError):
         data[6]
     with pytest.raises(DataError, match="named twice"):

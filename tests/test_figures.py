@@ -94,9 +94,7 @@ def test_overlay_colours_lie_where_the_masks_are(tmp_path: Path) -> None:
     for panel, mask in ((left, truth), (right, predicted)):
         height, width = panel.shape[:2]
         for colour, label in ((reddish, 1), (greenish, 2)):
-            region = cv2.resize(
-                (mask == label).astype(np.uint8), (width, height), interpolation=cv2.INTER_NEAREST
-            )
+            region = cv2.resize((mask == label).astype(np.uint8), (width, height), interpolation=cv2.INTER_NEAREST)
             shown = colour(panel)
             inside = cv2.erode(region, np.ones((9, 9), np.uint8)).astype(bool)
             outside = ~cv2.dilate(region, np.ones((9, 9), np.uint8)).astype(bool)

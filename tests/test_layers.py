@@ -1,4 +1,4 @@
-"""Layers: checkpoints of SegNeXt and mmcv load and mean the same, accelerate swaps, the scan block starts as identity."""
+"""Layers: checkpoints of SegNeXt and mmcv load and mean the same; accelerate; the scan block."""
 
 from __future__ import annotations
 
@@ -30,7 +30,16 @@ class AttentionModule(nn.Module):
 class CARAFEPack(nn.Module):
     """mmcv's module as published, on plain PyTorch."""
 
-    def __init__(self, channels, scale_factor, up_kernel=5, up_group=1, encoder_kernel=3, encoder_dilation=1, compressed_channels=64):
+    def __init__(
+        self,
+        channels,
+        scale_factor,
+        up_kernel=5,
+        up_group=1,
+        encoder_kernel=3,
+        encoder_dilation=1,
+        compressed_channels=64,
+    ):
         super().__init__()
         self.channels, self.scale_factor, self.up_kernel, self.up_group = channels, scale_factor, up_kernel, up_group
         self.encoder_kernel, self.encoder_dilation = encoder_kernel, encoder_dilation
@@ -38,11 +47,13 @@ class CARAFEPack(nn.Module):
         self.channel_compressor = nn.Conv2d(channels, compressed_channels, 1)
         out = up_kernel**2 * up_group * scale_factor**2
         padding = (encoder_kernel - 1) * encoder_dilation // 2
-        self.content_encoder = nn.Conv2d(compressed_channels, out, encoder_kernel, padding=padding, dilation=encoder_dilation)
+        self.content_encoder = nn.Conv2d(
+            compressed_channels, out, encoder_kernel, padding=padding, dilation=encoder_dilation
+        )
 
     def forward(self, x):
         mask = F.pixel_shuffle(self.content_encoder(self.channel_compressor(x)), self.scale_factor)
-        n, c, h, w = mask.shape
+        n, _, h, w = mask.shape
         mask = mask.view(n, self.up_group, self.up_kernel**2, h, w).softmax(2)
         patches = F.unfold(x, self.up_kernel, padding=self.up_kernel // 2).view(n, -1, *x.shape[2:])
         patches = F.interpolate(patches, scale_factor=self.scale_factor)

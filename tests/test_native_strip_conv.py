@@ -181,9 +181,7 @@ def gradient_scales(args: tuple[Any, ...], grad: Tensor) -> list[float]:
 @pytest.mark.parametrize("case", CASES)
 def test_matches_the_composition_in_fp64(case: str, dtype: torch.dtype, isa: str) -> None:
     args = converted(arguments(*CASES[case]), dtype)
-    grad = torch.randn(args[0].shape, dtype=torch.float64, generator=torch.Generator().manual_seed(2)).to(
-        dtype
-    )
+    grad = torch.randn(args[0].shape, dtype=torch.float64, generator=torch.Generator().manual_seed(2)).to(dtype)
     exact = converted(args, torch.float64)
     truth = run(compose, exact, grad.double())
     theirs = run(compose, args, grad)
@@ -290,7 +288,5 @@ def test_rounds_to_the_nearest_even_16_bit_number(dtype: torch.dtype, isa: str) 
 
 def test_an_instruction_set_this_cpu_lacks_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FAMSEG_CPU_ISA", "avx10")
-    with pytest.raises(
-        ValueError, match=r"FAMSEG_CPU_ISA=avx10 is not available on this CPU; available: baseline"
-    ):
+    with pytest.raises(ValueError, match=r"FAMSEG_CPU_ISA=avx10 is not available on this CPU; available: baseline"):
         NATIVE.isa()

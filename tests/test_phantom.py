@@ -173,9 +173,7 @@ def test_anatomy_is_visible(samples):
     for s in samples:
         if s.femur_length is not None:
             bone = (s.mask == 1).astype(np.uint8)
-            around = cv2.dilate(bone, np.ones((13, 13), np.uint8)) - cv2.dilate(
-                bone, np.ones((5, 5), np.uint8)
-            )
+            around = cv2.dilate(bone, np.ones((13, 13), np.uint8)) - cv2.dilate(bone, np.ones((5, 5), np.uint8))
             contrast.append(float(s.image[bone > 0].mean()) - float(s.image[around > 0].mean()))
     assert np.median(contrast) > 60.0
     assert np.mean(np.array(contrast) > 15.0) > 0.95

@@ -59,4 +59,63 @@ template <typename T>
   return value - Vector<T>{};  // scalar - vector broadcasts; x - 0 is x for every x, -0 included
 }
 
+// Numbers that exponential() needs for each type.
+template <typename T>
+struct ExponentialOf;
+
+template <>
+struct ExponentialOf<float> {
+  using Integer = int32_t;
+  static constexpr int mantissa_bits = 23;
+  static constexpr Integer bias = 127;
+  static constexpr float low = -86.5f, high = 89.0f;
+  // ln 2 in two parts; n times the first is exact.
+  static constexpr float ln2_high = 0.693359375f, ln2_low = -2.12194440e-4f;
+  // (e^r - 1 - r) / r^2 on |r| <= ln 2 / 2, highest power first (Cephes).
+  static constexpr float polynomial[] = {1.9875691500e-4f, 1.3981999507e-3f, 8.3334519073e-3f,
+                                         4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f};
+};
+
+template <>
+struct ExponentialOf<double> {
+  using Integer = int64_t;
+  static constexpr int mantissa_bits = 52;
+  static constexpr Integer bias = 1023;
+  static constexpr double low = -708.0, high = 710.0;
+  static constexpr double ln2_high = 6.93147180369123816490e-1;
+  static constexpr double ln2_low = 1.90821492927058770002e-10;
+  // 1 / 13!, 1 / 12! ... 1 / 2!: the next term is below 2^-58.
+  static constexpr double polynomial[] = {
+      1.0 / 6227020800.0, 1.0 / 479001600.0, 1.0 / 39916800.0, 1.0 / 3628800.0,
+      1.0 / 362880.0,     1.0 / 40320.0,     1.0 / 5040.0,     1.0 / 720.0,
+      1.0 / 120.0,        1.0 / 24.0,        1.0 / 6.0,        1.0 / 2.0};
+};
+
+// e^x to about an ulp; 0 where that would be below 4 times the smallest normal number, infinity
+// where it overflows, NaN for NaN.
+template <typename T>
+[[gnu::always_inline]] inline Vector<T> exponential(Vector<T> x) {
+  using Of = ExponentialOf<T>;
+  using Integer = typename Of::Integer;
+  constexpr T log2_e = T(1.44269504088896340736);
+  // Adding it rounds to an integer, which then is the low bits of the sum.
+  constexpr T magic = T(3) * static_cast<T>(Integer(1) << (Of::mantissa_bits - 1));
+  const Vector<T> top = broadcast(Of::high), bottom = broadcast(Of::low);
+  const Vector<T> bounded = x > top ? top : (x < bottom ? bottom : x);
+  const Vector<T> shifted = bounded * log2_e + magic;
+  const Vector<T> n = shifted - magic;
+  const Vector<T> r = bounded - n * Of::ln2_high - n * Of::ln2_low;
+  Vector<T> sum = broadcast(Of::polynomial[0]);
+#pragma GCC unroll 16
+  for (int i = 1; i < static_cast<int>(sizeof Of::polynomial / sizeof(T)); ++i) {
+    sum = sum * r + Of::polynomial[i];
+  }
+  sum = sum * r * r + r + T(1);
+  // 2^n as 2^(n - 1) * 2: n may be one more than the exponent of the largest number. The shift
+  // drops the bits of `magic`.
+  const Vector<Integer> exponent = reinterpret_cast<Vector<Integer>>(shifted) + (Of::bias - 1);
+  const Vector<T> power = reinterpret_cast<Vector<T>>(exponent << Of::mantissa_bits);
+  return x < bottom ? Vector<T>{} : sum * power * T(2);
+}
+
 }  // namespace famseg::FAMSEG_ISA

@@ -90,7 +90,7 @@ struct Geometry {
 };
 
 template <typename T>
-Geometry geometry(const Problem& p, bool backward, int64_t halo) {
+Geometry geometry(const Problem& p, bool backward, bool with_halo) {
   constexpr int64_t lanes = kLanes<T>;
   Geometry g{};
   g.height = p.h;
@@ -105,7 +105,7 @@ Geometry geometry(const Problem& p, bool backward, int64_t halo) {
   // The last vector of a run may hang over by a vector, and loads are shifted by the reach.
   g.margin = round_up(g.reach_x, lanes) + lanes;
   g.pitch = p.w < lanes ? p.w + g.reach_x : round_up(p.w + g.reach_x, lanes);
-  g.halo = halo < g.reach_y ? halo : g.reach_y;
+  g.halo = with_halo ? g.reach_y : 0;
 
   const int64_t row_bytes = g.taps * g.phases * g.pitch * static_cast<int64_t>(sizeof(T));
   const int64_t fitting = (backward ? kBackwardWeightBytes : kForwardWeightBytes) / row_bytes;
@@ -330,13 +330,369 @@ void store_weights(const Problem& p, const Geometry& g, int64_t index, int64_t f
   }
 }
 
-// Calls f.template operator()<COUNT>(first) for pieces of 4, 2 and 1 that make up `count`.
+// ---- tiles: sums that stay in registers ---------------------------------------------------------
+
+// Channels, phases: 4 x 4 sums, 4 weights and an input fit into 32 registers; 2 x 4 into 16.
+constexpr int kMostChannels = kVectorRegisters >= 32 ? 4 : 2;
+constexpr int kMostPhases = 4;
+// Taps x 4 phases of the gradient of the weights, 4 gradients and an input.
+constexpr int kMostTaps = kVectorRegisters >= 32 ? 5 : 2;
+
+template <int N>
+struct Constant {
+  static constexpr int value = N;
+};
+
+// Calls f(Constant<size>, first) for pieces of at most MOST, 2 and 1 that make up `count`.
 template <int MOST, typename F>
 [[gnu::always_inline]] inline void for_each_piece(int64_t count, const F& f) {
   int64_t first = 0;
-  if constexpr (MOST >= 4) {
-    for (; first + 4 <= count; first += 4) f(Constant<4>(), first);
+  for (; first + MOST <= count; first += MOST) f(Constant<MOST>(), first);
+  if constexpr (MOST > 2) {
+    for (; first + 2 <= count; first += 2) f(Constant<2>(), first);
   }
-  for (; first + 2 <= count; first += 2) f(Constant<2>(), first);
-  if (first < count) f(Constant<1>(), first);
+  if constexpr (MOST > 1) {
+    for (; first < count; ++first) f(Constant<1>(), first);
+  }
 }
+
+// One vector of some channels and phases of the result.
+template <int CHANNELS, int PHASES, typename T>
+void forward_tile(const Geometry& g, Planes<T> x, Planes<T> weights, Planes<T> out) {
+  Vector<T> sum[CHANNELS][PHASES] = {};
+  for (int64_t ty = -g.reach_y; ty <= g.reach_y; ++ty) {
+    const int64_t row_tap = (ty + g.kernel / 2) * g.kernel + g.kernel / 2;
+    for (int64_t tx = -g.reach_x; tx <= g.reach_x; ++tx) {
+      const T* weight = weights[(row_tap + tx) * g.phases];
+      const T* in = x.at + ty * g.pitch + tx;
+      Vector<T> factor[PHASES];
+#pragma GCC unroll 4
+      for (int phase = 0; phase < PHASES; ++phase) factor[phase] = load(weight + phase * weights.stride);
+#pragma GCC unroll 4
+      for (int c = 0; c < CHANNELS; ++c) {
+        const Vector<T> v = load(in + c * x.stride);
+#pragma GCC unroll 4
+        for (int phase = 0; phase < PHASES; ++phase) sum[c][phase] += factor[phase] * v;
+      }
+    }
+  }
+#pragma GCC unroll 4
+  for (int c = 0; c < CHANNELS; ++c) {
+#pragma GCC unroll 4
+    for (int phase = 0; phase < PHASES; ++phase) store(out[c * g.phases + phase], sum[c][phase]);
+  }
+}
+
+// One vector of the gradient of the weights of some neighbouring taps and phases: adds the products
+// of `channels` channels.
+template <int TAPS, int PHASES, typename T>
+void weight_gradient_tile(const Geometry& g, int64_t channels, Planes<T> x, Planes<T> y_gradient,
+                          Planes<T> gradient) {
+  Vector<T> sum[TAPS][PHASES];
+#pragma GCC unroll 5
+  for (int tap = 0; tap < TAPS; ++tap) {
+#pragma GCC unroll 4
+    for (int phase = 0; phase < PHASES; ++phase) sum[tap][phase] = load(gradient[tap * g.phases + phase]);
+  }
+  for (int64_t c = 0; c < channels; ++c) {
+    const T* in = x[c];
+    const T* out = y_gradient[c * g.phases];
+    Vector<T> factor[PHASES];
+#pragma GCC unroll 4
+    for (int phase = 0; phase < PHASES; ++phase) factor[phase] = load(out + phase * y_gradient.stride);
+#pragma GCC unroll 5
+    for (int tap = 0; tap < TAPS; ++tap) {
+      const Vector<T> v = load(in + tap);
+#pragma GCC unroll 4
+      for (int phase = 0; phase < PHASES; ++phase) sum[tap][phase] += factor[phase] * v;
+    }
+  }
+#pragma GCC unroll 5
+  for (int tap = 0; tap < TAPS; ++tap) {
+#pragma GCC unroll 4
+    for (int phase = 0; phase < PHASES; ++phase) store(gradient[tap * g.phases + phase], sum[tap][phase]);
+  }
+}
+
+// One vector of the gradient of x of some channels: gathers from all output pixels that it went to.
+template <int CHANNELS, typename T>
+void x_gradient_tile(const Geometry& g, Planes<T> y_gradient, Planes<T> weights, Planes<T> out) {
+  Vector<T> sum[CHANNELS] = {};
+  for (int64_t ty = -g.reach_y; ty <= g.reach_y; ++ty) {
+    const int64_t row_tap = (ty + g.kernel / 2) * g.kernel + g.kernel / 2;
+    for (int64_t tx = -g.reach_x; tx <= g.reach_x; ++tx) {
+      const int64_t offset = -ty * g.pitch - tx;
+      const T* weight = weights[(row_tap + tx) * g.phases] + offset;
+      const T* in = y_gradient.at + offset;
+      for (int64_t phase = 0; phase < g.phases; ++phase) {
+        const Vector<T> factor = load(weight + phase * weights.stride);
+#pragma GCC unroll 4
+        for (int c = 0; c < CHANNELS; ++c) {
+          sum[c] += factor * load(in + (c * g.phases + phase) * y_gradient.stride);
+        }
+      }
+    }
+  }
+#pragma GCC unroll 4
+  for (int c = 0; c < CHANNELS; ++c) store(out[c], sum[c]);
+}
+
+// ---- forward ------------------------------------------------------------------------------------
+
+template <typename T>
+struct ForwardSpace {
+  Planes<T> weights;  // (tap, phase), the block's rows
+  Planes<T> x;        // a chunk of channels, the block's rows and the reach above and below
+  Planes<T> out;      // (channel, phase), one run
+};
+
+template <typename T>
+ForwardSpace<T> forward_space(const Geometry& g, Arena& arena) {
+  ForwardSpace<T> space;
+  space.weights = take_planes<T>(arena, g, g.taps * g.phases, g.rows);
+  space.x = take_planes<T>(arena, g, g.chunk, g.rows + 2 * g.reach_y);
+  space.out = take_planes<T>(arena, g, kMostChannels * g.phases, smaller(g.run_rows, g.rows));
+  return space;
+}
+
+template <typename T>
+[[gnu::always_inline]] inline Planes<T> shifted(Planes<T> planes, int64_t by) {
+  return {planes.at + by, planes.stride};
+}
+
+template <typename S, typename T>
+void forward_block(const Problem& p, void* y, int64_t block, void* scratch) {
+  const Geometry g = geometry<T>(p, false, false);
+  Arena arena{static_cast<char*>(scratch)};
+  const ForwardSpace<T> space = forward_space<T>(g, arena);
+  const int64_t index = block / g.row_blocks;
+  const int64_t first = block % g.row_blocks * g.rows;
+  const int64_t rows = smaller(g.rows, g.height - first);
+  const int64_t pixels = g.height * g.width;
+
+  load_weights<S>(p, g, index, first, rows, space.weights);
+  for (int64_t chunk = 0; chunk < g.channels; chunk += g.chunk) {
+    const int64_t channels = smaller(g.chunk, g.channels - chunk);
+    // Groups lie one behind the other, so `index` counts them through the batch.
+    const int64_t first_plane = index * g.channels + chunk;
+    for (int64_t c = 0; c < channels; ++c) {
+      load_rows(g, static_cast<const S*>(p.x) + (first_plane + c) * pixels, first - g.reach_y,
+                rows + 2 * g.reach_y, space.x[c]);
+    }
+    for_each_run<T>(g, rows, [&](int64_t row, int64_t run_rows, int64_t vectors) {
+      const Planes<T> weights = shifted(space.weights, row * g.pitch);
+      const Planes<T> x = shifted(space.x, (row + g.reach_y) * g.pitch);
+      for_each_piece<kMostChannels>(channels, [&](auto piece, int64_t c) {
+        constexpr int count = decltype(piece)::value;
+        for_each_piece<kMostPhases>(g.phases, [&](auto phase_piece, int64_t phase) {
+          for (int64_t v = 0; v < vectors; ++v) {
+            const int64_t at = v * kLanes<T>;
+            forward_tile<count, decltype(phase_piece)::value, T>(
+                g, shifted(x, c * x.stride + at), shifted(weights, phase * weights.stride + at),
+                shifted(space.out, phase * space.out.stride + at));
+          }
+        });
+        for (int64_t k = 0; k < count; ++k) {
+          store_scaled(g, shifted(space.out, k * g.phases * space.out.stride), first + row,
+                       run_rows,
+                       static_cast<S*>(y) + (first_plane + c + k) * g.phases * pixels);
+        }
+      });
+    });
+  }
+}
+
+// ---- backward -----------------------------------------------------------------------------------
+
+template <typename T>
+struct BackwardSpace {
+  Planes<T> weights;           // (tap, phase), the block's rows and the halo
+  Planes<T> weights_gradient;  // (tap, phase), the block's rows
+  Planes<T> y_gradient;        // (channel, phase) of a chunk, rows as the weights
+  Planes<T> x;                 // a chunk of channels, the block's rows and the reach
+  Planes<T> x_gradient;        // some channels, one run
+};
+
+template <typename T>
+BackwardSpace<T> backward_space(const Geometry& g, Arena& arena) {
+  BackwardSpace<T> space;
+  space.weights = take_planes<T>(arena, g, g.taps * g.phases, g.rows + 2 * g.halo);
+  space.weights_gradient = take_planes<T>(arena, g, g.taps * g.phases, g.rows);
+  space.y_gradient = take_planes<T>(arena, g, g.chunk * g.phases, g.rows + 2 * g.halo);
+  space.x = take_planes<T>(arena, g, g.chunk, g.rows + 2 * g.reach_y);
+  space.x_gradient = take_planes<T>(arena, g, kMostChannels, smaller(g.run_rows, g.rows));
+  return space;
+}
+
+// Adds a chunk of channels to the gradient of the weights.
+template <typename T>
+void add_weights_gradient(const Geometry& g, const BackwardSpace<T>& space, int64_t rows,
+                          int64_t channels) {
+  const int64_t radius = g.kernel / 2;
+  for_each_run<T>(g, rows, [&](int64_t row, int64_t, int64_t vectors) {
+    for (int64_t v = 0; v < vectors; ++v) {
+      const int64_t at = row * g.pitch + v * kLanes<T>;
+      for_each_piece<kMostPhases>(g.phases, [&](auto phase_piece, int64_t phase) {
+        const Planes<T> y_gradient =
+            shifted(space.y_gradient, phase * space.y_gradient.stride + g.halo * g.pitch + at);
+        for (int64_t ty = -g.reach_y; ty <= g.reach_y; ++ty) {
+          const T* x = space.x.at + (g.reach_y + ty) * g.pitch - g.reach_x + at;
+          const int64_t row_tap = (ty + radius) * g.kernel + radius - g.reach_x;
+          for_each_piece<kMostTaps>(2 * g.reach_x + 1, [&](auto tap_piece, int64_t tap) {
+            weight_gradient_tile<decltype(tap_piece)::value, decltype(phase_piece)::value, T>(
+                g, channels, {const_cast<T*>(x) + tap, space.x.stride}, y_gradient,
+                {space.weights_gradient[(row_tap + tap) * g.phases + phase] + at,
+                 space.weights_gradient.stride});
+          });
+        }
+      });
+    }
+  });
+}
+
+template <typename S, typename T>
+void store_x_gradient(const Geometry& g, const BackwardSpace<T>& space, int64_t first, int64_t rows,
+                      int64_t channels, S* x_gradient) {
+  for_each_run<T>(g, rows, [&](int64_t row, int64_t run_rows, int64_t vectors) {
+    const int64_t start = (g.halo + row) * g.pitch;
+    for_each_piece<kMostChannels>(channels, [&](auto piece, int64_t c) {
+      constexpr int count = decltype(piece)::value;
+      for (int64_t v = 0; v < vectors; ++v) {
+        const int64_t at = v * kLanes<T>;
+        x_gradient_tile<count, T>(
+            g, shifted(space.y_gradient, c * g.phases * space.y_gradient.stride + start + at),
+            shifted(space.weights, start + at), shifted(space.x_gradient, at));
+      }
+      for (int64_t k = 0; k < count; ++k) {
+        store_rows(g, space.x_gradient[k], first + row, run_rows,
+                   x_gradient + (c + k) * g.height * g.width);
+      }
+    });
+  });
+}
+
+template <typename S, typename T>
+void backward_block(const Problem& p, const Gradients& gradients, int64_t block, void* scratch) {
+  const Geometry g = geometry<T>(p, true, gradients.x != nullptr);
+  Arena arena{static_cast<char*>(scratch)};
+  const BackwardSpace<T> space = backward_space<T>(g, arena);
+  const int64_t index = block / g.row_blocks;
+  const int64_t first = block % g.row_blocks * g.rows;
+  const int64_t rows = smaller(g.rows, g.height - first);
+  const int64_t pixels = g.height * g.width;
+  const bool wants_weights = gradients.weights != nullptr;
+
+  if (gradients.x != nullptr || p.softmax) {
+    load_weights<S>(p, g, index, first - g.halo, rows + 2 * g.halo, space.weights);
+  }
+  if (wants_weights) {
+    T* from = space.weights_gradient.at - g.margin;
+    for (int64_t i = 0; i < g.taps * g.phases * space.weights_gradient.stride; ++i) from[i] = T(0);
+  }
+  for (int64_t chunk = 0; chunk < g.channels; chunk += g.chunk) {
+    const int64_t channels = smaller(g.chunk, g.channels - chunk);
+    const int64_t first_plane = index * g.channels + chunk;
+    for (int64_t c = 0; c < channels; ++c) {
+      load_scaled(g, static_cast<const S*>(gradients.y) + (first_plane + c) * g.phases * pixels,
+                  first - g.halo, rows + 2 * g.halo,
+                  shifted(space.y_gradient, c * g.phases * space.y_gradient.stride));
+    }
+    if (wants_weights) {
+      for (int64_t c = 0; c < channels; ++c) {
+        load_rows(g, static_cast<const S*>(p.x) + (first_plane + c) * pixels, first - g.reach_y,
+                  rows + 2 * g.reach_y, space.x[c]);
+      }
+      add_weights_gradient(g, space, rows, channels);
+    }
+    if (gradients.x != nullptr) {
+      store_x_gradient(g, space, first, rows, channels,
+                       static_cast<S*>(gradients.x) + first_plane * pixels);
+    }
+  }
+  if (wants_weights) {
+    if (p.softmax) {
+      normalise_backward(g, rows, shifted(space.weights, g.halo * g.pitch), space.weights_gradient);
+    }
+    store_weights<S>(p, g, index, first, rows, space.weights_gradient, gradients.weights);
+  }
+}
+
+// ---- by element type ----------------------------------------------------------------------------
+
+// Calls f with a value of the element type in memory.
+template <typename F>
+auto by_dtype(Dtype dtype, const F& f) {
+  switch (dtype) {
+    case Dtype::float64:
+      return f(double());
+    case Dtype::bfloat16:
+      return f(Bfloat16());
+    case Dtype::float16:
+      return f(Float16());
+    case Dtype::float32:
+      break;
+  }
+  return f(float());
+}
+
+// What arithmetic on elements S is done in.
+template <typename S>
+using Compute = decltype(widen(S()));
+
+int64_t blocks(const Problem& p, bool backward, bool with_halo) {
+  return by_dtype(p.dtype, [&](auto element) {
+    const Geometry g = geometry<Compute<decltype(element)>>(p, backward, with_halo);
+    return p.n * p.groups * g.row_blocks;
+  });
+}
+
+int64_t forward_blocks(const Problem& p) {
+  return blocks(p, false, false);
+}
+
+int64_t backward_blocks(const Problem& p, const Gradients& gradients) {
+  return blocks(p, true, gradients.x != nullptr);
+}
+
+size_t forward_scratch(const Problem& p) {
+  return by_dtype(p.dtype, [&](auto element) {
+    using T = Compute<decltype(element)>;
+    Arena counting;
+    forward_space<T>(geometry<T>(p, false, false), counting);
+    return static_cast<size_t>(counting.used);
+  });
+}
+
+size_t backward_scratch(const Problem& p, const Gradients& gradients) {
+  return by_dtype(p.dtype, [&](auto element) {
+    using T = Compute<decltype(element)>;
+    Arena counting;
+    backward_space<T>(geometry<T>(p, true, gradients.x != nullptr), counting);
+    return static_cast<size_t>(counting.used);
+  });
+}
+
+void forward_block_any(const Problem& p, void* y, int64_t block, void* scratch) {
+  by_dtype(p.dtype, [&](auto element) {
+    using S = decltype(element);
+    forward_block<S, Compute<S>>(p, y, block, scratch);
+  });
+}
+
+void backward_block_any(const Problem& p, const Gradients& gradients, int64_t block,
+                        void* scratch) {
+  by_dtype(p.dtype, [&](auto element) {
+    using S = decltype(element);
+    backward_block<S, Compute<S>>(p, gradients, block, scratch);
+  });
+}
+
+}  // namespace
+
+// `extern` because a const object is otherwise local to its file.
+extern const reassembly::Kernels reassembly_kernels;
+const reassembly::Kernels reassembly_kernels = {forward_blocks,    forward_scratch,
+                                                forward_block_any, backward_blocks,
+                                                backward_scratch,  backward_block_any};
+
+}  // namespace famseg::FAMSEG_ISA

@@ -44,11 +44,12 @@ std::string describe(const Shape& s) {
          ", scale " + std::to_string(s.scale) + ", groups " + std::to_string(s.groups);
 }
 
-void check(cudaError_t status, const char* what, const Shape& shape) {
+void check(cudaError_t status, const Shape& shape) {
   if (status == cudaSuccess) return;
-  throw std::runtime_error("reassemble on CUDA: " + std::string(what) + ": " +
-                           cudaGetErrorString(status) + " (" + cudaGetErrorName(status) + "); " +
-                           describe(shape));
+  cudaGetLastError();  // takes it back, so that no later call of torch is blamed for it
+  throw std::runtime_error(
+      "reassemble on CUDA: launch failed: " + std::string(cudaGetErrorString(status)) + " (" +
+      cudaGetErrorName(status) + "); " + describe(shape));
 }
 
 template <typename T>
@@ -61,11 +62,14 @@ void launch(const void* x, const void* logits, void* y, const Shape& shape, cuda
   // The kernel strides over what a grid of 2^30 blocks leaves; the limit is 2^31 - 1.
   const long long blocks = (total + threads - 1) / threads;
   const unsigned grid = static_cast<unsigned>(blocks < (1LL << 30) ? blocks : (1LL << 30));
-  // An error left behind by someone else must not be reported as this launch's.
-  check(cudaPeekAtLastError(), "an earlier CUDA call had failed", shape);
-  reassemble_forward<T><<<grid, threads, 0, stream>>>(
-      static_cast<const T*>(x), static_cast<const T*>(logits), static_cast<T*>(y), shape);
-  check(cudaGetLastError(), "launch failed", shape);
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(grid);
+  config.blockDim = dim3(threads);
+  config.stream = stream;
+  // Not <<< >>> with cudaGetLastError: that would also report what an earlier call left behind.
+  check(cudaLaunchKernelEx(&config, reassemble_forward<T>, static_cast<const T*>(x),
+                           static_cast<const T*>(logits), static_cast<T*>(y), shape),
+        shape);
 }
 
 }  // namespace

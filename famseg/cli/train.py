@@ -20,9 +20,7 @@ def parser() -> ArgumentParser:
     parser.add_argument("--summary", action="store_true", help="print parameters and FLOPs of the model and stop")
     for field in dataclasses.fields(TrainConfig):
         flag = "--" + field.name.replace("_", "-")
-        parser.add_argument(
-            flag, type=_HINTS[field.name], default=field.default, help=field.metadata["help"]
-        )
+        parser.add_argument(flag, type=_HINTS[field.name], default=field.default, help=field.metadata["help"])
     return parser
 
 

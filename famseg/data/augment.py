@@ -58,9 +58,7 @@ def train_transform(image_size: int | tuple[int, int]) -> Transform:
     steps = [
         A.HorizontalFlip(p=0.5),
         A.VerticalFlip(p=0.1),
-        A.Affine(
-            scale=(0.85, 1.15), keep_ratio=True, rotate=(-25, 25), translate_percent=(-0.05, 0.05), p=0.8
-        ),
+        A.Affine(scale=(0.85, 1.15), keep_ratio=True, rotate=(-25, 25), translate_percent=(-0.05, 0.05), p=0.8),
         # Displacements are unit white noise blurred by sigma and scaled by alpha, which leaves a standard
         # deviation of alpha / (2 sqrt(pi) sigma) pixels: here 0.8 % of the side, varying over 8 % of it.
         A.ElasticTransform(alpha=0.008 * side * 3.545 * sigma, sigma=sigma, p=0.2),

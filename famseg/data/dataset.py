@@ -6,6 +6,7 @@ import dataclasses
 import math
 import os
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -67,7 +68,7 @@ class SegmentationDataset(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __getitem__(self, position: int) -> dict[str, object]:
+    def __getitem__(self, position: int) -> dict[str, Any]:
         index, sample = self.indices[position], self.sample(position)
         entropy = np.random.SeedSequence([self.seed, int(self._epoch), index])
         image, mask = self.transform(sample.image, sample.mask, int(entropy.generate_state(1)[0]))
@@ -112,9 +113,7 @@ class _Joined(Sequence[Sample]):
 
     @property
     def subjects(self) -> list[str]:
-        return [
-            f"{name}/{subject}" for name, source in self._sources.items() for subject in subjects_of(source)
-        ]
+        return [f"{name}/{subject}" for name, source in self._sources.items() for subject in subjects_of(source)]
 
     def __len__(self) -> int:
         return sum(len(source) for source in self._sources.values())
@@ -132,9 +131,7 @@ class _Joined(Sequence[Sample]):
 def _open(part: str, spec: str, image_size: int, seed: int) -> Sequence[Sample]:
     scheme, _, argument = part.partition(":")
     if scheme == "phantom":
-        return Phantom(
-            _length(argument, part) if ":" in part else PHANTOM_LENGTH, (image_size, image_size), seed
-        )
+        return Phantom(_length(argument, part) if ":" in part else PHANTOM_LENGTH, (image_size, image_size), seed)
     if scheme in ("hc18", "folder") and argument:
         return HC18(argument) if scheme == "hc18" else Folder(argument)
     raise DataError(f"data '{spec}': cannot open '{part}'; expected {SCHEMES}")
@@ -142,9 +139,7 @@ def _open(part: str, spec: str, image_size: int, seed: int) -> Sequence[Sample]:
 
 def _length(argument: str, part: str) -> int:
     if not (argument.isascii() and argument.isdigit() and int(argument) > 0):
-        raise DataError(
-            f"data '{part}': expected a positive number of images after 'phantom:', like phantom:64"
-        )
+        raise DataError(f"data '{part}': expected a positive number of images after 'phantom:', like phantom:64")
     return int(argument)
 
 

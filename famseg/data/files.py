@@ -70,9 +70,7 @@ def read_table(path: Path, required: tuple[str, ...]) -> list[dict[str, str]]:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
-        raise DataError(
-            f"{path}: expected a table with columns {', '.join(required)}, found no file"
-        ) from None
+        raise DataError(f"{path}: expected a table with columns {', '.join(required)}, found no file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read as UTF-8 text ({error}); save it as CSV in UTF-8") from error
     lines = csv.reader(text.splitlines(), skipinitialspace=True)
@@ -80,8 +78,7 @@ def read_table(path: Path, required: tuple[str, ...]) -> list[dict[str, str]]:
     missing = [column for column in required if column not in header]
     if missing:
         raise DataError(
-            f"{path}: expected the column(s) {', '.join(missing)}, found {', '.join(header) or 'none'}; "
-            "add them"
+            f"{path}: expected the column(s) {', '.join(missing)}, found {', '.join(header) or 'none'}; add them"
         )
     rows = []
     for line in lines:

@@ -53,9 +53,7 @@ class Folder(Sequence[Sample]):
     def __init__(self, directory: str | os.PathLike[str]) -> None:
         self.directory = Path(directory)
         if not self.directory.is_dir():
-            raise DataError(
-                f"{self.directory}: no such folder; give the folder that holds images/ and masks/"
-            )
+            raise DataError(f"{self.directory}: no such folder; give the folder that holds images/ and masks/")
         self._entries = _entries(self.directory)
 
     @property
@@ -77,9 +75,7 @@ class Folder(Sequence[Sample]):
         require_same_size(image, mask, entry.image, entry.mask)
         if mask.max(initial=0) >= len(CLASSES):
             expected = ", ".join(f"{label} {name}" for label, name in enumerate(CLASSES))
-            raise DataError(
-                f"{entry.mask}: expected the labels {expected}; found label {mask.max()}; relabel the mask"
-            )
+            raise DataError(f"{entry.mask}: expected the labels {expected}; found label {mask.max()}; relabel the mask")
         return Sample(
             name=entry.image.stem,
             subject=entry.subject,
@@ -106,9 +102,7 @@ def write_folder(samples: Iterable[Sample], directory: str | os.PathLike[str]) -
     for sample in samples:
         filename = f"{sample.name}.png"
         if not sample.name or Path(filename).name != filename or (root / "images" / filename).exists():
-            raise DataError(
-                f"{root}: cannot write the sample '{sample.name}': its name is not a new file name"
-            )
+            raise DataError(f"{root}: cannot write the sample '{sample.name}': its name is not a new file name")
         mask = Image.fromarray(sample.mask)
         mask.putpalette(_PALETTE)
         write_atomic(root / "masks" / filename, _png(mask))
@@ -128,9 +122,7 @@ def _entries(root: Path) -> list[_Entry]:
     images, masks = root / "images", root / "masks"
     for folder in (images, masks):
         if not folder.is_dir():
-            raise DataError(
-                f"{folder}: no such folder; put the images into images/ and the masks into masks/"
-            )
+            raise DataError(f"{folder}: no such folder; put the images into images/ and the masks into masks/")
     paths = sorted(path for path in images.iterdir() if path.suffix.lower() in EXTENSIONS)
     if not paths:
         raise DataError(f"{images}: expected images ({', '.join(EXTENSIONS)}), found none; put them there")
@@ -139,9 +131,7 @@ def _entries(root: Path) -> list[_Entry]:
     entries: dict[str, _Entry] = {}
     for path in paths:
         if path.stem in entries:
-            raise DataError(
-                f"{path}: {entries[path.stem].image.name} has the same stem; rename or remove one of them"
-            )
+            raise DataError(f"{path}: {entries[path.stem].image.name} has the same stem; rename or remove one of them")
         mask = masks / f"{path.stem}.png"
         if not mask.is_file():
             raise DataError(f"{path}: its mask {mask} is missing; add it, or remove the image")
@@ -158,9 +148,7 @@ def _entry(path: Path, mask: Path, table: Path, rows: dict[str, dict[str, str]] 
         return _Entry(path, mask, subject=path.stem)
     row = rows.get(path.name, rows.get(path.stem))
     if row is None:
-        raise DataError(
-            f"{table}: expected a row for {path.name}, found none; add it (an empty cell means unknown)"
-        )
+        raise DataError(f"{table}: expected a row for {path.name}, found none; add it (an empty cell means unknown)")
 
     def millimetres(column: str) -> float | None:
         cell = row.get(column, "")

@@ -46,25 +46,17 @@ class HC18(Sequence[Sample]):
         present = {path.name for path in self.directory.glob("*.png")}
         self.names = sorted(Path(name).stem for name in present if not Path(name).stem.endswith(_SUFFIX))
         if not self.names:
-            raise DataError(
-                f"{self.directory}: expected images like 001_HC.png, found none; unpack HC18 here"
-            )
+            raise DataError(f"{self.directory}: expected images like 001_HC.png, found none; unpack HC18 here")
         self._mm: list[tuple[float, float]] = []
         for name in self.names:
             path = self.directory / f"{name}.png"
             if not name[:3].isdigit():
-                raise DataError(
-                    f"{path}: expected a name that starts with the subject's three digits, like 001_HC.png"
-                )
+                raise DataError(f"{path}: expected a name that starts with the subject's three digits, like 001_HC.png")
             if f"{name}{_SUFFIX}.png" not in present:
-                raise DataError(
-                    f"{path}: its annotation {name}{_SUFFIX}.png is missing; add it, or remove the image"
-                )
+                raise DataError(f"{path}: its annotation {name}{_SUFFIX}.png is missing; add it, or remove the image")
             row = rows.get(path.name)
             if row is None:
-                raise DataError(
-                    f"{table}: expected a row for {path.name}, found none; add it, or remove the image"
-                )
+                raise DataError(f"{table}: expected a row for {path.name}, found none; add it, or remove the image")
             pixel_size = positive(row[_PIXEL_SIZE], table, path.name, _PIXEL_SIZE)
             self._mm.append((pixel_size, positive(row[_CIRCUMFERENCE], table, path.name, _CIRCUMFERENCE)))
 
@@ -84,9 +76,7 @@ class HC18(Sequence[Sample]):
         image, outline = read_grey(image_path), read_grey(outline_path)
         require_same_size(image, outline, image_path, outline_path)
         if not outline.any():
-            raise DataError(
-                f"{outline_path}: expected the outline of a head, found a black image; annotate it again"
-            )
+            raise DataError(f"{outline_path}: expected the outline of a head, found a black image; annotate it again")
         head = fill_outline(outline > outline.max() // 2)
         return Sample(
             name=name,

@@ -325,9 +325,7 @@ def _draw_texture(rng: np.random.Generator) -> Array:
     channels = []
     for cells in ((4,), (7, 14), (16, 32), (48,)):
         octaves = (
-            cv2.resize(
-                rng.standard_normal((n, n)).astype(np.float32), (tile, tile), interpolation=cv2.INTER_CUBIC
-            )
+            cv2.resize(rng.standard_normal((n, n)).astype(np.float32), (tile, tile), interpolation=cv2.INTER_CUBIC)
             for n in cells
         )
         field = sum(octaves)
@@ -349,14 +347,10 @@ def _sample_texture(texture: Array, canvas: _Canvas, view: float) -> Array:
 
 def _sample_strata(rng: np.random.Generator, canvas: _Canvas, texture: Array, view: float) -> Array:
     """Fibrous tissue: thin sheets that lie roughly parallel to the probe face, gently folded."""
-    sheets = cv2.resize(
-        rng.standard_normal((64, 12)).astype(np.float32), (96, 256), interpolation=cv2.INTER_CUBIC
-    )
+    sheets = cv2.resize(rng.standard_normal((64, 12)).astype(np.float32), (96, 256), interpolation=cv2.INTER_CUBIC)
     tilt = rng.normal(0.0, 0.25)
     across = np.broadcast_to(canvas.theta * (160.0 / math.radians(80.0)) + 48.0, canvas.echo.shape)
-    along = (
-        (canvas.r - (0.5 * view + canvas.fan.near)) * (230.0 / view) + tilt * across + 14.0 * texture[..., 1]
-    )
+    along = (canvas.r - (0.5 * view + canvas.fan.near)) * (230.0 / view) + tilt * across + 14.0 * texture[..., 1]
     return cv2.remap(sheets, across, along + 128.0, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT)
 
 
@@ -393,9 +387,7 @@ def _paint_tissue(canvas: _Canvas, texture: Array, view: float, rng: np.random.G
     canvas.echo += placenta * (placenta_rise + 9.0 * lakes)
     canvas.echo += (1.0 - placenta) * strata * fibrous
     # Where a sheet is smooth it glints; sparse, so only the crests of the field count.
-    canvas.coherent += (
-        (_gain(level + 6.0) * (fibrous / 3.5)) * np.maximum(strata - 1.1, 0.0) * (1.0 - placenta)
-    )
+    canvas.coherent += (_gain(level + 6.0) * (fibrous / 3.5)) * np.maximum(strata - 1.1, 0.0) * (1.0 - placenta)
     canvas.loss += 0.04 * texture[..., 0]
 
 
@@ -571,9 +563,7 @@ def _skull_geometry(canvas: _Canvas, part: _HeadPart, head: _Head) -> tuple[Arra
     return (1.0 - rho) * rho / steep, np.abs(along_beam) / steep
 
 
-def _paint_skull(
-    canvas: _Canvas, part: _HeadPart, head: _Head, weeks: float, rng: np.random.Generator
-) -> None:
+def _paint_skull(canvas: _Canvas, part: _HeadPart, head: _Head, weeks: float, rng: np.random.Generator) -> None:
     """A shell under the outer ellipse; bright where the beam is perpendicular, lost where it grazes.
 
     Grazing beams also run a long way through bone, which gives the typical edge shadows for free.
@@ -648,9 +638,7 @@ def _oval(part: _HeadPart, offset: Array, centre: tuple[float, float], radii: tu
     return np.clip(3.0 * (1.0 - reach), 0.0, 1.0)
 
 
-def _paint_ventricle(
-    canvas: _Canvas, part: _HeadPart, offset: Array, side: float, rng: np.random.Generator
-) -> None:
+def _paint_ventricle(canvas: _Canvas, part: _HeadPart, offset: Array, side: float, rng: np.random.Generator) -> None:
     """Lateral ventricle (dark cerebrospinal fluid) with choroid plexus (bright), large before 20 weeks."""
     early = part.early
     cp, cq = -part.front * rng.uniform(0.0, 0.35), side * rng.uniform(0.38, 0.48)
@@ -747,9 +735,7 @@ def _paint_scene(canvas: _Canvas, pose: _Pose, rng: np.random.Generator) -> None
     if pose.head is not None:
         _paint_fluid(canvas, texture, pose.view, (pose.head.cx, pose.head.cy), pose.head.a, rng)
     if pose.femur is not None:
-        _paint_fluid(
-            canvas, texture, pose.view, (pose.femur.cx, pose.femur.cy), 1.3 * pose.femur.half_length, rng
-        )
+        _paint_fluid(canvas, texture, pose.view, (pose.femur.cx, pose.femur.cy), 1.3 * pose.femur.half_length, rng)
     _paint_distractors(canvas, texture, pose, rng)
     if pose.femur is not None:
         _paint_femur(canvas, texture, pose.femur, pose.view, rng)
@@ -793,9 +779,7 @@ def _form_echo(
     # Neighbouring rows share a kernel: within a band the beam width changes by a few per cent only.
     bands = np.array_split(np.arange(rows), min(8, rows))
     laterals = [_gaussian_kernel(float(lateral_sigma[band].mean())) for band in bands]
-    noise_gain = np.concatenate(
-        [np.full(len(b), np.linalg.norm(k)) for b, k in zip(bands, laterals, strict=True)]
-    )
+    noise_gain = np.concatenate([np.full(len(b), np.linalg.norm(k)) for b, k in zip(bands, laterals, strict=True)])
     restore = (np.sqrt(0.5) / (np.linalg.norm(axial) * noise_gain)).astype(np.float32)
     field = rng.standard_normal((rows, beams, 2), dtype=np.float32)  # real and imaginary part
     field *= (diffuse * restore[:, None])[..., None]
@@ -929,7 +913,7 @@ class Phantom(Sequence[Sample]):
     def __len__(self) -> int:
         return self.length
 
-    def __getitem__(self, index: int) -> Sample:
+    def __getitem__(self, index: int) -> Sample:  # type: ignore[override]
         index = operator.index(index)
         if not -self.length <= index < self.length:
             raise IndexError(f"phantom index {index} out of range for length {self.length}")

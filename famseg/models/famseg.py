@@ -106,9 +106,7 @@ class Encoder(nn.Module):
         rates = iter(torch.linspace(0, config.drop_path, sum(config.strips)).tolist())
         self.stages = nn.ModuleList()
         cin = width
-        for i, (cout, strips, bottles) in enumerate(
-            zip(config.widths, config.strips, config.bottles, strict=True)
-        ):
+        for i, (cout, strips, bottles) in enumerate(zip(config.widths, config.strips, config.bottles, strict=True)):
             blocks: list[nn.Module] = [ConvBlock(cin, cout, 1 if i == 0 else 2)]
             blocks += [
                 BottleMamba(cout, config.shortcut, config.d_state, config.headdim, config.directions)
@@ -228,7 +226,7 @@ def load_mscan(model: FAMSeg, state_dict: dict[str, Tensor]) -> int:
     source = {key.removeprefix("backbone."): value for key, value in state_dict.items()}
     loaded = 0
     for i, stage in enumerate(model.encoder.stages, 1):
-        blocks = [block for block in stage if isinstance(block, StripBlock)]
+        blocks = [block for block in stage.children() if isinstance(block, StripBlock)]
         for j, block in enumerate(blocks):
             target = block.state_dict()
             for key, value in target.items():

@@ -24,9 +24,10 @@ class NMF2d(nn.Module):
 
     def __init__(self, channels: int, rank: int) -> None:
         super().__init__()
-        bases = torch.rand(channels, rank, generator=torch.Generator().manual_seed(_BASES_SEED))
+        start = torch.rand(channels, rank, generator=torch.Generator().manual_seed(_BASES_SEED))
         # Not in the state dict: SegNeXt's checkpoints have no such key, and the seed gives it back.
-        self.register_buffer("bases", F.normalize(bases, dim=0), persistent=False)
+        self.bases: Tensor
+        self.register_buffer("bases", F.normalize(start, dim=0), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
@@ -115,8 +116,7 @@ class AggregatedDepthConv(nn.Module):
             )
 
         self.branches = nn.ModuleList(
-            branch(cin, kernel, stride)
-            for cin, kernel, stride in zip(in_channels, (5, 3, 3), (4, 2, 1), strict=True)
+            branch(cin, kernel, stride) for cin, kernel, stride in zip(in_channels, (5, 3, 3), (4, 2, 1), strict=True)
         )
         self.norm = nn.GroupNorm(min(32, channels), channels)
 

@@ -100,9 +100,7 @@ def plot_overlays(items: Iterable[OverlayItem], path: str | os.PathLike[str]) ->
     dpi = min(_DPI, int(65000 / height))
     figure = Figure(figsize=(width, height), dpi=dpi, facecolor="white")
     bottom = height - _HEADER
-    for (name, image, truth, predicted, *_), score, row_height, band in zip(
-        items, titles, heights, bands, strict=True
-    ):
+    for (name, image, truth, predicted, *_), score, row_height, band in zip(items, titles, heights, bands, strict=True):
         bottom -= band + row_height
         for column, mask in enumerate((None, truth, predicted)):
             left = _GAP + column * (_CELL + _GAP)
@@ -118,9 +116,7 @@ def plot_overlays(items: Iterable[OverlayItem], path: str | os.PathLike[str]) ->
             )
         bottom -= _GAP
     figure.legend(
-        handles=[
-            Line2D([], [], color=_unit(rgb), lw=5, label=_LABELS[name]) for name, rgb in COLOURS.items()
-        ],
+        handles=[Line2D([], [], color=_unit(rgb), lw=5, label=_LABELS[name]) for name, rgb in COLOURS.items()],
         loc="upper right",
         ncols=2,
         frameon=False,

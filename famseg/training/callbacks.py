@@ -13,7 +13,7 @@ import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
 from famseg.data.files import write_atomic
-from famseg.training.schedule import phase_at
+from famseg.training.module import SegmentationModule
 
 
 class MetricsTable(L.Callback):
@@ -24,7 +24,8 @@ class MetricsTable(L.Callback):
         self.rows: list[dict[str, Any]] = []
 
     def on_train_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        phase = phase_at(module.phases, trainer.current_epoch)
+        assert isinstance(module, SegmentationModule)
+        phase = module.phase
         row: dict[str, Any] = {
             "epoch": trainer.current_epoch + 1,
             "phase": phase.optimizer,
@@ -38,9 +39,7 @@ class MetricsTable(L.Callback):
         text = io.StringIO()
         table = csv.DictWriter(text, row.keys(), lineterminator="\n")
         table.writeheader()
-        table.writerows(
-            {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in self.rows
-        )
+        table.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in self.rows)
         write_atomic(self.path, text.getvalue().encode())
 
 
@@ -48,10 +47,11 @@ class EpochLine(L.Callback):
     """One line an epoch on standard output, so that a log without a terminal tells the story too."""
 
     def on_train_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        assert isinstance(module, SegmentationModule)
         if not trainer.is_global_zero:
             return
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-        phase = phase_at(module.phases, trainer.current_epoch)
+        phase = module.phase
         scores = " ".join(f"{name} {metrics[f'val_iou_{name}']:.3f}" for name in ("FL", "FB"))
         print(
             f"epoch {trainer.current_epoch + 1:3d}/{trainer.max_epochs} {phase.optimizer:5} "

@@ -14,7 +14,7 @@ from famseg.metrics import SegmentationMetrics
 from famseg.models import create_model
 from famseg.training.config import TrainConfig
 from famseg.training.loss import segmentation_loss
-from famseg.training.schedule import fit_learning_rates, learning_rate, phase_at
+from famseg.training.schedule import Phase, fit_learning_rates, learning_rate, phase_at
 from famseg_kernels import use_backend
 
 
@@ -79,23 +79,28 @@ class SegmentationModule(L.LightningModule):
         # Called before the optimizer is made, so that its state meets the optimizer of its own phase.
         self.start_epoch = checkpoint["epoch"] + 1
 
+    @property
+    def phase(self) -> Phase:
+        return phase_at(self.phases, self.current_epoch)
+
     def on_train_epoch_start(self) -> None:
-        phase = phase_at(self.phases, self.current_epoch)
+        phase = self.phase
         if self.current_epoch == phase.start and phase.start > 0:
             self.start_epoch = self.current_epoch
             self.trainer.strategy.setup_optimizers(self.trainer)
 
     def on_train_batch_start(self, batch: Any, batch_index: int) -> None:
-        phase = phase_at(self.phases, self.current_epoch)
+        phase = self.phase
         progress = self.current_epoch - phase.start + batch_index / self.trainer.num_training_batches
         rate = learning_rate(progress, phase.epochs, self.config.decay, self._init_lr, self._min_lr)
-        for group in self.optimizers(use_pl_optimizer=False).param_groups:
+        for group in self.trainer.optimizers[0].param_groups:
             group["lr"] = rate
 
 
 def _split_by_decay(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """Parameters with and without weight decay: matrices and kernels have it; biases, norms, scales do not."""
-    decayed, exempt = [], []
+    decayed: list[nn.Parameter] = []
+    exempt: list[nn.Parameter] = []
     for parameter in model.parameters():
         small = parameter.dim() < 2 or getattr(parameter, "_no_weight_decay", False)
         (exempt if small else decayed).append(parameter)

@@ -89,9 +89,7 @@ def train(config: TrainConfig) -> Path:
         "pin_memory": accelerator == "cuda",
     }
     sampler = ShuffledByEpoch(training, config.seed)
-    train_loader: DataLoader[Any] = DataLoader(
-        training, batch_size, sampler=sampler, drop_last=True, **loader_options
-    )
+    train_loader: DataLoader[Any] = DataLoader(training, batch_size, sampler=sampler, drop_last=True, **loader_options)
     val_loader: DataLoader[Any] = DataLoader(validation, batch_size, **loader_options)
     table = MetricsTable(out / "metrics.csv")
     best = ModelCheckpoint(
@@ -159,7 +157,7 @@ def validation_scores(validation: SegmentationDataset, predictions: Sequence[np.
     errors: dict[str, list[float]] = {"head_circumference": [], "femur_length": []}
     missed = dict.fromkeys(errors, 0)
     for position, labels in enumerate(predictions):
-        metrics.update(labels, validation[position]["mask"])  # type: ignore[arg-type]
+        metrics.update(labels, validation[position]["mask"])
         sample = validation.sample(position)
         if sample.pixel_size is None:
             continue
@@ -179,8 +177,8 @@ def validation_scores(validation: SegmentationDataset, predictions: Sequence[np.
     scores = metrics.compute()
     results: dict[str, Any] = {
         "miou": scores["miou"],
-        "iou": dict(zip(CLASSES, scores["iou"], strict=True)),  # type: ignore[arg-type]
-        "dice": dict(zip(CLASSES, scores["dice"], strict=True)),  # type: ignore[arg-type]
+        "iou": dict(zip(CLASSES, scores["iou"], strict=True)),
+        "dice": dict(zip(CLASSES, scores["dice"], strict=True)),
         "pixel_accuracy": scores["pixel_accuracy"],
     }
     for name, values in errors.items():
@@ -202,8 +200,8 @@ def overlay_items(
     scored = []
     for position, labels in enumerate(predictions):
         metrics = SegmentationMetrics(len(CLASSES))
-        metrics.update(labels, validation[position]["mask"])  # type: ignore[arg-type]
-        foreground = [iou for iou in metrics.compute()["iou"][1:] if not math.isnan(iou)]  # type: ignore[index]
+        metrics.update(labels, validation[position]["mask"])
+        foreground = [iou for iou in metrics.compute()["iou"][1:] if not math.isnan(iou)]
         scored.append((float(np.mean(foreground)) if foreground else 1.0, position))
     scored.sort()
     chosen = np.unique(np.linspace(0, len(scored) - 1, min(_OVERLAYS, len(scored))).round().astype(int))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 
 OPTIMIZERS = ("adamw", "adam", "sgd")
 _WARMUP = 0.1  # part of a phase, at most 3 epochs, over which its learning rate rises linearly
@@ -25,13 +26,13 @@ def parse_phases(text: str, total: int | None = None) -> list[Phase]:
     Raises:
         ValueError: a malformed phase, an unknown optimizer, or fewer epochs than phases.
     """
-    parsed = []
+    parsed: list[tuple[str, int]] = []
     for part in text.split(","):
-        optimizer, _, epochs = part.strip().partition(":")
-        if optimizer not in OPTIMIZERS or not epochs.isdecimal() or int(epochs) < 1:
+        optimizer, _, count = part.strip().partition(":")
+        if optimizer not in OPTIMIZERS or not count.isdecimal() or int(count) < 1:
             choices = ", ".join(OPTIMIZERS)
             raise ValueError(f"phases: expected OPTIMIZER:EPOCHS with optimizer {choices}, got {part.strip()!r}")
-        parsed.append((optimizer, int(epochs)))
+        parsed.append((optimizer, int(count)))
     if total is not None:
         if total < len(parsed):
             raise ValueError(f"epochs: expected at least {len(parsed)}, one a phase, got {total}")
@@ -41,11 +42,10 @@ def parse_phases(text: str, total: int | None = None) -> list[Phase]:
             done += epochs
             left = len(parsed) - 1 - i
             bounds.append(min(max(round(done * total / given), bounds[-1] + 1), total - left))
-        parsed = [(name, b - a) for (name, _), a, b in zip(parsed, bounds, bounds[1:], strict=False)]
-    phases, start = [], 0
-    for optimizer, epochs in parsed:
-        phases.append(Phase(optimizer, start, epochs))
-        start += epochs
+        parsed = [(name, b - a) for (name, _), (a, b) in zip(parsed, pairwise(bounds), strict=True)]
+    phases: list[Phase] = []
+    for optimizer, length in parsed:
+        phases.append(Phase(optimizer, phases[-1].start + phases[-1].epochs if phases else 0, length))
     return phases
 
 

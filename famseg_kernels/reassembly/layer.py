@@ -52,8 +52,9 @@ class FeatureAwareUpsample(nn.Module):
         """mmcv's initialisation: Xavier-uniform compressor, encoder N(0, 0.001): it starts as an average."""
         nn.init.xavier_uniform_(self.channel_compressor.weight)
         nn.init.normal_(self.content_encoder.weight, std=0.001)
-        for conv in (self.channel_compressor, self.content_encoder):
-            nn.init.zeros_(conv.bias)
+        for bias in (self.channel_compressor.bias, self.content_encoder.bias):
+            assert bias is not None
+            nn.init.zeros_(bias)
 
     def forward(self, x: Tensor) -> Tensor:
         logits = self.content_encoder(self.channel_compressor(x))

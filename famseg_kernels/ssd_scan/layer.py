@@ -100,6 +100,7 @@ class Mamba2Scan2d(nn.Module):
         weight = self.in_proj.weight[:, :, 0, 0]
         nn.init.normal_(weight, std=0.02)
         weight[inner : 2 * inner] = split
+        assert self.in_proj.bias is not None and self.conv2d.bias is not None
         nn.init.zeros_(self.in_proj.bias)
         self.in_proj.bias[:inner] = _GATE_ONE
         self.conv2d.weight[:inner] = 0.0

@@ -6,6 +6,7 @@ products (arXiv 2405.21060, section 6), so that the reference can train a networ
 
 from __future__ import annotations
 
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
@@ -138,10 +139,9 @@ def _scan(
     if return_varlen_states:
         # Each packed sequence by itself: its own tokens, and the initial state where it starts the row.
         states = []
-        bounds = cu_seqlens.tolist()
-        for start, end in zip(bounds[:-1], bounds[1:], strict=True):
-            part = (t[:, start:end] for t in (x, step, B, C))
-            px, pdt, pB, pC = part
+        assert cu_seqlens is not None  # checked by the spec
+        for start, end in pairwise(cu_seqlens.tolist()):
+            px, pdt, pB, pC = (t[:, start:end] for t in (x, step, B, C))
             first = initial if start == 0 else None
             states.append(_chunked(px, pdt, A, pB, pC, first, None, chunk_size)[1])
         results.append(torch.cat(states))
@@ -183,7 +183,9 @@ def _scan_2d(
     px, pdt, pB, pC = sequences
     y, _ = _chunked(px, pdt[..., 0], A.flatten(), pB, pC, None, None, chunk_size)
     y = y.view(n, h * w, directions, heads, headdim)
-    total = sum(_roll_up(y[:, :, k], k, h, w) for k in range(directions))
+    total = torch.zeros_like(x)
+    for k in range(directions):
+        total = total + _roll_up(y[:, :, k], k, h, w)
     if D is not None:
         total = total + (D if D.dim() == 1 else D.sum(0))[:, None] * x
     return total.to(dtype).contiguous()

@@ -306,6 +306,4 @@ SCAN_2D_CASES = (
 )
 
 SCAN = Spec("ssd_scan", SCAN_SCHEMA, check_scan, fake_scan, flops_scan, moved_bytes, SCAN_CASES)
-SCAN_2D = Spec(
-    "ssd_scan_2d", SCAN_2D_SCHEMA, check_scan_2d, fake_scan_2d, flops_scan_2d, moved_bytes, SCAN_2D_CASES
-)
+SCAN_2D = Spec("ssd_scan_2d", SCAN_2D_SCHEMA, check_scan_2d, fake_scan_2d, flops_scan_2d, moved_bytes, SCAN_2D_CASES)

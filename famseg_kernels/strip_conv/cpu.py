@@ -125,9 +125,7 @@ class _Arguments:
                 self._keep(col_bias),
                 col.shape[2],
             )
-            for row, row_bias, col, col_bias in zip(
-                row_weights, row_biases, col_weights, col_biases, strict=True
-            )
+            for row, row_bias, col, col_bias in zip(row_weights, row_biases, col_weights, col_biases, strict=True)
         ]
         self.native = (
             _DTYPES[x.dtype],

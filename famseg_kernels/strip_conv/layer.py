@@ -35,9 +35,9 @@ class StripConv2d(nn.Module):
         super().__init__()
         self.branches = len(strip_kernels)
 
-        def depthwise(*kernel: int) -> nn.Conv2d:
-            padding = (kernel[0] // 2, kernel[1] // 2)
-            return nn.Conv2d(channels, channels, kernel, padding=padding, groups=channels, bias=bias)
+        def depthwise(height: int, width: int) -> nn.Conv2d:
+            padding = (height // 2, width // 2)
+            return nn.Conv2d(channels, channels, (height, width), padding=padding, groups=channels, bias=bias)
 
         self.conv0 = None if square_kernel is None else depthwise(square_kernel, square_kernel)
         for i, k in enumerate(strip_kernels):

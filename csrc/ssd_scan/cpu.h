@@ -1,0 +1,111 @@
+// ssd_scan and ssd_scan_2d on the CPU, on plain pointers: Mamba-2's recurrence
+//
+//   step  = clamp(softplus?(dt + dt_bias), dt_min, dt_max)
+//   h_t   = exp(max(step_t A, -110)) h_{t-1} + step_t B_t x_t^T,   y_t = C_t h_t
+//
+// over an image (batch, height, width) in one, two or four directions, added up: row-major forward,
+// row-major backward, column-major forward, column-major backward. A sequence is an image of one
+// column, in one direction. Then y = (y + D x) silu(z).
+//
+// x, z, y, B and C are in the problem's dtype; all else, and every state, is in the type of the
+// arithmetic: double for float64, otherwise float. Everything is contiguous.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "common/dtype.h"
+#include "common/isa.h"
+
+namespace famseg::ssd_scan {
+
+struct Problem {
+  Dtype dtype;
+  int64_t batch, height, width, heads, headdim, groups, state;
+  int64_t directions;       // 1, 2 or 4
+  int64_t matrices;         // of B and C: as many as directions, or 1 shared by all
+  bool softplus;
+  double dt_min, dt_max;
+  int64_t chunk;            // the most tokens a chunk shall have; 0: as it pleases the kernel
+  const void* x;            // (batch, height, width, heads, headdim)
+  const void* dt;           // (batch, height, width, directions, heads)
+  const void* A;            // (directions, heads)
+  const void* B;            // (batch, height, width, matrices, groups, state)
+  const void* C;            // as B
+  const void* D;            // (heads, headdim) or null
+  const void* z;            // as x, or null
+  const void* dt_bias;      // (directions, heads) or null
+  const void* initial;      // (batch, heads, headdim, state) or null; one direction only
+  const uint8_t* resets;    // (batch, height * width): not 0 where the state starts anew; or null
+
+  int64_t tokens() const { return height * width; }
+};
+
+struct Results {
+  void* y;
+  void* final_states;  // (batch, heads, headdim, state) or null; one direction only
+};
+
+// The incoming gradients (null: zero) and where the others go (null: not wanted).
+struct Gradients {
+  const void* y;
+  const void* final_states;
+  void* x;
+  void* dt;
+  void* A;
+  void* B;
+  void* C;
+  void* D;
+  void* z;
+  void* dt_bias;
+  void* initial;
+};
+
+void forward(Isa isa, const Problem& problem, const Results& results, int threads);
+void backward(Isa isa, const Problem& problem, const Gradients& gradients, int threads);
+
+// Heads [head, head + heads) of one group and one image: they share B and C.
+struct Block {
+  int64_t batch, group, head, heads;
+  int64_t index;  // among the blocks of the image
+};
+
+// What blocks leave to be added up, in a fixed order, after all of them are done.
+struct Partials {
+  int64_t blocks;          // of one image
+  int64_t blocks_per_group;
+  void* B;                 // (batch, blocks, tokens, matrices, state); null: not wanted
+  void* C;
+  double* A;               // (batch, directions, heads)
+  double* dt_bias;         // (batch, directions, heads)
+  double* D;               // (batch, heads, headdim)
+};
+
+// One instruction set's kernels. `scratch` is 64-byte aligned and of the stated size; what it holds
+// before does not matter.
+struct Kernels {
+  size_t (*forward_scratch)(const Problem&, int64_t heads);
+  void (*forward_block)(const Problem&, const Results&, const Block&, void* scratch);
+  size_t (*backward_scratch)(const Problem&, int64_t heads);
+  void (*backward_block)(const Problem&, const Gradients&, const Partials&, const Block&,
+                         void* scratch);
+  // The gradients of B and C at one pixel of one image, from the blocks' shares.
+  void (*reduce_pixels)(const Problem&, const Gradients&, const Partials&, int64_t batch,
+                        int64_t first, int64_t last);
+  // The gradients of A, dt_bias and D.
+  void (*reduce_parameters)(const Problem&, const Gradients&, const Partials&);
+};
+
+}  // namespace famseg::ssd_scan
+
+namespace famseg {
+namespace baseline {
+extern const ssd_scan::Kernels ssd_scan_kernels;
+}
+namespace avx2 {
+extern const ssd_scan::Kernels ssd_scan_kernels;
+}
+namespace avx512 {
+extern const ssd_scan::Kernels ssd_scan_kernels;
+}
+}  // namespace famseg

@@ -1,0 +1,173 @@
+// Products and transposes of the small matrices of one chunk of tokens, all in the L1 or L2 cache.
+//
+// One kernel does every product: the left factor is read as scalars at any two strides, so its
+// transpose costs nothing; the right factor and the result are read and written as whole vectors,
+// so their rows are padded. For kernel files only, like simd.h.
+#pragma once
+
+#include "common/simd.h"
+
+namespace famseg::FAMSEG_ISA {
+
+enum class Left { full, lower, upper };
+
+// out = row_scale * (a b) + keep * init, with a (rows, depth) and b (depth, columns).
+template <typename T>
+struct Product {
+  const T* a;  // element (r, k) at a[r * a_row + k * a_step]
+  int64_t a_row, a_step;
+  const T* b;
+  int64_t b_stride;
+  T* out;
+  int64_t out_stride;
+  int64_t rows, columns, depth;    // columns: whole vectors
+  const T* row_scale = nullptr;    // one for each row; null: 1
+  const T* init = nullptr;         // as `out`, which it may be; null: 0
+  T keep = 1;
+  Left left = Left::full;          // which half of a is not zero
+};
+
+// ROWS x VECTORS vectors of the result stay in registers over the whole depth.
+template <int ROWS, int VECTORS, typename T>
+void product_tile(const Product<T>& m, int64_t row, int64_t column) {
+  constexpr int64_t lanes = kLanes<T>;
+  Vector<T> sum[ROWS][VECTORS] = {};
+  int64_t first = 0, last = m.depth;
+  if (m.left == Left::lower && row + ROWS < last) last = row + ROWS;
+  if (m.left == Left::upper) first = row;
+  // Three rows to a pointer: x86 addresses reach +1 and +2 strides, and nine would need too many
+  // registers.
+  const T* a[(ROWS + 2) / 3];
+#pragma GCC unroll 4
+  for (int g = 0; g < (ROWS + 2) / 3; ++g) {
+    a[g] = m.a + (row + 3 * g) * m.a_row + first * m.a_step;
+  }
+  const T* b = m.b + first * m.b_stride + column;
+  for (int64_t k = first; k < last; ++k) {
+    Vector<T> v[VECTORS];
+#pragma GCC unroll 8
+    for (int c = 0; c < VECTORS; ++c) v[c] = load(b + c * lanes);
+#pragma GCC unroll 16
+    for (int q = 0; q < ROWS; ++q) {
+      const Vector<T> factor = broadcast(a[q / 3][q % 3 * m.a_row]);
+#pragma GCC unroll 8
+      for (int c = 0; c < VECTORS; ++c) sum[q][c] += factor * v[c];
+    }
+#pragma GCC unroll 4
+    for (int g = 0; g < (ROWS + 2) / 3; ++g) a[g] += m.a_step;
+    b += m.b_stride;
+  }
+#pragma GCC unroll 16
+  for (int q = 0; q < ROWS; ++q) {
+    const Vector<T> scale = broadcast(m.row_scale == nullptr ? T(1) : m.row_scale[row + q]);
+    const int64_t at = (row + q) * m.out_stride + column;
+#pragma GCC unroll 8
+    for (int c = 0; c < VECTORS; ++c) {
+      Vector<T> value = sum[q][c] * scale;
+      if (m.init != nullptr) value += load(m.init + at + c * lanes) * m.keep;
+      store(m.out + at + c * lanes, value);
+    }
+  }
+}
+
+template <int ROWS, int VECTORS, typename T>
+[[gnu::always_inline]] inline void product_rows(const Product<T>& m, int64_t rows, int64_t row,
+                                                int64_t column) {
+  if (rows == ROWS) {
+    product_tile<ROWS, VECTORS>(m, row, column);
+  } else if constexpr (ROWS > 1) {
+    product_rows<ROWS - 1, VECTORS>(m, rows, row, column);
+  }
+}
+
+template <int MOST, int VECTORS, typename T>
+void product_column(const Product<T>& m, int64_t column) {
+  // In equal tiles: 32 rows are 6 + 6 + 5 + 5 + 5 + 5, not 5 x 6 + 2.
+  int64_t tiles = (m.rows + MOST - 1) / MOST;
+  for (int64_t row = 0; tiles > 0; --tiles) {
+    const int64_t rows = (m.rows - row + tiles - 1) / tiles;
+    product_rows<MOST, VECTORS>(m, rows, row, column);
+    row += rows;
+  }
+}
+
+template <typename T>
+void multiply(const Product<T>& m) {
+  constexpr int64_t lanes = kLanes<T>;
+  int64_t column = 0;
+  if constexpr (kVectorRegisters >= 32) {
+    for (; column + 4 * lanes <= m.columns; column += 4 * lanes) product_column<6, 4>(m, column);
+    for (; column + 2 * lanes <= m.columns; column += 2 * lanes) product_column<9, 2>(m, column);
+  } else {
+    for (; column + 2 * lanes <= m.columns; column += 2 * lanes) product_column<6, 2>(m, column);
+  }
+  for (; column < m.columns; column += lanes) product_column<9, 1>(m, column);
+}
+
+// ---- transposes ---------------------------------------------------------------------------------
+
+template <int... I>
+struct Indices {};
+template <int N, int... I>
+struct CountTo : CountTo<N - 1, N - 1, I...> {};
+template <int... I>
+struct CountTo<0, I...> {
+  using type = Indices<I...>;
+};
+
+// Swaps the odd blocks of STEP lanes of `a` with the even ones of `b`.
+template <int STEP, typename T, int... I>
+[[gnu::always_inline]] inline void swap_blocks(Vector<T>& a, Vector<T>& b, Indices<I...>) {
+  constexpr int lanes = kLanes<T>;
+  const Vector<T> first = __builtin_shufflevector(a, b, ((I & STEP) ? lanes + I - STEP : I)...);
+  b = __builtin_shufflevector(a, b, ((I & STEP) ? lanes + I : I + STEP)...);
+  a = first;
+}
+
+template <int STEP, typename T>
+[[gnu::always_inline]] inline void transpose_from(Vector<T> (&v)[kLanes<T>]) {
+  if constexpr (STEP < kLanes<T>) {
+#pragma GCC unroll 16
+    for (int r = 0; r < kLanes<T>; ++r) {
+      if ((r & STEP) == 0) {
+        swap_blocks<STEP, T>(v[r], v[r + STEP], typename CountTo<kLanes<T>>::type());
+      }
+    }
+    transpose_from<2 * STEP, T>(v);
+  }
+}
+
+// out (columns, rows) = the transpose of in (rows, columns); both counts are whole vectors.
+template <typename T>
+void transpose(const T* in, int64_t in_stride, int64_t rows, int64_t columns, T* out,
+               int64_t out_stride) {
+  constexpr int64_t lanes = kLanes<T>;
+  for (int64_t i = 0; i < rows; i += lanes) {
+    for (int64_t j = 0; j < columns; j += lanes) {
+      Vector<T> v[lanes];
+#pragma GCC unroll 16
+      for (int r = 0; r < lanes; ++r) v[r] = load(in + (i + r) * in_stride + j);
+      transpose_from<1, T>(v);
+#pragma GCC unroll 16
+      for (int r = 0; r < lanes; ++r) store(out + (j + r) * out_stride + i, v[r]);
+    }
+  }
+}
+
+// out[i] = the sum of row i of in (rows, one vector); rows: whole vectors.
+template <typename T>
+void add_lanes(const T* in, int64_t rows, T* out) {
+  constexpr int lanes = kLanes<T>;
+  for (int64_t i = 0; i < rows; i += lanes) {
+    Vector<T> v[lanes];
+#pragma GCC unroll 16
+    for (int r = 0; r < lanes; ++r) v[r] = load(in + (i + r) * lanes);
+    transpose_from<1, T>(v);
+    Vector<T> sum = v[0];
+#pragma GCC unroll 16
+    for (int r = 1; r < lanes; ++r) sum += v[r];
+    store(out + i, sum);
+  }
+}
+
+}  // namespace famseg::FAMSEG_ISA

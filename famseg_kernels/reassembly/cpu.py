@@ -1,0 +1,114 @@
+"""reassemble and carafe on the CPU: hand tensors as addresses to the C++ kernels of csrc/reassembly."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from famseg_kernels import backends, checks
+
+_DTYPES = {
+    torch.float32: "float32",
+    torch.float64: "float64",
+    torch.bfloat16: "bfloat16",
+    torch.float16: "float16",
+}
+
+
+def _unsupported(x: Tensor, weights: Tensor, kernel_size: int, *_: int) -> str | None:
+    module, reason = backends.native_module("_cpu")
+    if module is None:
+        return reason
+    if x.device.type != "cpu":
+        return f"x is on {x.device.type}"
+    if x.dtype not in _DTYPES:
+        return f"no kernel for {x.dtype}"
+    return None
+
+
+def _forward(softmax: bool, x: Tensor, weights: Tensor, kernel_size: int, scale: int, groups: int) -> Tensor:
+    """y (N, C, sH, sW) in x's dtype and memory format."""
+    n, c, h, w = x.shape
+    source, weights = x.contiguous(), weights.contiguous()
+    y = torch.empty((n, c, scale * h, scale * w), dtype=x.dtype)
+    _native().reassembly_forward(
+        _DTYPES[x.dtype],
+        softmax,
+        tuple(x.shape),
+        source.data_ptr(),
+        weights.data_ptr(),
+        (kernel_size, scale, groups),
+        y.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return y.contiguous(memory_format=checks.image_format(x))
+
+
+def _backward(
+    softmax: bool,
+    grad: Tensor,
+    needs: Sequence[bool],
+    x: Tensor,
+    weights: Tensor,
+    kernel_size: int,
+    scale: int,
+    groups: int,
+) -> list[Tensor | None]:
+    """Gradients of x and of the logits or masks where `needs`, None elsewhere."""
+    grad, *sources = (t.contiguous() for t in (grad, x, weights))
+    gradients = [torch.empty_like(t) if need else None for t, need in zip(sources, needs, strict=True)]
+    _native().reassembly_backward(
+        _DTYPES[x.dtype],
+        softmax,
+        tuple(x.shape),
+        sources[0].data_ptr(),
+        sources[1].data_ptr(),
+        (kernel_size, scale, groups),
+        grad.data_ptr(),
+        *(0 if gradient is None else gradient.data_ptr() for gradient in gradients),
+        torch.get_num_threads(),
+    )
+    # Strides are those of empty_like, which is what the op's fake kernel promises.
+    return [
+        gradient if gradient is None or t.is_contiguous() else torch.empty_like(t).copy_(gradient)
+        for t, gradient in zip((x, weights), gradients, strict=True)
+    ]
+
+
+def _native() -> Any:
+    """The native module; callers have asked `unsupported` before."""
+    return backends.native_module("_cpu")[0]
+
+
+def _reassemble(x: Tensor, logits: Tensor, kernel_size: int, scale: int, groups: int) -> Tensor:
+    return _forward(True, x, logits, kernel_size, scale, groups)
+
+
+def _reassemble_backward(
+    grad: Tensor, needs: Sequence[bool], x: Tensor, logits: Tensor, kernel_size: int, scale: int, groups: int
+) -> list[Tensor | None]:
+    return _backward(True, grad, needs, x, logits, kernel_size, scale, groups)
+
+
+def _carafe(features: Tensor, masks: Tensor, kernel_size: int, group_size: int, scale_factor: int) -> Tensor:
+    return _forward(False, features, masks, kernel_size, scale_factor, group_size)
+
+
+def _carafe_backward(
+    grad: Tensor,
+    needs: Sequence[bool],
+    features: Tensor,
+    masks: Tensor,
+    kernel_size: int,
+    group_size: int,
+    scale_factor: int,
+) -> list[Tensor | None]:
+    return _backward(False, grad, needs, features, masks, kernel_size, scale_factor, group_size)
+
+
+reassemble = SimpleNamespace(unsupported=_unsupported, forward=_reassemble, backward=_reassemble_backward)
+carafe = SimpleNamespace(unsupported=_unsupported, forward=_carafe, backward=_carafe_backward)
