@@ -19,7 +19,7 @@ from famseg.data.phantom import Phantom
 from famseg.data.sample import Sample
 from famseg.data.split import subjects_of
 
-PHANTOM_LENGTH = 320  # images of a plain "phantom": 256 to train, 64 to validate at the usual 80:20 split
+PHANTOM_LENGTH = 800  # images of a plain "phantom": 640 to train, 160 to validate at the usual 80:20 split
 SCHEMES = "phantom, phantom:LENGTH, hc18:DIR, folder:DIR (several joined by commas)"
 
 
