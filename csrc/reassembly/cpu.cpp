@@ -132,6 +132,11 @@ struct Planes {
 };
 
 template <typename T>
+[[gnu::always_inline]] inline Planes<T> shifted(Planes<T> planes, int64_t by) {
+  return {planes.at + by, planes.stride};
+}
+
+template <typename T>
 Planes<T> take_planes(Arena& arena, const Geometry& g, int64_t count, int64_t rows) {
   Planes<T> planes;
   planes.stride = g.plane<T>(rows);
@@ -147,6 +152,32 @@ template <typename T, typename F>
     const int64_t count = smaller(g.run_rows, rows - row);
     const int64_t pixels = (count - 1) * g.pitch + g.width;
     f(row, count, (pixels + kLanes<T> - 1) / kLanes<T>);
+  }
+}
+
+// ---- tiles: what is held in registers -----------------------------------------------------------
+
+// Channels, phases: 4 x 4 sums, 4 weights and an input fit into 32 registers; 2 x 4 into 16.
+constexpr int kMostChannels = kVectorRegisters >= 32 ? 4 : 2;
+constexpr int kMostPhases = 4;
+// Taps x 4 phases of the gradient of the weights, 4 gradients and an input.
+constexpr int kMostTaps = kVectorRegisters >= 32 ? 5 : 2;
+
+template <int N>
+struct Constant {
+  static constexpr int value = N;
+};
+
+// Calls f(Constant<size>, first) for pieces of at most MOST, 2 and 1 that make up `count`.
+template <int MOST, typename F>
+[[gnu::always_inline]] inline void for_each_piece(int64_t count, const F& f) {
+  int64_t first = 0;
+  for (; first + MOST <= count; first += MOST) f(Constant<MOST>(), first);
+  if constexpr (MOST > 2) {
+    for (; first + 2 <= count; first += 2) f(Constant<2>(), first);
+  }
+  if constexpr (MOST > 1) {
+    for (; first < count; ++first) f(Constant<1>(), first);
   }
 }
 
@@ -244,31 +275,50 @@ void store_scaled(const Geometry& g, Planes<T> from, int64_t first, int64_t rows
 
 // ---- weights ------------------------------------------------------------------------------------
 
-// Softmax over the taps, in place. Gaps between rows are normalised along: they hold finite numbers
-// and meet zeros.
+// Softmax over the taps of one vector of some phases, in place: a few independent chains of maxima
+// and sums hide each other's latency.
+template <int PHASES, typename T>
+void normalise_tile(const Geometry& g, Planes<T> weights) {
+  const int64_t tap_stride = g.phases * weights.stride;
+  Vector<T> most[PHASES], sum[PHASES] = {};
+#pragma GCC unroll 4
+  for (int phase = 0; phase < PHASES; ++phase) most[phase] = load(weights[phase]);
+  for (int64_t tap = 1; tap < g.taps; ++tap) {
+#pragma GCC unroll 4
+    for (int phase = 0; phase < PHASES; ++phase) {
+      const Vector<T> logit = load(weights[phase] + tap * tap_stride);
+      most[phase] = logit > most[phase] ? logit : most[phase];
+    }
+  }
+  for (int64_t tap = 0; tap < g.taps; ++tap) {
+#pragma GCC unroll 4
+    for (int phase = 0; phase < PHASES; ++phase) {
+      T* at = weights[phase] + tap * tap_stride;
+      const Vector<T> e = exponential<T>(load(at) - most[phase]);
+      sum[phase] += e;
+      store(at, e);
+    }
+  }
+#pragma GCC unroll 4
+  for (int phase = 0; phase < PHASES; ++phase) sum[phase] = T(1) / sum[phase];
+  for (int64_t tap = 0; tap < g.taps; ++tap) {
+#pragma GCC unroll 4
+    for (int phase = 0; phase < PHASES; ++phase) {
+      T* at = weights[phase] + tap * tap_stride;
+      store(at, load(at) * sum[phase]);
+    }
+  }
+}
+
+// Gaps between rows are normalised along: they hold finite numbers and meet zeros.
 template <typename T>
 void normalise(const Geometry& g, int64_t rows, Planes<T> weights) {
-  const int64_t tap_stride = g.phases * weights.stride;
   for_each_run<T>(g, rows, [&](int64_t row, int64_t, int64_t vectors) {
     for (int64_t v = 0; v < vectors; ++v) {
-      for (int64_t phase = 0; phase < g.phases; ++phase) {
-        T* at = weights[phase] + row * g.pitch + v * kLanes<T>;
-        Vector<T> most = load(at);
-        for (int64_t tap = 1; tap < g.taps; ++tap) {
-          const Vector<T> logit = load(at + tap * tap_stride);
-          most = logit > most ? logit : most;
-        }
-        Vector<T> sum{};
-        for (int64_t tap = 0; tap < g.taps; ++tap) {
-          const Vector<T> e = exponential<T>(load(at + tap * tap_stride) - most);
-          sum += e;
-          store(at + tap * tap_stride, e);
-        }
-        const Vector<T> factor = T(1) / sum;
-        for (int64_t tap = 0; tap < g.taps; ++tap) {
-          store(at + tap * tap_stride, load(at + tap * tap_stride) * factor);
-        }
-      }
+      const int64_t at = row * g.pitch + v * kLanes<T>;
+      for_each_piece<kMostPhases>(g.phases, [&](auto piece, int64_t phase) {
+        normalise_tile<decltype(piece)::value, T>(g, shifted(weights, phase * weights.stride + at));
+      });
     }
   });
 }
@@ -281,6 +331,7 @@ void load_weights(const Problem& p, const Geometry& g, int64_t index, int64_t fi
   const int64_t pixels = g.height * g.width;
   const S* from = static_cast<const S*>(p.weights) + index * g.taps * g.phases * pixels;
   if (p.softmax) {
+    // As many rows at once as the block has: few streams from memory, long ones.
     for (int64_t plane = 0; plane < g.taps * g.phases; ++plane) {
       load_rows(g, from + plane * pixels, first, rows, to[plane]);
     }
@@ -330,31 +381,7 @@ void store_weights(const Problem& p, const Geometry& g, int64_t index, int64_t f
   }
 }
 
-// ---- tiles: sums that stay in registers ---------------------------------------------------------
-
-// Channels, phases: 4 x 4 sums, 4 weights and an input fit into 32 registers; 2 x 4 into 16.
-constexpr int kMostChannels = kVectorRegisters >= 32 ? 4 : 2;
-constexpr int kMostPhases = 4;
-// Taps x 4 phases of the gradient of the weights, 4 gradients and an input.
-constexpr int kMostTaps = kVectorRegisters >= 32 ? 5 : 2;
-
-template <int N>
-struct Constant {
-  static constexpr int value = N;
-};
-
-// Calls f(Constant<size>, first) for pieces of at most MOST, 2 and 1 that make up `count`.
-template <int MOST, typename F>
-[[gnu::always_inline]] inline void for_each_piece(int64_t count, const F& f) {
-  int64_t first = 0;
-  for (; first + MOST <= count; first += MOST) f(Constant<MOST>(), first);
-  if constexpr (MOST > 2) {
-    for (; first + 2 <= count; first += 2) f(Constant<2>(), first);
-  }
-  if constexpr (MOST > 1) {
-    for (; first < count; ++first) f(Constant<1>(), first);
-  }
-}
+// ---- weighted sums and their gradients ----------------------------------------------------------
 
 // One vector of some channels and phases of the result.
 template <int CHANNELS, int PHASES, typename T>
@@ -367,7 +394,8 @@ void forward_tile(const Geometry& g, Planes<T> x, Planes<T> weights, Planes<T> o
       const T* in = x.at + ty * g.pitch + tx;
       Vector<T> factor[PHASES];
 #pragma GCC unroll 4
-      for (int phase = 0; phase < PHASES; ++phase) factor[phase] = load(weight + phase * weights.stride);
+      for (int phase = 0; phase < PHASES; ++phase)
+        factor[phase] = load(weight + phase * weights.stride);
 #pragma GCC unroll 4
       for (int c = 0; c < CHANNELS; ++c) {
         const Vector<T> v = load(in + c * x.stride);
@@ -392,14 +420,16 @@ void weight_gradient_tile(const Geometry& g, int64_t channels, Planes<T> x, Plan
 #pragma GCC unroll 5
   for (int tap = 0; tap < TAPS; ++tap) {
 #pragma GCC unroll 4
-    for (int phase = 0; phase < PHASES; ++phase) sum[tap][phase] = load(gradient[tap * g.phases + phase]);
+    for (int phase = 0; phase < PHASES; ++phase)
+      sum[tap][phase] = load(gradient[tap * g.phases + phase]);
   }
   for (int64_t c = 0; c < channels; ++c) {
     const T* in = x[c];
     const T* out = y_gradient[c * g.phases];
     Vector<T> factor[PHASES];
 #pragma GCC unroll 4
-    for (int phase = 0; phase < PHASES; ++phase) factor[phase] = load(out + phase * y_gradient.stride);
+    for (int phase = 0; phase < PHASES; ++phase)
+      factor[phase] = load(out + phase * y_gradient.stride);
 #pragma GCC unroll 5
     for (int tap = 0; tap < TAPS; ++tap) {
       const Vector<T> v = load(in + tap);
@@ -410,7 +440,8 @@ void weight_gradient_tile(const Geometry& g, int64_t channels, Planes<T> x, Plan
 #pragma GCC unroll 5
   for (int tap = 0; tap < TAPS; ++tap) {
 #pragma GCC unroll 4
-    for (int phase = 0; phase < PHASES; ++phase) store(gradient[tap * g.phases + phase], sum[tap][phase]);
+    for (int phase = 0; phase < PHASES; ++phase)
+      store(gradient[tap * g.phases + phase], sum[tap][phase]);
   }
 }
 
@@ -455,11 +486,6 @@ ForwardSpace<T> forward_space(const Geometry& g, Arena& arena) {
   return space;
 }
 
-template <typename T>
-[[gnu::always_inline]] inline Planes<T> shifted(Planes<T> planes, int64_t by) {
-  return {planes.at + by, planes.stride};
-}
-
 template <typename S, typename T>
 void forward_block(const Problem& p, void* y, int64_t block, void* scratch) {
   const Geometry g = geometry<T>(p, false, false);
@@ -494,8 +520,7 @@ void forward_block(const Problem& p, void* y, int64_t block, void* scratch) {
         });
         for (int64_t k = 0; k < count; ++k) {
           store_scaled(g, shifted(space.out, k * g.phases * space.out.stride), first + row,
-                       run_rows,
-                       static_cast<S*>(y) + (first_plane + c + k) * g.phases * pixels);
+                       run_rows, static_cast<S*>(y) + (first_plane + c + k) * g.phases * pixels);
         }
       });
     });

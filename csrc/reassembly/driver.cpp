@@ -52,8 +52,10 @@ void for_each_block(int64_t blocks, size_t scratch_bytes, int threads, const Wor
 #pragma omp parallel num_threads(threads)
   {
     void* mine = scratch[omp_get_thread_num()].get();
-    std::memset(mine, 0, scratch_bytes);  // by its user, so that its pages are near that core
-#pragma omp for schedule(dynamic)
+    // By its user, so that its pages are near that core.
+    std::memset(mine, 0, scratch_bytes);
+    // nowait: the region ends with a barrier anyway.
+#pragma omp for schedule(dynamic) nowait
     for (int64_t block = 0; block < blocks; ++block) work(block, mine);
   }
 }

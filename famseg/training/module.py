@@ -90,9 +90,9 @@ class SegmentationModule(L.LightningModule):
             self.trainer.strategy.setup_optimizers(self.trainer)
 
     def on_train_batch_start(self, batch: Any, batch_index: int) -> None:
-        phase = self.phase
-        progress = self.current_epoch - phase.start + batch_index / self.trainer.num_training_batches
-        rate = learning_rate(progress, phase.epochs, self.config.decay, self._init_lr, self._min_lr)
+        progress = self.current_epoch + batch_index / self.trainer.num_training_batches
+        epochs = sum(phase.epochs for phase in self.phases)
+        rate = learning_rate(progress, epochs, self.config.decay, self._init_lr, self._min_lr)
         for group in self.trainer.optimizers[0].param_groups:
             group["lr"] = rate
 

@@ -107,6 +107,7 @@ def train(config: TrainConfig) -> Path:
         devices=1,
         precision="bf16-mixed" if config.precision == "bf16" else "32-true",
         max_epochs=sum(phase.epochs for phase in module.phases),
+        gradient_clip_val=config.clip_norm or None,
         callbacks=[table, EpochLine(), best, RichProgressBar()],
         plugins=[AtomicCheckpointIO()],
         logger=False,

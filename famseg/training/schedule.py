@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 OPTIMIZERS = ("adamw", "adam", "sgd")
-_WARMUP = 0.1  # part of a phase, at most 3 epochs, over which its learning rate rises linearly
+_WARMUP = 0.1  # part of the run, at most 3 epochs, over which the learning rate rises linearly
 _STEPS = 10  # levels of the step decay
 
 
@@ -65,9 +65,10 @@ def fit_learning_rates(
 
 
 def learning_rate(progress: float, epochs: int, decay: str, init_lr: float, min_lr: float) -> float:
-    """The learning rate after `progress` (fractional) epochs of a phase of `epochs` epochs.
+    """The learning rate after `progress` (fractional) epochs of a run of `epochs` epochs.
 
     A short linear warm-up, then "cos": half a cosine from init_lr to min_lr; "step": ten equal factors to min_lr.
+    One decay spans all phases: SGD takes over at the low end, to fine-tune (section 3.4) and not to start anew.
     """
     warmup = min(_WARMUP * epochs, 3.0)
     if progress < warmup:

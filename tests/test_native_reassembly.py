@@ -1,0 +1,220 @@
+"""The C++ kernels of reassemble and carafe beyond the contract tests: instruction sets, threads, sizes, edges.
+
+Runs under AddressSanitizer and UBSan as tests/test_native_strip_conv.py says.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from famseg_kernels import backends, tolerance
+from famseg_kernels.reassembly import cpu, reference
+
+
+def native_module() -> Any:
+    directory = os.environ.get("FAMSEG_NATIVE_MODULE")
+    if directory is None:
+        return backends.native_module("_cpu")[0]
+    (path,) = Path(directory).glob("_cpu*.so")
+    spec = importlib.util.spec_from_file_location("_cpu", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+NATIVE = native_module()
+pytestmark = pytest.mark.skipif(NATIVE is None, reason=backends.native_module("_cpu")[1])
+ISAS = NATIVE.available_isas() if NATIVE else []
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+OPERATIONS = {"reassemble": (cpu.reassemble, reference.reassemble), "carafe": (cpu.carafe, reference.carafe)}
+
+# x's shape, kernel, scale, groups
+CASES = {
+    "famseg": ((2, 8, 20, 24), 5, 2, 1),
+    "deepest": ((2, 6, 4, 4), 5, 2, 1),
+    "several_blocks": ((1, 3, 37, 65), 5, 2, 1),
+    "several_chunks": ((1, 30, 30, 40), 5, 1, 1),
+    "seven_channels_a_group": ((2, 14, 9, 17), 3, 2, 2),
+    "no_upsampling": ((1, 5, 11, 33), 7, 1, 1),
+    "threefold": ((1, 4, 10, 19), 5, 3, 2),
+    "fourfold": ((1, 2, 6, 16), 3, 4, 1),
+    "flat": ((2, 3, 1, 40), 5, 2, 3),
+    "tall": ((2, 3, 45, 1), 5, 2, 1),
+    "kernel_wider_than_a_vector": ((1, 2, 5, 70), 35, 1, 1),
+    "one_tap": ((2, 3, 5, 18), 1, 2, 1),
+    "one_pixel": ((2, 5, 1, 1), 9, 2, 5),
+}
+
+
+@pytest.fixture(autouse=True)
+def module_under_test(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "_native", lambda: NATIVE)
+
+
+@pytest.fixture(params=ISAS)
+def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv("FAMSEG_CPU_ISA", request.param)
+    assert NATIVE.isa() == request.param
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tests that mean another number of threads set it themselves; the small ones here gain nothing from it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory for results starts as NaN: what a kernel forgets to write is seen."""
+
+    def poison(make: Any) -> Any:
+        return lambda *args, **kwargs: make(*args, **kwargs).fill_(float("nan"))
+
+    monkeypatch.setattr(torch, "empty", poison(torch.empty))
+    monkeypatch.setattr(torch, "empty_like", poison(torch.empty_like))
+
+
+def arguments(operation: str, shape: tuple[int, ...], k: int, s: int, g: int, dtype: torch.dtype) -> tuple[Any, ...]:
+    generator = torch.Generator().manual_seed(1)
+
+    def rand(*size: int) -> Tensor:
+        return torch.randn(*size, dtype=torch.float64, generator=generator)
+
+    n, _, h, w = shape
+    x = rand(*shape).to(dtype)
+    if operation == "reassemble":
+        return x, (2 * rand(n, g * k * k * s * s, h, w)).to(dtype), k, s, g
+    return x, (rand(n, g * k * k, s * h, s * w) / k).to(dtype), k, g, s
+
+
+def cotangent(y: Tensor) -> Tensor:
+    return torch.randn(y.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(2)).to(y.dtype)
+
+
+def run_native(operation: str, args: tuple[Any, ...]) -> list[Tensor]:
+    native = OPERATIONS[operation][0]
+    y = native.forward(*args)
+    return [y, *native.backward(cotangent(y), [True, True], *args)]
+
+
+def run_reference(operation: str, args: tuple[Any, ...], grad: Tensor) -> list[Tensor]:
+    x, weights = (t.detach().requires_grad_() for t in args[:2])
+    y = OPERATIONS[operation][1].forward(x, weights, *args[2:])
+    return [y.detach(), *torch.autograd.grad(y, (x, weights), grad)]
+
+
+@functools.lru_cache(maxsize=128)
+def truth_and_eager(operation: str, case: str, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
+    """The reference in fp64 and in `dtype`, once for all instruction sets."""
+    args = arguments(operation, *CASES[case], dtype)
+    grad = cotangent(OPERATIONS[operation][1].forward(*args))
+    wide = (args[0].double(), args[1].double(), *args[2:])
+    return run_reference(operation, wide, grad.double()), run_reference(operation, args, grad)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_matches_the_reference_on_every_instruction_set(
+    operation: str, case: str, dtype: torch.dtype, isa: str, poisoned: None
+) -> None:
+    truth, eager = truth_and_eager(operation, case, dtype)
+    actual = run_native(operation, arguments(operation, *CASES[case], dtype))
+    for ours, theirs, true in zip(actual, eager, truth, strict=True):
+        assert ours.dtype == dtype
+        assert tolerance.violation(ours, theirs, true) is None, tolerance.violation(ours, theirs, true)
+
+
+@pytest.mark.parametrize("width", range(1, 36))
+def test_any_width(width: int, isa: str) -> None:
+    args = arguments("reassemble", (1, 3, 6, width), 5, 2, 1, torch.float64)
+    actual = run_native("reassemble", args)
+    for ours, true in zip(actual, run_reference("reassemble", args, cotangent(actual[0])), strict=True):
+        torch.testing.assert_close(ours, true, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_bitwise_the_same_for_any_thread_count_and_run(operation: str, dtype: torch.dtype) -> None:
+    args = arguments(operation, (2, 24, 61, 75), 5, 2, 2, dtype)
+    results = []
+    for count in (1, 2, 2, 3, 16):
+        torch.set_num_threads(count)
+        results.append(run_native(operation, args))
+    for other in results[1:]:
+        for first, again in zip(results[0], other, strict=True):
+            assert torch.equal(first, again)
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_channels_last_comes_back_channels_last(operation: str) -> None:
+    args = arguments(operation, (2, 6, 9, 21), 5, 2, 2, torch.float32)
+    x, weights = (t.contiguous(memory_format=torch.channels_last) for t in args[:2])
+    y, dx, dweights = run_native(operation, (x, weights, *args[2:]))
+    assert y.is_contiguous(memory_format=torch.channels_last) and not y.is_contiguous()
+    assert dx.stride() == x.stride() and dweights.stride() == weights.stride()
+    for strided, plain in zip((y, dx, dweights), run_native(operation, args), strict=True):
+        assert torch.equal(strided, plain)
+
+
+@pytest.mark.parametrize("wanted", [0, 1])
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_each_gradient_alone_is_the_same_as_both(operation: str, wanted: int) -> None:
+    args = arguments(operation, (2, 6, 33, 40), 5, 2, 1, torch.float32)
+    _, *both = run_native(operation, args)
+    native = OPERATIONS[operation][0]
+    grad = cotangent(native.forward(*args))
+    alone = native.backward(grad, [index == wanted for index in (0, 1)], *args)
+    assert torch.equal(alone[wanted], both[wanted])
+    assert alone[1 - wanted] is None
+
+
+def test_without_channels_the_gradient_of_the_weights_is_zero(poisoned: None) -> None:
+    for operation in OPERATIONS:
+        args = arguments(operation, (2, 0, 5, 6), 3, 2, 1, torch.float32)
+        y, dx, dweights = run_native(operation, args)
+        assert y.shape == (2, 0, 10, 12) and dx.shape == args[0].shape
+        assert torch.equal(dweights, torch.zeros_like(args[1]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_extreme_logits(dtype: torch.dtype, isa: str) -> None:
+    # One tap far above the others, differences that underflow, and taps switched off by -inf.
+    x, logits, *rest = arguments("reassemble", (1, 2, 5, 20), 3, 1, 1, dtype)
+    logits[:, 4] += 300
+    logits[:, 0] = -torch.inf
+    logits[:, :, 2] *= 1e4
+    expected = reference.reassemble.forward(x, logits, *rest)
+    torch.testing.assert_close(cpu.reassemble.forward(x, logits, *rest), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_softmax_loses_a_few_ulps_at_most(dtype: torch.dtype, isa: str) -> None:
+    # An impulse of x at each pixel's own place shows one weight at a time; k = 3 on a single row.
+    logits = torch.linspace(-80, 0, 9 * 500, dtype=dtype).view(500, 9).t().reshape(1, 9, 1, 500)
+    x = torch.ones((1, 1, 1, 500), dtype=dtype)
+    truth = logits.double().softmax(1)[:, 3:6]
+    truth[:, 0, :, 0] = truth[:, 2, :, -1] = 0
+    y = cpu.reassemble.forward(x, logits, 3, 1, 1)
+    torch.testing.assert_close(y, truth.sum(1, keepdim=True).to(dtype), rtol=8 * torch.finfo(dtype).eps, atol=0)
+
+
+def test_nan_reaches_the_pixels_whose_windows_hold_it_and_no_others(isa: str) -> None:
+    args = arguments("reassemble", (1, 2, 12, 40), 5, 2, 1, torch.float32)
+    args[0][0, 1, 4, 39] = float("nan")
+    args[1][0, 7, 9, 0] = float("nan")
+    expected = reference.reassemble.forward(*args)
+    assert torch.equal(torch.isnan(cpu.reassemble.forward(*args)), torch.isnan(expected))
