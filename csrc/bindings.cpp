@@ -11,6 +11,7 @@
 
 #include "common/isa.h"
 #include "reassembly/cpu.h"
+#include "ssd_scan/cpu.h"
 #include "strip_conv/cpu.h"
 
 namespace py = pybind11;
@@ -114,7 +115,7 @@ famseg::reassembly::Problem reassembly_from(const std::string& dtype, bool softm
                                             const Window& window) {
   const auto [n, c, h, w] = shape;
   const auto [kernel_size, scale, groups] = window;
-  return {dtype_named(dtype), softmax,    n, c, h, w, kernel_size, scale, groups,
+  return {dtype_named(dtype), softmax,         n, c, h, w, kernel_size, scale, groups,
           pointer(x),         pointer(weights)};
 }
 
@@ -135,6 +136,75 @@ void reassembly_backward(const std::string& dtype, bool softmax, const Shape& sh
   const famseg::Isa isa = famseg::active_isa();
   py::gil_scoped_release release;
   famseg::reassembly::backward(isa, problem, gradients, threads);
+}
+
+// (batch, height, width, heads, headdim, groups, state, directions, matrices of B and C)
+using ScanShape =
+    std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t>;
+// (softplus, low, high)
+using StepRule = std::tuple<bool, double, double>;
+// (x, dt, A, B, C, D, z, dt_bias, initial states, resets)
+using ScanTensors = std::tuple<Address, Address, Address, Address, Address, Address, Address,
+                               Address, Address, Address>;
+// (x, dt, A, B, C, D, z, dt_bias, initial states)
+using ScanGradients =
+    std::tuple<Address, Address, Address, Address, Address, Address, Address, Address, Address>;
+
+famseg::ssd_scan::Problem scan_from(const std::string& dtype, const ScanShape& shape,
+                                    const StepRule& step, int64_t chunk,
+                                    const ScanTensors& tensors) {
+  const auto [batch, height, width, heads, headdim, groups, state, directions, matrices] = shape;
+  const auto [softplus, low, high] = step;
+  const auto [x, dt, A, B, C, D, z, dt_bias, initial, resets] = tensors;
+  return {dtype_named(dtype),
+          batch,
+          height,
+          width,
+          heads,
+          headdim,
+          groups,
+          state,
+          directions,
+          matrices,
+          softplus,
+          low,
+          high,
+          chunk,
+          pointer(x),
+          pointer(dt),
+          pointer(A),
+          pointer(B),
+          pointer(C),
+          pointer(D),
+          pointer(z),
+          pointer(dt_bias),
+          pointer(initial),
+          static_cast<const uint8_t*>(pointer(resets))};
+}
+
+void ssd_scan_forward(const std::string& dtype, const ScanShape& shape, const StepRule& step,
+                      int64_t chunk, const ScanTensors& tensors, Address y, Address final_states,
+                      int threads) {
+  const auto problem = scan_from(dtype, shape, step, chunk, tensors);
+  const famseg::Isa isa = famseg::active_isa();
+  py::gil_scoped_release release;
+  famseg::ssd_scan::forward(isa, problem, {pointer(y), pointer(final_states)}, threads);
+}
+
+void ssd_scan_backward(const std::string& dtype, const ScanShape& shape, const StepRule& step,
+                       int64_t chunk, const ScanTensors& tensors, Address y_gradient,
+                       Address final_states_gradient, const ScanGradients& gradients, int threads) {
+  const auto problem = scan_from(dtype, shape, step, chunk, tensors);
+  const auto [x, dt, A, B, C, D, z, dt_bias, initial] = gradients;
+  const famseg::ssd_scan::Gradients native = {pointer(y_gradient), pointer(final_states_gradient),
+                                              pointer(x),          pointer(dt),
+                                              pointer(A),          pointer(B),
+                                              pointer(C),          pointer(D),
+                                              pointer(z),          pointer(dt_bias),
+                                              pointer(initial)};
+  const famseg::Isa isa = famseg::active_isa();
+  py::gil_scoped_release release;
+  famseg::ssd_scan::backward(isa, problem, native, threads);
 }
 
 }  // namespace
@@ -163,6 +233,17 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("reassembly_backward", &reassembly_backward, py::arg("dtype"), py::arg("softmax"),
         py::arg("shape"), py::arg("x"), py::arg("weights"), py::arg("window"),
         py::arg("y_gradient"), py::arg("x_gradient"), py::arg("weights_gradient"),
-        py::arg("threads"),
-        "As reassembly_forward. Gradients at address 0 are not computed.");
+        py::arg("threads"), "As reassembly_forward. Gradients at address 0 are not computed.");
+  m.def(
+      "ssd_scan_forward", &ssd_scan_forward, py::arg("dtype"), py::arg("shape"), py::arg("step"),
+      py::arg("chunk"), py::arg("tensors"), py::arg("y"), py::arg("final_states"),
+      py::arg("threads"),
+      "shape: (batch, height, width, heads, headdim, groups, state, directions, matrices of B and "
+      "C); step: (softplus, low, high) of dt; tensors: (x, dt, A, B, C, D, z, dt_bias, initial "
+      "states, resets), all but x, B, C, z and resets in the type of the arithmetic.");
+  m.def("ssd_scan_backward", &ssd_scan_backward, py::arg("dtype"), py::arg("shape"),
+        py::arg("step"), py::arg("chunk"), py::arg("tensors"), py::arg("y_gradient"),
+        py::arg("final_states_gradient"), py::arg("gradients"), py::arg("threads"),
+        "As ssd_scan_forward; gradients: of the tensors but resets. Gradients at address 0 are not "
+        "computed.");
 }

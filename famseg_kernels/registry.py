@@ -10,6 +10,8 @@ What a call costs before any arithmetic: `python -m benchmarks.overhead`.
 
 from __future__ import annotations
 
+import functools
+import itertools
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -32,7 +34,7 @@ class Case:
     """Arguments of one call, made from a seed: the unit of the contract tests and of the benchmarks.
 
     `make(rand)` returns the op's arguments in fp64 on the CPU; `rand(*shape)` draws standard normal numbers.
-    `keep` names what stays fp32 beside a lower-precision x (positions of the flattened tensor arguments).
+    `keep_fp32` are the places (among the flattened tensor arguments) of what stays fp32 beside a lower-precision x.
     """
 
     name: str
@@ -47,7 +49,7 @@ class Case:
         def rand(*shape: int) -> Tensor:
             return torch.randn(*shape, dtype=torch.float64, generator=generator)
 
-        position = iter(range(1000))
+        position = itertools.count()
 
         def cast(value: Any) -> Any:
             if isinstance(value, (list, tuple)) and not all(isinstance(v, (int, float)) for v in value):
@@ -145,17 +147,23 @@ class Operation:
 
     def refusal(self, name: str, args: Sequence[Any], method: str) -> str | None:
         """None if backend `name` can run `method` ("forward" or "backward") on these arguments, else why not."""
+        if (reason := self._refusal_here(name, args[0].device.type, method)) is not None:
+            return reason
+        return self.implementations[name].unsupported(*args)
+
+    @functools.cache  # noqa: B019 - operations live as long as the process
+    def _refusal_here(self, name: str, device: str, method: str) -> str | None:
+        """The part of a refusal that does not depend on the arguments: worth keeping, a call costs microseconds."""
         implementation = self.implementations.get(name)
         if implementation is None:
             return f"it has no kernel for {self.spec.name}"
         if (reason := backends.availability()[name]) != "ok":
             return reason
-        device = args[0].device.type
         if device not in _DEVICES[name]:
             return f"it runs on {' and '.join(_DEVICES[name])} tensors, x is on {device}"
         if name != "reference" and not hasattr(implementation, method):
             return f"it has no {method} kernel for {self.spec.name}"
-        return implementation.unsupported(*args)
+        return None
 
     def choose(self, backend: str, args: Sequence[Any], method: str) -> Any:
         """The implementation to run: the fastest possible one, or the one asked for if it can be honoured."""

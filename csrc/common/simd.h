@@ -85,10 +85,10 @@ struct ExponentialOf<double> {
   static constexpr double ln2_high = 6.93147180369123816490e-1;
   static constexpr double ln2_low = 1.90821492927058770002e-10;
   // 1 / 13!, 1 / 12! ... 1 / 2!: the next term is below 2^-58.
-  static constexpr double polynomial[] = {
-      1.0 / 6227020800.0, 1.0 / 479001600.0, 1.0 / 39916800.0, 1.0 / 3628800.0,
-      1.0 / 362880.0,     1.0 / 40320.0,     1.0 / 5040.0,     1.0 / 720.0,
-      1.0 / 120.0,        1.0 / 24.0,        1.0 / 6.0,        1.0 / 2.0};
+  static constexpr double polynomial[] = {1.0 / 6227020800.0, 1.0 / 479001600.0, 1.0 / 39916800.0,
+                                          1.0 / 3628800.0,    1.0 / 362880.0,    1.0 / 40320.0,
+                                          1.0 / 5040.0,       1.0 / 720.0,       1.0 / 120.0,
+                                          1.0 / 24.0,         1.0 / 6.0,         1.0 / 2.0};
 };
 
 // e^x to about an ulp; 0 where that would be below 4 times the smallest normal number, infinity

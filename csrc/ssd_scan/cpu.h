@@ -22,23 +22,25 @@ namespace famseg::ssd_scan {
 struct Problem {
   Dtype dtype;
   int64_t batch, height, width, heads, headdim, groups, state;
-  int64_t directions;       // 1, 2 or 4
-  int64_t matrices;         // of B and C: as many as directions, or 1 shared by all
+  int64_t directions;  // 1, 2 or 4
+  int64_t matrices;    // of B and C: as many as directions, or 1 shared by all
   bool softplus;
   double dt_min, dt_max;
-  int64_t chunk;            // the most tokens a chunk shall have; 0: as it pleases the kernel
-  const void* x;            // (batch, height, width, heads, headdim)
-  const void* dt;           // (batch, height, width, directions, heads)
-  const void* A;            // (directions, heads)
-  const void* B;            // (batch, height, width, matrices, groups, state)
-  const void* C;            // as B
-  const void* D;            // (heads, headdim) or null
-  const void* z;            // as x, or null
-  const void* dt_bias;      // (directions, heads) or null
-  const void* initial;      // (batch, heads, headdim, state) or null; one direction only
-  const uint8_t* resets;    // (batch, height * width): not 0 where the state starts anew; or null
+  int64_t chunk;          // the most tokens a chunk shall have; 0: as it pleases the kernel
+  const void* x;          // (batch, height, width, heads, headdim)
+  const void* dt;         // (batch, height, width, directions, heads)
+  const void* A;          // (directions, heads)
+  const void* B;          // (batch, height, width, matrices, groups, state)
+  const void* C;          // as B
+  const void* D;          // (heads, headdim) or null
+  const void* z;          // as x, or null
+  const void* dt_bias;    // (directions, heads) or null
+  const void* initial;    // (batch, heads, headdim, state) or null; one direction only
+  const uint8_t* resets;  // (batch, height * width): not 0 where the state starts anew; or null
 
   int64_t tokens() const { return height * width; }
+  // Elements of B and of C.
+  int64_t matrix_elements() const { return batch * tokens() * matrices * groups * state; }
 };
 
 struct Results {
@@ -67,18 +69,24 @@ void backward(Isa isa, const Problem& problem, const Gradients& gradients, int t
 // Heads [head, head + heads) of one group and one image: they share B and C.
 struct Block {
   int64_t batch, group, head, heads;
-  int64_t index;  // among the blocks of the image
+  int64_t index;  // among the blocks of the group
+};
+
+// Gradients of B or C, of which every head of a group has a share: the first block of each group
+// writes its heads' sum to `first`, the next ones to `rest`; added up in this order. All in the
+// type of the arithmetic and shaped like B.
+struct Shares {
+  void* first;  // null: not wanted
+  void* rest;   // (blocks of a group - 1, *B's shape)
 };
 
 // What blocks leave to be added up, in a fixed order, after all of them are done.
 struct Partials {
-  int64_t blocks;          // of one image
-  int64_t blocks_per_group;
-  void* B;                 // (batch, blocks, tokens, matrices, state); null: not wanted
-  void* C;
-  double* A;               // (batch, directions, heads)
-  double* dt_bias;         // (batch, directions, heads)
-  double* D;               // (batch, heads, headdim)
+  int64_t blocks;  // of a group
+  Shares B, C;
+  double* A;        // (batch, directions, heads)
+  double* dt_bias;  // (batch, directions, heads)
+  double* D;        // (batch, heads, headdim)
 };
 
 // One instruction set's kernels. `scratch` is 64-byte aligned and of the stated size; what it holds
@@ -89,9 +97,9 @@ struct Kernels {
   size_t (*backward_scratch)(const Problem&, int64_t heads);
   void (*backward_block)(const Problem&, const Gradients&, const Partials&, const Block&,
                          void* scratch);
-  // The gradients of B and C at one pixel of one image, from the blocks' shares.
-  void (*reduce_pixels)(const Problem&, const Gradients&, const Partials&, int64_t batch,
-                        int64_t first, int64_t last);
+  // Adds up elements [first, last) of the gradients of B and C.
+  void (*reduce_matrices)(const Problem&, const Gradients&, const Partials&, int64_t first,
+                          int64_t last);
   // The gradients of A, dt_bias and D.
   void (*reduce_parameters)(const Problem&, const Gradients&, const Partials&);
 };

@@ -20,11 +20,11 @@ struct Product {
   int64_t b_stride;
   T* out;
   int64_t out_stride;
-  int64_t rows, columns, depth;    // columns: whole vectors
-  const T* row_scale = nullptr;    // one for each row; null: 1
-  const T* init = nullptr;         // as `out`, which it may be; null: 0
+  int64_t rows, columns, depth;  // columns: whole vectors
+  const T* row_scale = nullptr;  // one for each row; null: 1
+  const T* init = nullptr;       // as `out`, which it may be; null: 0
   T keep = 1;
-  Left left = Left::full;          // which half of a is not zero
+  Left left = Left::full;  // which half of a is not zero
 };
 
 // ROWS x VECTORS vectors of the result stay in registers over the whole depth.

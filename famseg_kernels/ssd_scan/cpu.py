@@ -1,0 +1,292 @@
+"""ssd_scan and ssd_scan_2d on the CPU: hands tensors as addresses to the C++ kernels of csrc/ssd_scan.
+
+To the kernels a sequence is an image of one column, scanned in one direction.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from famseg_kernels import backends
+
+_DTYPES = {
+    torch.float32: "float32",
+    torch.float64: "float64",
+    torch.bfloat16: "bfloat16",
+    torch.float16: "float16",
+}
+
+
+def _unsupported(x: Tensor, *_: object) -> str | None:
+    """None when these kernels can run the call, else the reason."""
+    module, reason = backends.native_module("_cpu")
+    if module is None:
+        return reason
+    if x.device.type != "cpu":
+        return f"x is on {x.device.type}"
+    if x.dtype not in _DTYPES:
+        return f"no kernel for {x.dtype}"
+    return None
+
+
+# --- the image ----------------------------------------------------------------------------------------
+
+
+def _forward_2d(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    dt_bias: Tensor | None,
+    chunk_size: int | None,
+    dt_softplus: bool,
+    dt_min: float,
+    dt_max: float,
+) -> Tensor:
+    """y (N, H, W, heads, headdim) in x's dtype."""
+    total = D.sum(0) if D is not None and D.dim() == 2 else D
+    problem = _Problem(x, dt, A, B, C, total, None, dt_bias, None, None)
+    return problem.forward((chunk_size, dt_softplus, dt_min, dt_max), False)[0]
+
+
+def _backward_2d(
+    grad: Tensor,
+    needs: Sequence[bool],
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    dt_bias: Tensor | None,
+    chunk_size: int | None,
+    dt_softplus: bool,
+    dt_min: float,
+    dt_max: float,
+) -> list[Tensor | None]:
+    """Gradients of the tensor arguments where `needs`, None elsewhere."""
+    total = D.sum(0) if D is not None and D.dim() == 2 else D
+    problem = _Problem(x, dt, A, B, C, total, None, dt_bias, None, None)
+    needs = [*needs[:6], False, needs[6], False]
+    step = (chunk_size, dt_softplus, dt_min, dt_max)
+    *found, of_D, _, of_bias, _ = problem.backward(step, grad, None, needs)
+    if of_D is not None and D is not None and D.dim() == 2:
+        of_D = of_D.expand_as(D)
+    return [_like(g, t) for g, t in zip([*found, of_D, of_bias], (x, dt, A, B, C, D, dt_bias), strict=True)]
+
+
+# --- the sequence -------------------------------------------------------------------------------------
+
+
+def _forward(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    initial_states: Tensor | None,
+    seq_idx: Tensor | None,
+    cu_seqlens: Tensor | None,
+    chunk_size: int | None,
+    dt_softplus: bool,
+    dt_min: float,
+    dt_max: float,
+    return_final_states: bool,
+    return_varlen_states: bool,
+) -> list[Tensor]:
+    """[y, final states if asked for, states of the packed sequences if asked for]."""
+    step = (chunk_size, dt_softplus, dt_min, dt_max)
+    problem = _sequence(x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx)
+    results = problem.forward(step, return_final_states)
+    if return_varlen_states:
+        parts = [
+            _sequence(x[:, tokens], dt[:, tokens], A, B[:, tokens], C[:, tokens], None, None, dt_bias, first, None)
+            for tokens, first in _packed(cu_seqlens, initial_states)
+        ]
+        results.append(torch.cat([part.forward(step, True)[1] for part in parts]))
+    return results
+
+
+def _backward(
+    grads: Sequence[Tensor],
+    needs: Sequence[bool],
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    initial_states: Tensor | None,
+    seq_idx: Tensor | None,
+    cu_seqlens: Tensor | None,
+    chunk_size: int | None,
+    dt_softplus: bool,
+    dt_min: float,
+    dt_max: float,
+    return_final_states: bool,
+    return_varlen_states: bool,
+) -> list[Tensor | None]:
+    """Gradients of the tensor arguments where `needs`, None elsewhere."""
+    step = (chunk_size, dt_softplus, dt_min, dt_max)
+    problem = _sequence(x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx)
+    found = problem.backward(step, grads[0], grads[1] if return_final_states else None, needs[:9])
+    if return_varlen_states:
+        for index, (tokens, first) in enumerate(_packed(cu_seqlens, initial_states)):
+            wanted = [*needs[:5], False, False, needs[7], needs[8] and first is not None]
+            part = _sequence(
+                x[:, tokens], dt[:, tokens], A, B[:, tokens], C[:, tokens], None, None, dt_bias, first, None
+            )
+            shares = part.backward(step, None, grads[-1][index : index + 1], wanted)
+            # dt_bias, A and the initial states are whole in every part; the others are a stretch of tokens.
+            for place, share in enumerate(shares):
+                whole = found[place]
+                if share is not None and whole is not None:
+                    (whole[:, tokens] if place in (0, 1, 3, 4) else whole).add_(share)
+    originals = (x, dt, A, B, C, D, z, dt_bias, initial_states)
+    return [*(_like(g, t) for g, t in zip(found, originals, strict=True)), None, None]
+
+
+def _packed(cu_seqlens: Tensor | None, initial_states: Tensor | None) -> list[tuple[slice, Tensor | None]]:
+    """The tokens of each packed sequence, and the initial state where it starts the row."""
+    bounds = [] if cu_seqlens is None else cu_seqlens.tolist()
+    return [(slice(start, end), initial_states if start == 0 else None) for start, end in itertools.pairwise(bounds)]
+
+
+def _sequence(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    initial_states: Tensor | None,
+    seq_idx: Tensor | None,
+) -> _Problem:
+    resets = None
+    if seq_idx is not None:
+        before = torch.nn.functional.pad(seq_idx, (1, 0))[:, :-1]
+        resets = seq_idx != before
+    return _Problem(x, dt, A, B, C, D, z, dt_bias, initial_states, resets)
+
+
+# --- both ---------------------------------------------------------------------------------------------
+
+
+class _Problem:
+    """One call as the native module takes it, an image or a sequence.
+
+    Holds the contiguous tensors whose addresses it hands out. dt, A, D, dt_bias and states go in, and their
+    gradients come out, in the dtype of the arithmetic.
+    """
+
+    def __init__(
+        self,
+        x: Tensor,
+        dt: Tensor,
+        A: Tensor,
+        B: Tensor,
+        C: Tensor,
+        D: Tensor | None,
+        z: Tensor | None,
+        dt_bias: Tensor | None,
+        initial_states: Tensor | None,
+        resets: Tensor | None,
+    ) -> None:
+        image = x.dim() == 5
+        heads, headdim = x.shape[-2:]
+        self._skip_per_head = D is not None and D.dim() == 1
+        if D is not None and D.dim() == 1:
+            D = D[:, None].expand(heads, headdim)
+        self._x = x.contiguous()
+        self._wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+        tensors = (
+            self._x,
+            dt.to(self._wide),
+            A.to(self._wide),
+            B,
+            C,
+            None if D is None else D.to(self._wide),
+            z,
+            None if dt_bias is None else dt_bias.to(self._wide),
+            None if initial_states is None else initial_states.to(self._wide),
+            resets,
+        )
+        self._tensors = [None if t is None else t.contiguous() for t in tensors]
+        size = x.shape[:3] if image else (*x.shape[:2], 1)
+        directions, matrices = (dt.shape[3], B.shape[3]) if image else (1, 1)
+        self._dtype = _DTYPES[x.dtype]
+        self._shape = (*size, heads, headdim, *B.shape[-2:], directions, matrices)
+        self._state_shape = (x.shape[0], heads, headdim, B.shape[-1])
+
+    def forward(self, step: tuple[int | None, bool, float, float], wants_states: bool) -> list[Tensor]:
+        """[y] or [y, final states]."""
+        y = torch.empty_like(self._x, memory_format=torch.contiguous_format)
+        states = self._x.new_empty(self._state_shape, dtype=self._wide) if wants_states else None
+        _native().ssd_scan_forward(*self._arguments(step), y.data_ptr(), _address(states), torch.get_num_threads())
+        return [y] if states is None else [y, states]
+
+    def backward(
+        self,
+        step: tuple[int | None, bool, float, float],
+        grad: Tensor | None,
+        states_grad: Tensor | None,
+        needs: Sequence[bool],
+    ) -> list[Tensor | None]:
+        """Gradients of x, dt, A, B, C, D, z, dt_bias, initial states where `needs`; those given None are zero."""
+        tensors = self._tensors[:9]
+        found = [
+            torch.empty_like(t) if need and t is not None else None for t, need in zip(tensors, needs, strict=True)
+        ]
+        grad, states_grad = (None if g is None else g.contiguous() for g in (grad, states_grad))
+        _native().ssd_scan_backward(
+            *self._arguments(step),
+            _address(grad),
+            _address(states_grad),
+            tuple(_address(g) for g in found),
+            torch.get_num_threads(),
+        )
+        if (of_skip := found[5]) is not None and self._skip_per_head:
+            found[5] = of_skip.sum(1)
+        return found
+
+    def _arguments(self, step: tuple[int | None, bool, float, float]) -> tuple[Any, ...]:
+        chunk, *rule = step
+        return self._dtype, self._shape, tuple(rule), chunk or 0, tuple(_address(t) for t in self._tensors)
+
+
+def _like(gradient: Tensor | None, tensor: Tensor | None) -> Tensor | None:
+    """In the dtype and layout of empty_like(tensor), which is what the op's fake kernel promises."""
+    if gradient is None or tensor is None:
+        return None
+    like = torch.empty_like(tensor)
+    if gradient.dtype == tensor.dtype and gradient.stride() == like.stride():
+        return gradient
+    return like.copy_(gradient)
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _native() -> Any:
+    """The native module; callers have asked `unsupported` before."""
+    return backends.native_module("_cpu")[0]
+
+
+scan = SimpleNamespace(unsupported=_unsupported, forward=_forward, backward=_backward)
+scan_2d = SimpleNamespace(unsupported=_unsupported, forward=_forward_2d, backward=_backward_2d)
