@@ -26,7 +26,7 @@ class TrainConfig:
     data: str = option("phantom", "phantom[:LENGTH], hc18:DIR, folder:DIR, or several joined by commas")
     model: str = option("famseg_nano", ", ".join(MODELS))
     epochs: int | None = option(None, "total epochs; the phases are stretched to it")
-    phases: str = option("adamw:18,sgd:4", "optimizer:epochs, joined by commas (paper: adamw:150,sgd:50)")
+    phases: str = option("adamw:15,sgd:3", "optimizer:epochs, joined by commas (paper: adamw:150,sgd:50)")
     decay: Literal["cos", "step"] = option("cos", "learning-rate decay over the run: cos or step")
     batch_size: int = option(8, "images a step")
     image_size: int = option(128, "side of the square network input, px; images are letterboxed into it")
