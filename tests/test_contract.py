@@ -220,6 +220,7 @@ def test_compiles_without_graph_break(operation, backend, dtype, case):
     require(operation, backend, args, "backward")
     expected = results_and_gradients(operation, args, backend)
     args, leaves = needs_grad(operation, args)
+    torch._dynamo.reset()  # all cases share one code object, whose recompilations are limited
 
     @torch.compile(fullgraph=True, backend="aot_eager")
     def compiled(*args):

@@ -1,40 +1,23 @@
 """The C++ kernels of reassemble and carafe beyond the contract tests: instruction sets, threads, sizes, edges.
 
-Runs under AddressSanitizer and UBSan as tests/test_native_strip_conv.py says.
+Runs under AddressSanitizer and UBSan as tests/native.py says.
 """
 
 from __future__ import annotations
 
 import functools
-import importlib.util
-import os
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from famseg_kernels import backends, tolerance
+from famseg_kernels import tolerance
 from famseg_kernels.reassembly import cpu, reference
+from tests.native import DTYPES, ISAS, NATIVE, needs_native
 
-
-def native_module() -> Any:
-    directory = os.environ.get("FAMSEG_NATIVE_MODULE")
-    if directory is None:
-        return backends.native_module("_cpu")[0]
-    (path,) = Path(directory).glob("_cpu*.so")
-    spec = importlib.util.spec_from_file_location("_cpu", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-NATIVE = native_module()
-pytestmark = pytest.mark.skipif(NATIVE is None, reason=backends.native_module("_cpu")[1])
-ISAS = NATIVE.available_isas() if NATIVE else []
-DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+pytestmark = needs_native
 OPERATIONS = {"reassemble": (cpu.reassemble, reference.reassemble), "carafe": (cpu.carafe, reference.carafe)}
 
 # x's shape, kernel, scale, groups

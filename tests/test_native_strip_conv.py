@@ -1,20 +1,11 @@
 """The C++ kernels of strip_conv2d against the same convolutions in fp64, on every instruction set here.
 
-The kernels under AddressSanitizer and UBSan (Python itself is not built for them, hence the preload):
-
-    cmake -S . -B build/sanitize -G Ninja -DFAMSEG_SANITIZE=ON -DFAMSEG_PYBIND11_INCLUDE=$(python -c
-        'import pybind11; print(pybind11.get_include())') && cmake --build build/sanitize
-    FAMSEG_NATIVE_MODULE=build/sanitize/modules ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD="$(gcc
-        -print-file-name=libasan.so) $(gcc -print-file-name=libubsan.so)" python -m pytest
-        tests/test_native_strip_conv.py
+Runs under AddressSanitizer and UBSan as tests/native.py says.
 """
 
 from __future__ import annotations
 
-import importlib.util
-import os
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,26 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from famseg_kernels import backends
+from famseg_kernels import tolerance
 from famseg_kernels.strip_conv import cpu
+from tests.native import DTYPES, ISAS, NATIVE, needs_native
 
-
-def native_module() -> Any:
-    directory = os.environ.get("FAMSEG_NATIVE_MODULE")
-    if directory is None:
-        return backends.native_module("_cpu")[0]
-    (path,) = Path(directory).glob("_cpu*.so")
-    spec = importlib.util.spec_from_file_location("_cpu", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-NATIVE = native_module()
-pytestmark = pytest.mark.skipif(NATIVE is None, reason=backends.native_module("_cpu")[1])
-ISAS = NATIVE.available_isas() if NATIVE else []
-DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
-EPSILON = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+pytestmark = needs_native
 
 # (N, C, H, W), square size or None, [(row size, column size)], biases
 CASES = {
@@ -168,7 +144,7 @@ def assert_as_exact_as_torch(ours: list, theirs: list, truth: list, scales: list
             size = max(torch.linalg.vector_norm(true, norm).item(), scale)
             our_error = torch.linalg.vector_norm(our.double() - true, norm).item()
             their_error = torch.linalg.vector_norm(their.double() - true, norm).item()
-            assert our_error <= 2 * their_error + EPSILON[dtype] * size, f"output {index}, norm {norm}"
+            assert our_error <= 2 * their_error + tolerance.EPSILON[dtype] * size, f"output {index}, norm {norm}"
 
 
 def gradient_scales(args: tuple[Any, ...], grad: Tensor) -> list[float]:

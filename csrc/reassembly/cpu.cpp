@@ -18,11 +18,8 @@
 #include "reassembly/cpu.h"
 
 #include "common/half.h"
+#include "common/scratch.h"
 #include "common/simd.h"
-
-#if defined(__SANITIZE_ADDRESS__)
-#include <sanitizer/asan_interface.h>
-#endif
 
 namespace famseg::FAMSEG_ISA {
 namespace {
@@ -30,43 +27,10 @@ namespace {
 using reassembly::Gradients;
 using reassembly::Problem;
 
-constexpr int64_t kAlignment = 64;
 // Shares of a core's L2 cache, of which there is 1 MB or more.
 constexpr int64_t kForwardWeightBytes = 128 << 10;
 constexpr int64_t kBackwardWeightBytes = 384 << 10;
 constexpr int64_t kImageBytes = 160 << 10;
-
-constexpr int64_t round_up(int64_t value, int64_t unit) {
-  return (value + unit - 1) / unit * unit;
-}
-constexpr int64_t smaller(int64_t a, int64_t b) {
-  return a < b ? a : b;
-}
-constexpr int64_t larger(int64_t a, int64_t b) {
-  return a > b ? a : b;
-}
-
-// Hands out pieces of a thread's scratch memory; without a base it only counts the bytes and the
-// pieces are null.
-struct Arena {
-  char* base = nullptr;
-  int64_t used = 0;
-
-  template <typename T>
-  T* take(int64_t count) {
-    const int64_t bytes = count * static_cast<int64_t>(sizeof(T));
-    char* piece = base == nullptr ? nullptr : base + used;
-    used += round_up(bytes, kAlignment);
-#if defined(__SANITIZE_ADDRESS__)
-    // All pieces are one allocation: a guarded gap shows a step from one into the next.
-    if (base != nullptr) {
-      __asan_poison_memory_region(piece + bytes, base + used + kAlignment - (piece + bytes));
-    }
-    used += kAlignment;
-#endif
-    return reinterpret_cast<T*>(piece);
-  }
-};
 
 struct Geometry {
   int64_t height, width, channels;  // of x, and of one group
@@ -643,26 +607,6 @@ void backward_block(const Problem& p, const Gradients& gradients, int64_t block,
 }
 
 // ---- by element type ----------------------------------------------------------------------------
-
-// Calls f with a value of the element type in memory.
-template <typename F>
-auto by_dtype(Dtype dtype, const F& f) {
-  switch (dtype) {
-    case Dtype::float64:
-      return f(double());
-    case Dtype::bfloat16:
-      return f(Bfloat16());
-    case Dtype::float16:
-      return f(Float16());
-    case Dtype::float32:
-      break;
-  }
-  return f(float());
-}
-
-// What arithmetic on elements S is done in.
-template <typename S>
-using Compute = decltype(widen(S()));
 
 int64_t blocks(const Problem& p, bool backward, bool with_halo) {
   return by_dtype(p.dtype, [&](auto element) {

@@ -3,10 +3,9 @@
 #include <omp.h>
 
 #include <cstring>
-#include <memory>
-#include <new>
 #include <vector>
 
+#include "common/buffer.h"
 #include "reassembly/cpu.h"
 
 namespace famseg::reassembly {
@@ -20,13 +19,6 @@ const Kernels& kernels_for(Isa isa) {
   static_cast<void>(isa);
   return baseline::reassembly_kernels;
 }
-
-constexpr std::align_val_t kAlignment{64};
-
-struct AlignedDelete {
-  void operator()(void* p) const { ::operator delete(p, kAlignment); }
-};
-using Buffer = std::unique_ptr<void, AlignedDelete>;
 
 // Below this many multiply-adds (some 10 us) a second thread costs more than it brings.
 constexpr int64_t kWorthAThread = 1 << 18;
@@ -47,7 +39,7 @@ void for_each_block(int64_t blocks, size_t scratch_bytes, int threads, const Wor
   // Allocated here, because an exception must not leave a parallel region.
   std::vector<Buffer> scratch;
   for (int t = 0; t < threads; ++t) {
-    scratch.emplace_back(::operator new(scratch_bytes, kAlignment));
+    scratch.push_back(allocate(scratch_bytes));
   }
 #pragma omp parallel num_threads(threads)
   {

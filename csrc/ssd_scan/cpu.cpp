@@ -24,12 +24,9 @@
 #include "ssd_scan/cpu.h"
 
 #include "common/half.h"
+#include "common/scratch.h"
 #include "common/simd.h"
 #include "ssd_scan/matrix.h"
-
-#if defined(__SANITIZE_ADDRESS__)
-#include <sanitizer/asan_interface.h>
-#endif
 
 namespace famseg::FAMSEG_ISA {
 namespace {
@@ -41,41 +38,8 @@ using ssd_scan::Problem;
 using ssd_scan::Results;
 using ssd_scan::Shares;
 
-constexpr int64_t kAlignment = 64;
-
 // exp(-110) is 0 in float. The gradient of a step's decay is 0 below, as that of torch.clamp.
 constexpr double kLowestLogDecay = -110.0;
-
-constexpr int64_t round_up(int64_t value, int64_t unit) {
-  return (value + unit - 1) / unit * unit;
-}
-constexpr int64_t smaller(int64_t a, int64_t b) {
-  return a < b ? a : b;
-}
-
-// Hands out pieces of a thread's scratch memory; without a base it only counts the bytes and the
-// pieces are null.
-struct Arena {
-  char* base = nullptr;
-  int64_t used = 0;
-
-  template <typename T>
-  T* take(int64_t count) {
-    const int64_t bytes = count * static_cast<int64_t>(sizeof(T));
-    char* piece = base == nullptr ? nullptr : base + used;
-    used += round_up(bytes, kAlignment);
-#if defined(__SANITIZE_ADDRESS__)
-    // All pieces are one allocation: a guarded gap shows a step from one into the next. Gaps of the
-    // block before, which may have had more heads, lie elsewhere.
-    if (base != nullptr) {
-      __asan_unpoison_memory_region(piece, bytes);
-      __asan_poison_memory_region(piece + bytes, base + used + kAlignment - (piece + bytes));
-    }
-    used += kAlignment;
-#endif
-    return reinterpret_cast<T*>(piece);
-  }
-};
 
 // ---- geometry -----------------------------------------------------------------------------------
 
@@ -1251,26 +1215,6 @@ void reduce_parameters(const Problem& p, const Gradients& gradients, const Parti
 }
 
 // ---- by element type ----------------------------------------------------------------------------
-
-// Calls f with a value of the element type in memory.
-template <typename F>
-auto by_dtype(Dtype dtype, const F& f) {
-  switch (dtype) {
-    case Dtype::float64:
-      return f(double());
-    case Dtype::bfloat16:
-      return f(Bfloat16());
-    case Dtype::float16:
-      return f(Float16());
-    case Dtype::float32:
-      break;
-  }
-  return f(float());
-}
-
-// What arithmetic on elements S is done in.
-template <typename S>
-using Compute = decltype(widen(S()));
 
 size_t forward_scratch(const Problem& p, int64_t heads) {
   return by_dtype(p.dtype, [&](auto element) {

@@ -5,10 +5,9 @@
 
 #include <algorithm>
 #include <cstring>
-#include <memory>
-#include <new>
 #include <vector>
 
+#include "common/buffer.h"
 #include "ssd_scan/cpu.h"
 
 namespace famseg::ssd_scan {
@@ -21,17 +20,6 @@ const Kernels& kernels_for(Isa isa) {
 #endif
   static_cast<void>(isa);
   return baseline::ssd_scan_kernels;
-}
-
-constexpr std::align_val_t kAlignment{64};
-
-struct AlignedDelete {
-  void operator()(void* p) const { ::operator delete(p, kAlignment); }
-};
-using Buffer = std::unique_ptr<void, AlignedDelete>;
-
-Buffer allocate(size_t bytes) {
-  return Buffer(::operator new(bytes, kAlignment));
 }
 
 int64_t element_bytes(const Problem& p) {

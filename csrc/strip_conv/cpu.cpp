@@ -17,11 +17,8 @@
 #include "strip_conv/cpu.h"
 
 #include "common/half.h"
+#include "common/scratch.h"
 #include "common/simd.h"
-
-#if defined(__SANITIZE_ADDRESS__)
-#include <sanitizer/asan_interface.h>
-#endif
 
 namespace famseg::FAMSEG_ISA {
 namespace {
@@ -30,40 +27,6 @@ using strip_conv::Branch;
 using strip_conv::BranchGradients;
 using strip_conv::Gradients;
 using strip_conv::Problem;
-
-constexpr int64_t kAlignment = 64;
-
-constexpr int64_t round_up(int64_t value, int64_t unit) {
-  return (value + unit - 1) / unit * unit;
-}
-constexpr int64_t smaller(int64_t a, int64_t b) {
-  return a < b ? a : b;
-}
-constexpr int64_t larger(int64_t a, int64_t b) {
-  return a > b ? a : b;
-}
-
-// Hands out pieces of a thread's scratch memory; without a base it only counts the bytes and the
-// pieces are null.
-struct Arena {
-  char* base = nullptr;
-  int64_t used = 0;
-
-  template <typename T>
-  T* take(int64_t count) {
-    const int64_t bytes = count * static_cast<int64_t>(sizeof(T));
-    char* piece = base == nullptr ? nullptr : base + used;
-    used += round_up(bytes, kAlignment);
-#if defined(__SANITIZE_ADDRESS__)
-    // All pieces are one allocation: a guarded gap shows a step from one into the next.
-    if (base != nullptr) {
-      __asan_poison_memory_region(piece + bytes, base + used + kAlignment - (piece + bytes));
-    }
-    used += kAlignment;
-#endif
-    return reinterpret_cast<T*>(piece);
-  }
-};
 
 // A kernel cropped to the taps that can reach the image: on a 16 x 16 plane 21 taps are as 31, and
 // on a single pixel as 1. Cropped taps only ever meet zeros, and their gradients are zero.
@@ -775,26 +738,6 @@ void reduce_channel(const Problem& p, const Gradients& gradients, int64_t c,
 }
 
 // ---- by element type ----------------------------------------------------------------------------
-
-// Calls f with a value of the element type in memory.
-template <typename F>
-auto by_dtype(Dtype dtype, const F& f) {
-  switch (dtype) {
-    case Dtype::float64:
-      return f(double());
-    case Dtype::bfloat16:
-      return f(Bfloat16());
-    case Dtype::float16:
-      return f(Float16());
-    case Dtype::float32:
-      break;
-  }
-  return f(float());
-}
-
-// What arithmetic on elements S is done in.
-template <typename S>
-using Compute = decltype(widen(S()));
 
 size_t forward_scratch(const Problem& p) {
   return by_dtype(p.dtype, [&](auto element) {

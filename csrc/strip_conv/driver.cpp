@@ -3,10 +3,9 @@
 #include <omp.h>
 
 #include <cstring>
-#include <memory>
-#include <new>
 #include <vector>
 
+#include "common/buffer.h"
 #include "strip_conv/cpu.h"
 
 namespace famseg::strip_conv {
@@ -21,13 +20,6 @@ const Kernels& kernels_for(Isa isa) {
   return baseline::strip_conv_kernels;
 }
 
-constexpr std::align_val_t kAlignment{64};
-
-struct AlignedDelete {
-  void operator()(void* p) const { ::operator delete(p, kAlignment); }
-};
-using Buffer = std::unique_ptr<void, AlignedDelete>;
-
 // Calls work(plane, scratch) for every plane. Planes go to whichever thread is free: results do not
 // depend on that, because no plane reads what another wrote.
 template <typename Work>
@@ -36,7 +28,7 @@ void for_each_plane(int64_t planes, size_t scratch_bytes, int threads, const Wor
   // Allocated here, because an exception must not leave a parallel region.
   std::vector<Buffer> scratch;
   for (int t = 0; t < threads; ++t) {
-    scratch.emplace_back(::operator new(scratch_bytes, kAlignment));
+    scratch.push_back(allocate(scratch_bytes));
   }
 #pragma omp parallel num_threads(threads)
   {

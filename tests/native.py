@@ -1,0 +1,38 @@
+"""The C++ module that the native tests run: the installed one, or a sanitizer build.
+
+The kernels under AddressSanitizer and UBSan (Python itself is not built for them, hence the preload):
+
+    cmake -S . -B build/sanitize -G Ninja -DFAMSEG_SANITIZE=ON -DFAMSEG_PYBIND11_INCLUDE=$(python -c
+        'import pybind11; print(pybind11.get_include())') && cmake --build build/sanitize
+    FAMSEG_NATIVE_MODULE=build/sanitize/modules ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD="$(gcc
+        -print-file-name=libasan.so) $(gcc -print-file-name=libubsan.so)" python -m pytest tests -k test_native
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from famseg_kernels import backends
+
+
+def native_module() -> Any:
+    directory = os.environ.get("FAMSEG_NATIVE_MODULE")
+    if directory is None:
+        return backends.native_module("_cpu")[0]
+    (path,) = Path(directory).glob("_cpu*.so")
+    spec = importlib.util.spec_from_file_location("_cpu", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+NATIVE = native_module()
+needs_native = pytest.mark.skipif(NATIVE is None, reason=backends.native_module("_cpu")[1])
+ISAS = NATIVE.available_isas() if NATIVE else []
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
