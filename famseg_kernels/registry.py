@@ -159,9 +159,11 @@ class Operation:
             return f"it has no kernel for {self.spec.name}"
         if (reason := backends.availability()[name]) != "ok":
             return reason
-        if device not in _DEVICES[name]:
-            return f"it runs on {' and '.join(_DEVICES[name])} tensors, x is on {device}"
-        if name != "reference" and not hasattr(implementation, method):
+        if name == "reference":  # plain PyTorch runs wherever PyTorch does; its backward is autograd's
+            return None
+        if device != _DEVICE[name]:
+            return f"it runs on {_DEVICE[name]} tensors, x is on {device}"
+        if not hasattr(implementation, method):
             return f"it has no {method} kernel for {self.spec.name}"
         return None
 
@@ -258,7 +260,7 @@ class Operation:
         return 2 * self.spec.flops(*args[:-2])
 
 
-_DEVICES = {"cuda": ("cuda",), "triton": ("cuda",), "cpu": ("cpu",), "reference": ("cpu", "cuda")}
+_DEVICE = {"cuda": "cuda", "triton": "cuda", "cpu": "cpu"}
 
 
 class _Differentiable(torch.autograd.Function):
@@ -334,6 +336,6 @@ def _laid_out(result: Tensor, like: Tensor) -> Tensor:
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The dtype that autocast wants for data tensors beside x, or None (no autocast, or fp64 which it leaves alone)."""
-    if x.dtype == torch.float64 or not torch.is_autocast_enabled(x.device.type):
+    if x.dtype == torch.float64 or x.device.type == "meta" or not torch.is_autocast_enabled(x.device.type):
         return None
     return torch.get_autocast_dtype(x.device.type)

@@ -158,3 +158,9 @@ def test_accelerate_leaves_what_it_does_not_know():
     assert "conv1_1.weight" in report.left["encoder.1"] and "hooks" in report.left["up"]
     with pytest.raises(ValueError, match="Sequential"):
         fk.accelerate(AttentionModule(4))
+
+
+def test_layers_run_on_meta_tensors():
+    x = torch.randn(1, 4, 6, 6, device="meta")
+    for layer in (fk.StripConv2d(4), fk.Mamba2Scan2d(4, 4, 4), fk.FeatureAwareUpsample(4)):
+        assert layer.to("meta")(x).device.type == "meta"

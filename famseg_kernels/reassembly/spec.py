@@ -87,6 +87,7 @@ _SHAPES: dict[str, tuple[tuple[int, int, int, int], int, int, int]] = {
     "one_tap": ((1, 5, 4, 6), 1, 2, 5),
     "one_pixel": ((3, 2, 1, 1), 5, 4, 1),
     "empty_batch": ((0, 4, 3, 3), 5, 2, 1),
+    "empty_image": ((2, 4, 0, 3), 5, 2, 1),
 }
 
 

@@ -249,6 +249,7 @@ SCAN_CASES = (
     _scan_case("chunk_above_length", (1, 9, 2, 2), 2, chunk_size=1000, options="final"),
     _scan_case("packed", (1, 45, 2, 4), 6, chunk_size=8, options="softplus varlen final initial"),
     _scan_case("empty_batch", (0, 12, 2, 4), 4, options="D final"),
+    _scan_case("no_token", (2, 0, 2, 4), 4, options="D initial final"),
 )
 
 
@@ -303,6 +304,7 @@ SCAN_2D_CASES = (
     _scan_2d_case("one_pixel", (2, 1, 1), 2, 4, 3),
     _scan_2d_case("one_row", (1, 1, 17), 1, 2, 3, chunk_size=5),
     _scan_2d_case("empty_batch", (0, 4, 4), 2, 4, 4),
+    _scan_2d_case("empty_image", (2, 0, 4), 2, 4, 4),
 )
 
 SCAN = Spec("ssd_scan", SCAN_SCHEMA, check_scan, fake_scan, flops_scan, moved_bytes, SCAN_CASES)

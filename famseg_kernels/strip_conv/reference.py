@@ -31,7 +31,7 @@ def forward(
 
 
 def _depthwise(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    if weight is None:
+    if weight is None or not x.numel():  # conv2d refuses an image without pixels
         return x
     padding = (weight.shape[2] // 2, weight.shape[3] // 2)
     return F.conv2d(x, _wide(weight), None if bias is None else _wide(bias), padding=padding, groups=x.shape[1])

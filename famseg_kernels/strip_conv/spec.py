@@ -128,6 +128,7 @@ CASES = (
     _case("unequal_strips", (1, 3, 15, 18), square=3, strips=((3, 9), (1, 5))),
     _case("longest_kernels", (1, 2, 40, 34), square=63, strips=((63, 63),)),
     _case("empty_batch", (0, 3, 8, 8)),
+    _case("empty_image", (2, 3, 0, 5)),
 )
 
 SPEC = Spec("strip_conv2d", SCHEMA, check, fake, flops, moved_bytes, CASES)
