@@ -1,7 +1,8 @@
 """Fast layers for PyTorch: strip depthwise convolution, 2D Mamba-2 scan, content-aware reassembly.
 
 Every operation has a plain PyTorch reference that defines what is right and runs on any device, and kernels with
-forward and backward where `available_backends` says "ok". `import famseg_kernels as fk`; `python -m famseg_kernels` tells what this machine can run.
+forward and backward where `available_backends` says "ok". `import famseg_kernels as fk`; `python -m famseg_kernels`
+tells what this machine can run.
 """
 
 from __future__ import annotations
