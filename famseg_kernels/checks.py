@@ -66,6 +66,11 @@ def divides(name: str, value: int, total_name: str, total: int) -> None:
         raise ValueError(f"{name}: expected a divisor of {total_name} = {total}, got {value}")
 
 
+def dtype_name(x: Tensor) -> str:
+    """What the native modules call x's dtype: "float32", "bfloat16", …"""
+    return str(x.dtype).removeprefix("torch.")
+
+
 def image_format(x: Tensor) -> torch.memory_format:
     """The memory format of a result shaped like the image tensor x: channels_last if x is, else contiguous."""
     if x.is_contiguous() or not x.is_contiguous(memory_format=torch.channels_last):

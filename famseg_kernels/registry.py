@@ -149,7 +149,8 @@ class Operation:
         """None if backend `name` can run `method` ("forward" or "backward") on these arguments, else why not."""
         if (reason := self._refusal_here(name, args[0].device.type, method)) is not None:
             return reason
-        return self.implementations[name].unsupported(*args)
+        unsupported = getattr(self.implementations[name], "unsupported", None)  # absent: takes what the spec allows
+        return None if unsupported is None else unsupported(*args)
 
     @functools.cache  # noqa: B019 - operations live as long as the process
     def _refusal_here(self, name: str, device: str, method: str) -> str | None:

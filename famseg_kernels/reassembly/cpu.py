@@ -11,24 +11,6 @@ from torch import Tensor
 
 from famseg_kernels import backends, checks
 
-_DTYPES = {
-    torch.float32: "float32",
-    torch.float64: "float64",
-    torch.bfloat16: "bfloat16",
-    torch.float16: "float16",
-}
-
-
-def _unsupported(x: Tensor, weights: Tensor, kernel_size: int, *_: int) -> str | None:
-    module, reason = backends.native_module("_cpu")
-    if module is None:
-        return reason
-    if x.device.type != "cpu":
-        return f"x is on {x.device.type}"
-    if x.dtype not in _DTYPES:
-        return f"no kernel for {x.dtype}"
-    return None
-
 
 def _forward(softmax: bool, x: Tensor, weights: Tensor, kernel_size: int, scale: int, groups: int) -> Tensor:
     """y (N, C, sH, sW) in x's dtype and memory format."""
@@ -36,7 +18,7 @@ def _forward(softmax: bool, x: Tensor, weights: Tensor, kernel_size: int, scale:
     source, weights = x.contiguous(), weights.contiguous()
     y = torch.empty((n, c, scale * h, scale * w), dtype=x.dtype)
     _native().reassembly_forward(
-        _DTYPES[x.dtype],
+        checks.dtype_name(x),
         softmax,
         tuple(x.shape),
         source.data_ptr(),
@@ -62,7 +44,7 @@ def _backward(
     grad, *sources = (t.contiguous() for t in (grad, x, weights))
     gradients = [torch.empty_like(t) if need else None for t, need in zip(sources, needs, strict=True)]
     _native().reassembly_backward(
-        _DTYPES[x.dtype],
+        checks.dtype_name(x),
         softmax,
         tuple(x.shape),
         sources[0].data_ptr(),
@@ -80,7 +62,7 @@ def _backward(
 
 
 def _native() -> Any:
-    """The native module; callers have asked `unsupported` before."""
+    """The native module; the registry has asked for it before."""
     return backends.native_module("_cpu")[0]
 
 
@@ -110,5 +92,5 @@ def _carafe_backward(
     return _backward(False, grad, needs, features, masks, kernel_size, scale_factor, group_size)
 
 
-reassemble = SimpleNamespace(unsupported=_unsupported, forward=_reassemble, backward=_reassemble_backward)
-carafe = SimpleNamespace(unsupported=_unsupported, forward=_carafe, backward=_carafe_backward)
+reassemble = SimpleNamespace(forward=_reassemble, backward=_reassemble_backward)
+carafe = SimpleNamespace(forward=_carafe, backward=_carafe_backward)

@@ -46,9 +46,5 @@ def _wide(t: Tensor) -> Tensor:
     return (t if t.dtype == torch.float64 else t.float()).contiguous()
 
 
-def _never(*_: object) -> str | None:
-    return None
-
-
-reassemble = SimpleNamespace(forward=_reassemble, unsupported=_never)
-carafe = SimpleNamespace(forward=_carafe, unsupported=_never)
+reassemble = SimpleNamespace(forward=_reassemble)
+carafe = SimpleNamespace(forward=_carafe)

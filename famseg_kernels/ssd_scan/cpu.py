@@ -13,27 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from famseg_kernels import backends
-
-_DTYPES = {
-    torch.float32: "float32",
-    torch.float64: "float64",
-    torch.bfloat16: "bfloat16",
-    torch.float16: "float16",
-}
-
-
-def _unsupported(x: Tensor, *_: object) -> str | None:
-    """None when these kernels can run the call, else the reason."""
-    module, reason = backends.native_module("_cpu")
-    if module is None:
-        return reason
-    if x.device.type != "cpu":
-        return f"x is on {x.device.type}"
-    if x.dtype not in _DTYPES:
-        return f"no kernel for {x.dtype}"
-    return None
-
+from famseg_kernels import backends, checks
 
 # --- the image ----------------------------------------------------------------------------------------
 
@@ -229,7 +209,7 @@ class _Problem:
         self._tensors = [None if t is None else t.contiguous() for t in tensors]
         size = x.shape[:3] if image else (*x.shape[:2], 1)
         directions, matrices = (dt.shape[3], B.shape[3]) if image else (1, 1)
-        self._dtype = _DTYPES[x.dtype]
+        self._dtype = checks.dtype_name(x)
         self._shape = (*size, heads, headdim, *B.shape[-2:], directions, matrices)
         self._state_shape = (x.shape[0], heads, headdim, B.shape[-1])
 
@@ -284,9 +264,9 @@ def _address(tensor: Tensor | None) -> int:
 
 
 def _native() -> Any:
-    """The native module; callers have asked `unsupported` before."""
+    """The native module; the registry has asked for it before."""
     return backends.native_module("_cpu")[0]
 
 
-scan = SimpleNamespace(unsupported=_unsupported, forward=_forward, backward=_backward)
-scan_2d = SimpleNamespace(unsupported=_unsupported, forward=_forward_2d, backward=_backward_2d)
+scan = SimpleNamespace(forward=_forward, backward=_backward)
+scan_2d = SimpleNamespace(forward=_forward_2d, backward=_backward_2d)

@@ -209,9 +209,5 @@ def _wide(*tensors: Tensor | None) -> list[Any]:
     return [t if t is None or t.dtype == torch.float64 else t.float() for t in tensors]
 
 
-def _never(*_: object) -> str | None:
-    return None
-
-
-scan = SimpleNamespace(forward=_scan, unsupported=_never)
-scan_2d = SimpleNamespace(forward=_scan_2d, unsupported=_never)
+scan = SimpleNamespace(forward=_scan)
+scan_2d = SimpleNamespace(forward=_scan_2d)

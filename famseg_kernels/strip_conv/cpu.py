@@ -10,33 +10,6 @@ from torch import Tensor
 
 from famseg_kernels import backends, checks
 
-_DTYPES = {
-    torch.float32: "float32",
-    torch.float64: "float64",
-    torch.bfloat16: "bfloat16",
-    torch.float16: "float16",
-}
-
-
-def unsupported(
-    x: Tensor,
-    square_weight: Tensor | None,
-    square_bias: Tensor | None,
-    row_weights: Sequence[Tensor],
-    row_biases: Sequence[Tensor | None],
-    col_weights: Sequence[Tensor],
-    col_biases: Sequence[Tensor | None],
-) -> str | None:
-    """None when these kernels can run the call, else the reason."""
-    module, reason = backends.native_module("_cpu")
-    if module is None:
-        return reason
-    if x.device.type != "cpu":
-        return f"x is on {x.device.type}"
-    if x.dtype not in _DTYPES:
-        return f"no kernel for {x.dtype}"
-    return None
-
 
 def forward(
     x: Tensor,
@@ -128,7 +101,7 @@ class _Arguments:
             for row, row_bias, col, col_bias in zip(row_weights, row_biases, col_weights, col_biases, strict=True)
         ]
         self.native = (
-            _DTYPES[x.dtype],
+            checks.dtype_name(x),
             tuple(x.shape),
             self.x.data_ptr(),
             (self._keep(square_weight), self._keep(square_bias), square_size),
@@ -147,5 +120,5 @@ def _address(tensor: Tensor | None) -> int:
 
 
 def _native() -> Any:
-    """The native module; callers have asked `unsupported` before."""
+    """The native module; the registry has asked for it before."""
     return backends.native_module("_cpu")[0]

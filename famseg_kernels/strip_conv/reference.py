@@ -9,10 +9,6 @@ from torch import Tensor
 from famseg_kernels import checks
 
 
-def unsupported(*_: object) -> str | None:
-    return None
-
-
 def forward(
     x: Tensor,
     square_weight: Tensor | None,
