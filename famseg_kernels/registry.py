@@ -11,6 +11,7 @@ What a call costs before any arithmetic: `python -m benchmarks.overhead`.
 from __future__ import annotations
 
 import functools
+import importlib
 import itertools
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -82,6 +83,21 @@ class Spec:
     flops: Callable[..., int]
     moved_bytes: Callable[..., int]
     cases: tuple[Case, ...] = field(default=())
+
+
+class Later:
+    """A backend module (or a name in it) that is imported when it is first used: Triton costs a second to import."""
+
+    def __init__(self, module: str, name: str | None = None) -> None:
+        self._module, self._name = module, name
+
+    @functools.cached_property
+    def _target(self) -> Any:
+        module = importlib.import_module(self._module)
+        return module if self._name is None else getattr(module, self._name)
+
+    def __getattr__(self, attribute: str) -> Any:
+        return getattr(self._target, attribute)
 
 
 class Operation:
@@ -179,7 +195,10 @@ class Operation:
             )
         skipped: dict[str, str] = {}
         for name in backends.BACKENDS:
-            reason = self.refusal(name, args, method)
+            if name == "triton" and backends.TRITON_INTERPRETS:
+                reason: str | None = "its interpreter is for tests only"
+            else:
+                reason = self.refusal(name, args, method)
             if reason is None:
                 log.debug("%s.%s: %s (skipped: %s)", self.spec.name, method, name, skipped)
                 return self.implementations[name]
@@ -261,7 +280,7 @@ class Operation:
         return 2 * self.spec.flops(*args[:-2])
 
 
-_DEVICE = {"cuda": "cuda", "triton": "cuda", "cpu": "cpu"}
+_DEVICE = {"cuda": "cuda", "triton": "cpu" if backends.TRITON_INTERPRETS else "cuda", "cpu": "cpu"}
 
 
 class _Differentiable(torch.autograd.Function):

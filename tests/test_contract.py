@@ -13,7 +13,12 @@ from famseg_kernels import backends, tolerance
 from famseg_kernels.registry import Case, Operation
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-DEVICES = {"reference": "cpu", "cpu": "cpu", "triton": "cuda", "cuda": "cuda"}
+DEVICES = {
+    "reference": "cpu",
+    "cpu": "cpu",
+    "triton": "cpu" if backends.TRITON_INTERPRETS else "cuda",
+    "cuda": "cuda",
+}
 
 
 def generated(dtypes=DTYPES, cases=None):
@@ -72,6 +77,11 @@ def results_and_gradients(operation: Operation, args, backend: str):
     return [r.detach() for r in results], [leaf.grad for leaf in leaves]
 
 
+def arguments(case: Case, dtype: torch.dtype, backend: str):
+    """The case's arguments on the backend's device (on the CPU where there is none: `require` then skips)."""
+    return case.arguments(dtype, DEVICES[backend] if fk.available_backends()[backend] == "ok" else "cpu")
+
+
 def require(operation: Operation, backend: str, args, method: str = "forward") -> None:
     """Skip, with the reason, where this machine or this backend cannot run the call."""
     if (reason := fk.available_backends()[backend]) != "ok":
@@ -82,7 +92,7 @@ def require(operation: Operation, backend: str, args, method: str = "forward") -
 
 @generated()
 def test_matches_the_reference(operation, backend, dtype, case):
-    args = case.arguments(dtype, DEVICES[backend] if fk.available_backends()[backend] == "ok" else "cpu")
+    args = arguments(case, dtype, backend)
     require(operation, backend, args)
     truth, eager = truth_and_eager(operation, case, dtype)
     results = call(operation, args, backend)
@@ -98,7 +108,7 @@ def test_matches_the_reference(operation, backend, dtype, case):
 
 @generated(dtypes=(torch.float32, torch.bfloat16))
 def test_is_bitwise_deterministic(operation, backend, dtype, case):
-    args = case.arguments(dtype, DEVICES[backend] if fk.available_backends()[backend] == "ok" else "cpu")
+    args = arguments(case, dtype, backend)
     require(operation, backend, args)
     require(operation, backend, args, "backward")
     threads = torch.get_num_threads()
@@ -115,7 +125,7 @@ def test_is_bitwise_deterministic(operation, backend, dtype, case):
 
 @generated(dtypes=(torch.float64,))
 def test_gradcheck(operation, backend, dtype, case):
-    args = case.arguments(dtype)
+    args = arguments(case, dtype, backend)
     require(operation, backend, args)
     require(operation, backend, args, "backward")
     args, leaves = needs_grad(operation, args)
@@ -135,7 +145,7 @@ def test_gradcheck(operation, backend, dtype, case):
 
 @generated(dtypes=(torch.float32,), cases=3)
 def test_opcheck(operation, backend, dtype, case):
-    args = case.arguments(dtype)
+    args = arguments(case, dtype, backend)
     require(operation, backend, args)
     args, _ = needs_grad(operation, args)
     torch.library.opcheck(operation.overload, (*args, backend))
@@ -143,7 +153,7 @@ def test_opcheck(operation, backend, dtype, case):
 
 @generated(dtypes=(torch.float32, torch.bfloat16))
 def test_fake_results_have_the_real_layout(operation, backend, dtype, case):
-    args = case.arguments(dtype)
+    args = arguments(case, dtype, backend)
     require(operation, backend, args)
     for variant in (args, channels_last(operation, args)):
         real = call(operation, variant, backend)
@@ -163,7 +173,7 @@ def channels_last(operation: Operation, args):
 
 @generated(dtypes=(torch.float32,))
 def test_layout_of_the_arguments_does_not_matter(operation, backend, dtype, case):
-    args = case.arguments(dtype)
+    args = arguments(case, dtype, backend)
     require(operation, backend, args)
     require(operation, backend, args, "backward")
     expected = results_and_gradients(operation, args, backend)
@@ -171,7 +181,7 @@ def test_layout_of_the_arguments_does_not_matter(operation, backend, dtype, case
     def strided(t):
         if t is None or not t.is_floating_point() or t.dim() == 0:
             return t
-        padded = torch.full((*t.shape[:-1], 2 * t.shape[-1] + 1), torch.nan, dtype=t.dtype)
+        padded = torch.full((*t.shape[:-1], 2 * t.shape[-1] + 1), torch.nan, dtype=t.dtype, device=t.device)
         view = padded[..., 1::2]
         return view.copy_(t)
 
@@ -188,7 +198,7 @@ def test_layout_of_the_arguments_does_not_matter(operation, backend, dtype, case
 
 @generated(dtypes=(torch.float32,), cases=2)
 def test_flops_are_counted(operation, backend, dtype, case):
-    args = case.arguments(dtype)
+    args = arguments(case, dtype, backend)
     require(operation, backend, args)
     require(operation, backend, args, "backward")
     args, _ = needs_grad(operation, args)
@@ -203,7 +213,7 @@ def test_flops_are_counted(operation, backend, dtype, case):
 
 @generated(dtypes=(torch.float32,), cases=1)
 def test_a_second_derivative_raises(operation, backend, dtype, case):
-    args = case.arguments(dtype)
+    args = arguments(case, dtype, backend)
     require(operation, backend, args)
     require(operation, backend, args, "backward")
     args, leaves = needs_grad(operation, args)
@@ -215,7 +225,7 @@ def test_a_second_derivative_raises(operation, backend, dtype, case):
 
 @generated(dtypes=(torch.float32,), cases=1)
 def test_compiles_without_graph_break(operation, backend, dtype, case):
-    args = case.arguments(dtype)
+    args = arguments(case, dtype, backend)
     require(operation, backend, args)
     require(operation, backend, args, "backward")
     expected = results_and_gradients(operation, args, backend)
@@ -236,7 +246,7 @@ def test_compiles_without_graph_break(operation, backend, dtype, case):
 
 @generated(dtypes=(torch.float32,), cases=2)
 def test_only_wanted_gradients_are_computed(operation, backend, dtype, case):
-    args = case.arguments(dtype)
+    args = arguments(case, dtype, backend)
     require(operation, backend, args)
     require(operation, backend, args, "backward")
     _, expected = results_and_gradients(operation, args, backend)
