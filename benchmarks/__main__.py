@@ -1,0 +1,292 @@
+"""`python -m benchmarks`: is it right, how fast is it, beside the best alternatives, on this machine.
+
+Correctness comes first (`--gate` stops there); then our backends and all peers take turns in one run. A row tells
+milliseconds, GFLOP/s, GB/s, the part of the roofline (matrix rate and copy bandwidth measured in the same run), peak
+memory, and how many times faster ours is than the best peer. Figures go to benchmarks/results/ as CSV with commit,
+device and versions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import functools
+import gc
+import re
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+import famseg_kernels as fk
+from benchmarks import gate, measure
+from benchmarks.peers import PEERS
+from benchmarks.shapes import SHAPES
+from famseg_kernels.registry import Case, Operation
+
+RESULTS = Path(__file__).parent / "results"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+PASSES = {"fwd": False, "fwd+bwd": True}
+
+
+@dataclass
+class Contestant:
+    """One way to run the case: one of our backends, or a peer."""
+
+    name: str
+    ours: bool
+    run: Callable[..., Any]
+    layout: torch.memory_format = torch.contiguous_format
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.split("\n\n")[0])
+    add = parser.add_argument
+    add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--op", action="append", choices=sorted(SHAPES), help="only this operation (may be repeated)")
+    add("--dtype", action="append", choices=sorted(DTYPES), help="default fp32 and bf16")
+    add("--quick", action="store_true", help="one shape an operation, eager peers only, a short time each")
+    add("--gate", action="store_true", help="check correctness of every operation, dtype and case, and stop there")
+    add("--seconds", type=float, help="measuring time a row group (default 2, quick 0.5)")
+    add("--csv", type=Path, help="result file (default benchmarks/results/<device>-torch<version>.csv)")
+    add("--no-csv", action="store_true", help="print only")
+    options = parser.parse_args()
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no CUDA GPU; use --device cpu")
+    operations = [op for op in fk.OPERATIONS if not options.op or op.spec.name in options.op]
+    dtypes = [DTYPES[name] for name in options.dtype or ("fp32", "bf16")]
+
+    failures = list(run_gate(console, operations, options.device, dtypes, quick=options.quick))
+    if failures:
+        console.print("[red]gate failed; no figure counts:[/red]", *failures, sep="\n  ")
+        return 1
+    if options.gate:
+        return 0
+
+    seconds = options.seconds or (0.5 if options.quick else 2.0)
+    rates = measure.machine_rates(options.device, dtypes, seconds)
+    where = measure.provenance(options.device)
+    console.print(", ".join(f"{key} {value}" for key, value in where.items()))
+    for dtype, rate in rates.matrix.items():
+        console.print(f"matrix product {name_of(dtype)}: {rate / 1e9:.0f} GFLOP/s")
+    console.print(f"copy: {rates.copy / 1e9:.1f} GB/s")
+    rows = []
+    for operation in operations:
+        cases = SHAPES[operation.spec.name][1:]
+        for case in cases[:1] if options.quick else cases:
+            for dtype in dtypes:
+                for label, backward in PASSES.items():
+                    group = list(measure_case(operation, case, dtype, backward, options, rates, seconds, console))
+                    print_group(console, f"{operation.spec.name} {case.name} {name_of(dtype)} {label}", group)
+                    rows += group
+                    gc.collect()
+    if not options.no_csv and rows:
+        path = options.csv or RESULTS / f"{slug(where['device'])}-torch{torch.__version__.split('+')[0]}.csv"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("w", newline="") as file:
+            table = csv.DictWriter(file, [*rows[0], *where], lineterminator="\n")
+            table.writeheader()
+            table.writerows(row | where for row in rows)
+        console.print(f"written: {path}")
+    return 0
+
+
+def run_gate(
+    console: Console, operations: list[Operation], device: str, dtypes: list[Any], quick: bool
+) -> Iterator[str]:
+    """Failures of every kernel backend × dtype × contract case (quick: the first case) on this device."""
+    checked, skipped = 0, set()
+    for operation in operations:
+        for backend in operation.implementations:
+            if backend == "reference":
+                continue
+            for case in operation.spec.cases[: 1 if quick else None]:
+                for dtype in dtypes:
+                    args = case.arguments(dtype, device)
+                    if (reason := gate.refusal(operation, backend, args, backward=True)) is not None:
+                        skipped.add(f"{operation.spec.name} on {backend}: {reason}")
+                        continue
+                    checked += 1
+                    try:
+                        gate.check(operation, args, backend)
+                    except AssertionError as error:
+                        yield f"{case.name}, {name_of(dtype)}: {error}"
+    for line in sorted(skipped):
+        console.print(f"not here: {line}")
+    console.print(f"gate: {checked} checks of forward and gradients against the fp64 reference")
+
+
+def measure_case(
+    operation: Operation,
+    case: Case,
+    dtype: torch.dtype,
+    backward: bool,
+    options: Any,
+    rates: measure.Rates,
+    seconds: float,
+    console: Console,
+) -> Iterator[dict[str, Any]]:
+    """One row for each of our backends and each peer that can run this case."""
+    device = options.device
+    args = case.arguments(dtype, device)
+    flops = operation.spec.flops(*args) * (3 if backward else 1)
+    results = operation.spec.fake(*args)
+    out = sum(t.nbytes for t in (results if isinstance(results, list) else [results]))
+    # Forward: arguments in, results out. Backward: arguments and the result's gradient in, gradients out.
+    moved = operation.spec.moved_bytes(*args)
+    moved += (2 * (moved - out) + out) if backward else 0
+    buffers = measure.buffers_beyond_cache(moved, device)
+
+    truth = None
+    calls: dict[str, measure.Call] = {}
+    ours = {}
+    for contestant in contestants(operation, args, dtype, backward, options, console):
+        call, result = prepare(operation, contestant, case, dtype, device, backward, buffers)
+        result = result.float()
+        truth = result if truth is None else truth
+        wrong = float((result - truth).norm() / truth.norm())
+        if wrong > (0.05 if dtype.itemsize < 4 else 1e-3):
+            raise AssertionError(f"{operation.spec.name}: peer {contestant.name} differs from ours by {wrong:.1e}")
+        calls[contestant.name], ours[contestant.name] = call, contestant.ours
+    times = measure.interleaved(calls, device, seconds, buffers)
+    best = min((times[name].median for name in calls if not ours[name]), default=float("nan"))
+    bound = rates.bound_ms(flops, moved, dtype)
+    for name, call in calls.items():
+        ms = times[name].median
+        yield {
+            "op": operation.spec.name,
+            "case": case.name,
+            "dtype": name_of(dtype),
+            "pass": "fwd+bwd" if backward else "fwd",
+            "contestant": name,
+            "ms": round(ms, 4),
+            "ms_p20": round(times[name].low, 4),
+            "ms_p80": round(times[name].high, 4),
+            "gflops": round(flops / ms / 1e6, 1),
+            "gb_s": round(moved / ms / 1e6, 2),
+            "roofline_percent": round(100 * bound / ms, 1),
+            "peak_mb": round(measure.peak_megabytes(call, device), 2),
+            "result_mb": round(out / 1e6, 2),
+            "best_peer_ms": round(best, 4),
+            "speedup": round(best / ms, 2) if ours[name] else "",
+        }
+
+
+def contestants(
+    operation: Operation, args: Any, dtype: torch.dtype, backward: bool, options: Any, console: Console
+) -> Iterator[Contestant]:
+    """Ours first: their result is what the peers are compared with."""
+    images = args[0].dim() == 4 and operation.spec.name in ("strip_conv2d", "reassemble", "carafe")
+    layouts = (torch.contiguous_format, torch.channels_last) if images else (torch.contiguous_format,)
+    for backend in operation.implementations:
+        if backend == "reference" or gate.refusal(operation, backend, args, backward) is not None:
+            continue
+        for layout in layouts:
+            run = functools.partial(run_backend, operation, backend)
+            yield Contestant(f"famseg {backend}{suffix(layout)}", True, run, layout)
+        if backend == "cpu" and torch.get_num_threads() > 1:
+            yield Contestant("famseg cpu, one thread", True, functools.partial(run_on_one_thread, operation))
+    for peer in PEERS[operation.spec.name]:
+        if (reason := peer.missing(options.device)) is not None:
+            if options.device == "cuda":
+                console.print(f"peer {peer.name} left out: {reason}")
+            continue
+        for layout in peer.layouts:
+            yield Contestant(f"eager {peer.name}{suffix(layout)}", False, peer.run, layout)
+            if peer.compiles and not options.quick:
+                torch._dynamo.reset()
+                run = torch.compile(peer.run, dynamic=False)
+                yield Contestant(f"compiled {peer.name}{suffix(layout)}", False, run, layout)
+
+
+def run_backend(operation: Operation, backend: str, *args: Any) -> Any:
+    return operation.packet(*args, backend)
+
+
+def run_on_one_thread(operation: Operation, *args: Any) -> Any:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return operation.packet(*args, "cpu")
+    finally:
+        torch.set_num_threads(threads)
+
+
+def prepare(
+    operation: Operation,
+    contestant: Contestant,
+    case: Case,
+    dtype: torch.dtype,
+    device: str,
+    backward: bool,
+    buffers: int,
+) -> tuple[measure.Call, Tensor]:
+    """A call on the buffers of a number, warmed up, and the first result."""
+    sets = []
+    for number in range(buffers):
+        args = case.arguments(dtype, device) if number == 0 else [copied(a) for a in sets[0][0]]
+        flat = (
+            [
+                t.to(memory_format=contestant.layout) if t is not None and t.dim() == 4 else t
+                for t in operation.flatten(args)
+            ]
+            if contestant.layout == torch.channels_last
+            else operation.flatten(args)
+        )
+        sets.append(gate.with_gradients(operation, operation.replace(args, flat), backward))
+    first = contestant.run(*sets[0][0])
+    first = first[0] if isinstance(first, (list, tuple)) else first
+    grad = torch.ones_like(first)
+
+    def call(number: int) -> Any:
+        args, leaves = sets[number]
+        if not backward:
+            with torch.no_grad():
+                return contestant.run(*args)
+        result = contestant.run(*args)
+        result = result[0] if isinstance(result, (list, tuple)) else result
+        return torch.autograd.grad(result, leaves, grad, allow_unused=True)
+
+    call(0)
+    return call, first.detach()
+
+
+def copied(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return [copied(v) for v in value]
+    return value.detach().clone() if isinstance(value, Tensor) else value
+
+
+def print_group(console: Console, title: str, rows: list[dict[str, Any]]) -> None:
+    table = Table(title=title, title_justify="left")
+    columns = {"ms": "ms", "gflops": "GFLOP/s", "gb_s": "GB/s", "roofline_percent": "% roofline", "peak_mb": "peak MB"}
+    table.add_column("", min_width=36)
+    for heading in (*columns.values(), "× best peer"):
+        table.add_column(heading, justify="right")
+    for row in rows:
+        style = "bold" if row["speedup"] != "" else None
+        table.add_row(row["contestant"], *(str(row[c]) for c in columns), str(row["speedup"]), style=style)
+    console.print(table)
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return next(name for name, value in DTYPES.items() if value == dtype)
+
+
+def suffix(layout: torch.memory_format) -> str:
+    return " channels_last" if layout == torch.channels_last else ""
+
+
+def slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", text.lower().replace("(r)", "").replace("(tm)", "")).strip("-")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,205 @@
+"""How things are measured: interleaved times, peak memory, and the machine's own rates in the same run.
+
+Only ratios within one run mean anything on a shared or thermally limited machine, so everything that is compared takes
+turns: one call of each, then the next round. Buffers are rotated, so that no call finds its arguments in the cache
+because the previous call left them there.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import platform
+import re
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+Call = Callable[[int], object]  # runs on the buffers of that number
+
+
+@dataclass(frozen=True)
+class Time:
+    """Milliseconds of one call: median, and the 20th and 80th percentile."""
+
+    median: float
+    low: float
+    high: float
+
+
+def interleaved(calls: Mapping[str, Call], device: str, seconds: float, buffers: int) -> dict[str, Time]:
+    """The time of each call, all of them taking turns, over about `seconds` in all (at least 5 rounds)."""
+    if device == "cuda":
+        return _interleaved_cuda(calls, seconds, buffers)
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    turn = itertools.count()
+    until = time.perf_counter() + seconds
+    rounds = 0
+    while rounds < 5 or time.perf_counter() < until:
+        number = next(turn) % buffers
+        for name, call in calls.items():
+            started = time.perf_counter()
+            call(number)
+            samples[name].append((time.perf_counter() - started) * 1e3)
+        rounds += 1
+    return {name: _summary(values) for name, values in samples.items()}
+
+
+def _interleaved_cuda(calls: Mapping[str, Call], seconds: float, buffers: int) -> dict[str, Time]:
+    """As above, by CUDA graphs that go once through all buffers: no launch overhead, and a cold L2 for each call."""
+    replays: dict[str, Callable[[], object]] = {}
+    for name, call in calls.items():
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for number in range(buffers):
+                call(number)
+        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.synchronize()
+        try:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                for number in range(buffers):
+                    call(number)
+            replays[name] = graph.replay
+        except RuntimeError:  # the call synchronises or allocates behind torch's back: time it as it is
+            torch.cuda.synchronize()
+            replays[name] = lambda call=call: [call(number) for number in range(buffers)]
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    until = time.perf_counter() + seconds
+    rounds = 0
+    while rounds < 5 or time.perf_counter() < until:
+        for name, replay in replays.items():
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            replay()
+            end.record()
+            end.synchronize()
+            samples[name].append(start.elapsed_time(end) / buffers)
+        rounds += 1
+    return {name: _summary(values) for name, values in samples.items()}
+
+
+def _summary(values: Sequence[float]) -> Time:
+    ordered = sorted(values)
+    return Time(
+        statistics.median(ordered), ordered[int(0.2 * (len(ordered) - 1))], ordered[int(0.8 * (len(ordered) - 1))]
+    )
+
+
+def peak_megabytes(call: Call, device: str) -> float:
+    """How much more memory than before a call needs at its worst moment, its results included, in MB (10⁶ bytes)."""
+    call(0)  # what is made once (threads, compiled code) does not count
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        kept = call(0)
+        torch.cuda.synchronize()
+        del kept
+        return (torch.cuda.max_memory_allocated() - before) / 1e6
+    # The kernel's high-water mark of resident memory sees every allocation, native scratch included.
+    if not Path("/proc/self/clear_refs").exists():
+        return float("nan")
+    ctypes.CDLL(None).malloc_trim(0)  # give freed memory back: reused, it would not show
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _status("VmRSS")
+    kept = call(0)
+    peak = _status("VmHWM")
+    del kept
+    return max(peak - before, 0) / 1e6
+
+
+def _status(field: str) -> int:
+    line = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    return int(line[1]) * 1024 if line else 0
+
+
+# --- the machine -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What this machine does at its best, by torch's own operations: FLOP/s of a matrix product, bytes/s of a copy."""
+
+    matrix: Mapping[torch.dtype, float]
+    copy: float
+
+    def bound_ms(self, flops: float, moved: float, dtype: torch.dtype) -> float:
+        """The roofline: no call of this work is faster than its arithmetic or its traffic."""
+        return 1e3 * max(flops / self.matrix[dtype], moved / self.copy)
+
+
+def machine_rates(device: str, dtypes: Iterable[torch.dtype], seconds: float) -> Rates:
+    size = 8192 if device == "cuda" else 1536
+    calls: dict[str, Call] = {}
+    for dtype in dtypes:
+        a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+        out = torch.empty_like(a)
+        calls[str(dtype)] = lambda _, a=a, b=b, out=out: torch.mm(a, b, out=out)
+    source = torch.randn((1 << 28) if device == "cuda" else (1 << 25), device=device)
+    target = torch.empty_like(source)
+    calls["copy"] = lambda _: target.copy_(source)
+    for call in calls.values():
+        call(0)
+    times = interleaved(calls, device, seconds, buffers=1)
+    matrix = {dtype: 2 * size**3 / (times[str(dtype)].low * 1e-3) for dtype in dtypes}
+    return Rates(matrix, 2 * source.nbytes / (times["copy"].low * 1e-3))
+
+
+def buffers_beyond_cache(bytes_a_call: int, device: str) -> int:
+    """How many argument sets to rotate so that a call's arguments have left the caches since their last use."""
+    cache = 256 << 20 if device == "cuda" else 128 << 20
+    return max(1, min(32, cache // max(bytes_a_call, 1)))
+
+
+def device_name(device: str) -> str:
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    cpuinfo = Path("/proc/cpuinfo")
+    model = re.search(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else None
+    return model[1] if model else platform.processor() or platform.machine()
+
+
+def provenance(device: str) -> dict[str, str]:
+    """Where and with what a figure was measured: columns of every result file."""
+    from famseg_kernels import __version__
+    from famseg_kernels.backends import native_module
+
+    root = Path(__file__).parent.parent
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True)
+        return done.stdout.strip() if done.returncode == 0 else ""
+
+    commit = git("rev-parse", "--short", "HEAD") or __version__
+    found = {
+        "commit": commit + ("+changes" if git("status", "--porcelain", "--", "famseg_kernels", "csrc") else ""),
+        "date": time.strftime("%Y-%m-%d"),
+        "device": device_name(device),
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "threads": str(torch.get_num_threads()),
+    }
+    if device == "cuda":
+        query = ["nvidia-smi", "--query-gpu=driver_version,clocks.sm,clocks.mem", "--format=csv,noheader"]
+        driver, *clocks = subprocess.run(query, capture_output=True, text=True).stdout.strip().split(", ")
+        found |= {"driver": driver, "clocks": " ".join(clocks), "cuda": torch.version.cuda or ""}
+        found["tf32"] = str(torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32)
+    else:
+        module = native_module("_cpu")[0]
+        found["isa"] = module.isa() if module is not None else ""  # type: ignore[attr-defined]
+    return found
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""
