@@ -12,7 +12,6 @@ import argparse
 import csv
 import functools
 import gc
-import re
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -30,7 +29,6 @@ from benchmarks.peers import PEERS
 from benchmarks.shapes import SHAPES
 from famseg_kernels.registry import Case, Operation
 
-RESULTS = Path(__file__).parent / "results"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PASSES = {"fwd": False, "fwd+bwd": True}
 
@@ -88,8 +86,7 @@ def main() -> int:
                     rows += group
                     gc.collect()
     if not options.no_csv and rows:
-        path = options.csv or RESULTS / f"{slug(where['device'])}-torch{torch.__version__.split('+')[0]}.csv"
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path = options.csv or measure.result_path(where, f"torch{torch.__version__.split('+')[0]}")
         with path.open("w", newline="") as file:
             table = csv.DictWriter(file, [*rows[0], *where], lineterminator="\n")
             table.writeheader()
@@ -282,10 +279,6 @@ def name_of(dtype: torch.dtype) -> str:
 
 def suffix(layout: torch.memory_format) -> str:
     return " channels_last" if layout == torch.channels_last else ""
-
-
-def slug(text: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", text.lower().replace("(r)", "").replace("(tm)", "")).strip("-")
 
 
 if __name__ == "__main__":

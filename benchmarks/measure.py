@@ -198,6 +198,14 @@ def provenance(device: str) -> dict[str, str]:
     return found
 
 
+def result_path(where: Mapping[str, str], what: str) -> Path:
+    """benchmarks/results/<device>-<what>.csv; each device has its own files."""
+    name = where["device"].lower().replace("(r)", "").replace("(tm)", "")
+    path = Path(__file__).parent / "results" / f"{re.sub(r'[^a-z0-9]+', '-', name).strip('-')}-{what}.csv"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
 def _version(package: str) -> str:
     try:
         return version(package)

@@ -8,57 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import famseg_kernels as fk
-
-
-class AttentionModule(nn.Module):
-    """SegNeXt's module as published: names, kernel sizes, paddings."""
-
-    def __init__(self, dim):
-        super().__init__()
-        self.conv0 = nn.Conv2d(dim, dim, 5, padding=2, groups=dim)
-        for i, k in enumerate((7, 11, 21)):
-            setattr(self, f"conv{i}_1", nn.Conv2d(dim, dim, (1, k), padding=(0, k // 2), groups=dim))
-            setattr(self, f"conv{i}_2", nn.Conv2d(dim, dim, (k, 1), padding=(k // 2, 0), groups=dim))
-        self.conv3 = nn.Conv2d(dim, dim, 1)
-
-    def forward(self, x):
-        attn = self.conv0(x)
-        branches = [getattr(self, f"conv{i}_2")(getattr(self, f"conv{i}_1")(attn)) for i in range(3)]
-        return self.conv3(attn + sum(branches)) * x
-
-
-class CARAFEPack(nn.Module):
-    """mmcv's module as published, on plain PyTorch."""
-
-    def __init__(
-        self,
-        channels,
-        scale_factor,
-        up_kernel=5,
-        up_group=1,
-        encoder_kernel=3,
-        encoder_dilation=1,
-        compressed_channels=64,
-    ):
-        super().__init__()
-        self.channels, self.scale_factor, self.up_kernel, self.up_group = channels, scale_factor, up_kernel, up_group
-        self.encoder_kernel, self.encoder_dilation = encoder_kernel, encoder_dilation
-        self.compressed_channels = compressed_channels
-        self.channel_compressor = nn.Conv2d(channels, compressed_channels, 1)
-        out = up_kernel**2 * up_group * scale_factor**2
-        padding = (encoder_kernel - 1) * encoder_dilation // 2
-        self.content_encoder = nn.Conv2d(
-            compressed_channels, out, encoder_kernel, padding=padding, dilation=encoder_dilation
-        )
-
-    def forward(self, x):
-        mask = F.pixel_shuffle(self.content_encoder(self.channel_compressor(x)), self.scale_factor)
-        n, _, h, w = mask.shape
-        mask = mask.view(n, self.up_group, self.up_kernel**2, h, w).softmax(2)
-        patches = F.unfold(x, self.up_kernel, padding=self.up_kernel // 2).view(n, -1, *x.shape[2:])
-        patches = F.interpolate(patches, scale_factor=self.scale_factor)
-        patches = patches.view(n, self.up_group, -1, self.up_kernel**2, h, w)
-        return (patches * mask[:, :, None]).sum(3).view(n, -1, h, w)  # fmt: skip
+from benchmarks.models import AttentionModule, CARAFEPack
 
 
 @pytest.mark.parametrize("size", [(95, 27), (8, 8), (3, 5)])
