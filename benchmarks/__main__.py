@@ -25,6 +25,7 @@ from torch import Tensor
 
 import famseg_kernels as fk
 from benchmarks import gate, measure
+from benchmarks.compare import compare
 from benchmarks.peers import PEERS
 from benchmarks.shapes import SHAPES
 from famseg_kernels.registry import Case, Operation
@@ -54,8 +55,14 @@ def main() -> int:
     add("--seconds", type=float, help="measuring time a row group (default 2, quick 0.5)")
     add("--csv", type=Path, help="result file (default benchmarks/results/<device>-torch<version>.csv)")
     add("--no-csv", action="store_true", help="print only")
+    add("--only-ours", action="store_true", help="time our backends only, without peers")
+    add("--compare", metavar="REV", help="build git revision REV too and report what became slower since")
     options = parser.parse_args()
     console = Console(width=None if sys.stdout.isatty() else 160)
+    if options.compare is not None:
+        names = ("--device", options.device, *(f"--op={op}" for op in options.op or ()))
+        dtypes = [f"--dtype={dtype}" for dtype in options.dtype or ()]
+        return compare(options.compare, [*names, *dtypes, *(["--quick"] if options.quick else [])], console)
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no CUDA GPU; use --device cpu")
     operations = [op for op in fk.OPERATIONS if not options.op or op.spec.name in options.op]
@@ -190,7 +197,7 @@ def contestants(
             yield Contestant(f"famseg {backend}{suffix(layout)}", True, run, layout)
         if backend == "cpu" and torch.get_num_threads() > 1:
             yield Contestant("famseg cpu, one thread", True, functools.partial(run_on_one_thread, operation))
-    for peer in PEERS[operation.spec.name]:
+    for peer in () if options.only_ours else PEERS[operation.spec.name]:
         if (reason := peer.missing(options.device)) is not None:
             if options.device == "cuda":
                 console.print(f"peer {peer.name} left out: {reason}")

@@ -151,8 +151,11 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
                 style = "-o" if series.ours else "--s"
                 axis.loglog(sizes, [row[key] for row in mine], style, ms=4, label=f"{series.name}  ~ size^{slope:.2f}")
         axes[0, column].set_title(panel, fontsize=10)
+        ticks = sorted({size for series in SERIES if series.panel == panel for size in series.sizes})
         for axis, label in zip(axes[:, column], ("ms", "peak memory, MB"), strict=True):
             axis.set_ylabel(label if column == 0 else "")
+            axis.set_xticks(ticks, [str(tick) for tick in ticks], fontsize=8)
+            axis.minorticks_off()
             axis.grid(alpha=0.3)
             axis.legend(fontsize=7)
     figure.suptitle(f"Cost of a forward call, fp32, {rows[0]['device']}, {rows[0]['threads']} threads", fontsize=10)
