@@ -180,6 +180,8 @@ def measure_case(
             "result_mb": round(out / 1e6, 2),
             "best_peer_ms": round(best, 4),
             "speedup": round(best / ms, 2) if ours[name] else "",
+            "matrix_gflops": round(rates.matrix[dtype] / 1e9, 1),
+            "copy_gb_s": round(rates.copy / 1e9, 2),
         }
 
 
