@@ -125,6 +125,31 @@ void tile_multiply() {
 
 #endif
 
+// 16 bfloat16, as bits.
+typedef uint16_t Bfloat16x16 __attribute__((vector_size(32)));
+
+[[gnu::always_inline]] inline Bfloat16x16 load_bfloat16(const uint16_t* p) {
+  return reinterpret_cast<Bfloat16x16>(_mm256_loadu_si256(reinterpret_cast<const __m256i_u*>(p)));
+}
+
+[[gnu::always_inline]] inline void store_bfloat16(uint16_t* p, Bfloat16x16 value) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i_u*>(p), reinterpret_cast<__m256i>(value));
+}
+
+// The masked form, because GCC 12 warns of the plain one in its own header.
+[[gnu::always_inline]] inline Vector<uint32_t> zero_extend(Bfloat16x16 value) {
+  return reinterpret_cast<Vector<uint32_t>>(
+      _mm512_maskz_cvtepu16_epi32(0xffff, reinterpret_cast<__m256i>(value)));
+}
+
+[[gnu::always_inline]] inline Vector<float> to_float(Bfloat16x16 value) {
+  return reinterpret_cast<Vector<float>>(zero_extend(value) << 16);
+}
+
+[[gnu::always_inline]] inline Bfloat16x16 round_to_bfloat16(Vector<float> value) {
+  return reinterpret_cast<Bfloat16x16>(_mm512_cvtneps_pbh(reinterpret_cast<__m512>(value)));
+}
+
 // 32 consecutive bfloat16 from two vectors of floats, rounded to nearest even.
 [[gnu::always_inline]] inline Vector<uint16_t> round_to_bfloat16(Vector<float> first,
                                                                  Vector<float> second) {

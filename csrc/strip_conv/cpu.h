@@ -70,6 +70,15 @@ struct Kernels {
   void (*reduce_channel)(const Problem&, const Gradients&, int64_t channel, const double* partials);
 };
 
+// The forward direction in bfloat16 as products of matrices (bf16.cpp).
+struct MatrixKernels {
+  bool (*forward_suits)(const Problem&);
+  size_t (*forward_scratch)(const Problem&);
+  // One channel of all images; left_out[plane] says whether a plane was left to Kernels.
+  void (*forward_channel)(const Problem&, void* y, int64_t channel, uint8_t* left_out,
+                          void* scratch);
+};
+
 }  // namespace famseg::strip_conv
 
 namespace famseg {
@@ -81,5 +90,8 @@ extern const strip_conv::Kernels strip_conv_kernels;
 }
 namespace avx512 {
 extern const strip_conv::Kernels strip_conv_kernels;
+}
+namespace amx {
+extern const strip_conv::MatrixKernels strip_conv_matrix_kernels;
 }
 }  // namespace famseg

@@ -3,6 +3,7 @@
 #include <omp.h>
 
 #include <cstring>
+#include <numeric>
 #include <vector>
 
 #include "common/buffer.h"
@@ -20,11 +21,11 @@ const Kernels& kernels_for(Isa isa) {
   return baseline::strip_conv_kernels;
 }
 
-// Calls work(plane, scratch) for every plane. Planes go to whichever thread is free: results do not
-// depend on that, because no plane reads what another wrote.
+// Calls work(i, scratch) for all i < count. Work goes to whichever thread is free: results do not
+// depend on that, because none reads what another wrote.
 template <typename Work>
-void for_each_plane(int64_t planes, size_t scratch_bytes, int threads, const Work& work) {
-  if (threads > planes) threads = static_cast<int>(planes);
+void for_each(int64_t count, size_t scratch_bytes, int threads, const Work& work) {
+  if (threads > count) threads = static_cast<int>(count);
   // Allocated here, because an exception must not leave a parallel region.
   std::vector<Buffer> scratch;
   for (int t = 0; t < threads; ++t) {
@@ -35,7 +36,7 @@ void for_each_plane(int64_t planes, size_t scratch_bytes, int threads, const Wor
     void* mine = scratch[omp_get_thread_num()].get();
     std::memset(mine, 0, scratch_bytes);  // by its user, so that its pages are near that core
 #pragma omp for schedule(dynamic)
-    for (int64_t plane = 0; plane < planes; ++plane) work(plane, mine);
+    for (int64_t i = 0; i < count; ++i) work(i, mine);
   }
 }
 
@@ -44,10 +45,28 @@ void for_each_plane(int64_t planes, size_t scratch_bytes, int threads, const Wor
 void forward(Isa isa, const Problem& problem, void* y, int threads) {
   const int64_t planes = problem.n * problem.c;
   if (planes == 0 || problem.h == 0 || problem.w == 0) return;
+  std::vector<int64_t> left;
+#if defined(FAMSEG_AMX)
+  if (isa >= Isa::amx && amx::strip_conv_matrix_kernels.forward_suits(problem)) {
+    const MatrixKernels& kernels = amx::strip_conv_matrix_kernels;
+    std::vector<uint8_t> left_out(planes);
+    for_each(problem.c, kernels.forward_scratch(problem), threads,
+             [&](int64_t channel, void* scratch) {
+               kernels.forward_channel(problem, y, channel, left_out.data(), scratch);
+             });
+    for (int64_t plane = 0; plane < planes; ++plane) {
+      if (left_out[plane]) left.push_back(plane);
+    }
+    if (left.empty()) return;
+  }
+#endif
+  if (left.empty()) {
+    left.resize(planes);
+    std::iota(left.begin(), left.end(), 0);
+  }
   const Kernels& kernels = kernels_for(isa);
-  for_each_plane(
-      planes, kernels.forward_scratch(problem), threads,
-      [&](int64_t plane, void* scratch) { kernels.forward_plane(problem, y, plane, scratch); });
+  for_each(static_cast<int64_t>(left.size()), kernels.forward_scratch(problem), threads,
+           [&](int64_t i, void* scratch) { kernels.forward_plane(problem, y, left[i], scratch); });
 }
 
 void backward(Isa isa, const Problem& problem, const Gradients& gradients, int threads) {
@@ -58,11 +77,9 @@ void backward(Isa isa, const Problem& problem, const Gradients& gradients, int t
   const int64_t taps = kernels.partial_size(problem);
   std::vector<double> partials(static_cast<size_t>(problem.n * problem.c * taps));
   if (planes > 0) {
-    for_each_plane(planes, kernels.backward_scratch(problem), threads,
-                   [&](int64_t plane, void* scratch) {
-                     kernels.backward_plane(problem, gradients, plane,
-                                            partials.data() + plane * taps, scratch);
-                   });
+    for_each(planes, kernels.backward_scratch(problem), threads, [&](int64_t plane, void* scratch) {
+      kernels.backward_plane(problem, gradients, plane, partials.data() + plane * taps, scratch);
+    });
   }
   for (int64_t channel = 0; channel < problem.c; ++channel) {
     kernels.reduce_channel(problem, gradients, channel, partials.data());
