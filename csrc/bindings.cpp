@@ -56,8 +56,8 @@ std::vector<famseg::strip_conv::Branch> branches_from(const std::vector<Branch>&
   return result;
 }
 
-famseg::strip_conv::Problem problem_from(const std::string& dtype, const Shape& shape, Address x,
-                                         const Square& square,
+famseg::strip_conv::Problem problem_from(const std::string& dtype, const Shape& shape,
+                                         bool channels_last, Address x, const Square& square,
                                          const std::vector<famseg::strip_conv::Branch>& branches) {
   const auto [n, c, h, w] = shape;
   const auto [weight, bias, size] = square;
@@ -66,6 +66,7 @@ famseg::strip_conv::Problem problem_from(const std::string& dtype, const Shape& 
           c,
           h,
           w,
+          channels_last,
           pointer(x),
           pointer(weight),
           pointer(bias),
@@ -74,11 +75,11 @@ famseg::strip_conv::Problem problem_from(const std::string& dtype, const Shape& 
           static_cast<int64_t>(branches.size())};
 }
 
-void strip_conv2d_forward(const std::string& dtype, const Shape& shape, Address x,
-                          const Square& square, const std::vector<Branch>& branches, Address y,
-                          int threads) {
+void strip_conv2d_forward(const std::string& dtype, const Shape& shape, bool channels_last,
+                          Address x, const Square& square, const std::vector<Branch>& branches,
+                          Address y, int threads) {
   const auto native_branches = branches_from(branches);
-  const auto problem = problem_from(dtype, shape, x, square, native_branches);
+  const auto problem = problem_from(dtype, shape, channels_last, x, square, native_branches);
   const famseg::Isa isa = famseg::active_isa();
   py::gil_scoped_release release;
   famseg::strip_conv::forward(isa, problem, pointer(y), threads);
@@ -93,7 +94,7 @@ void strip_conv2d_backward(const std::string& dtype, const Shape& shape, Address
     throw std::invalid_argument("branch_gradients needs one entry for each branch");
   }
   const auto native_branches = branches_from(branches);
-  const auto problem = problem_from(dtype, shape, x, square, native_branches);
+  const auto problem = problem_from(dtype, shape, false, x, square, native_branches);
   std::vector<famseg::strip_conv::BranchGradients> native_gradients;
   for (const auto& [row, row_bias, column, column_bias] : branch_gradients) {
     native_gradients.push_back(
@@ -215,15 +216,18 @@ PYBIND11_MODULE(_cpu, m) {
       "isa", [] { return std::string(famseg::isa_name(famseg::active_isa())); },
       "The instruction set the kernels run with; FAMSEG_CPU_ISA forces a lower one.");
   m.def("available_isas", &available_isas, "The instruction sets this CPU has, lowest first.");
-  m.def("strip_conv2d_forward", &strip_conv2d_forward, py::arg("dtype"), py::arg("shape"),
-        py::arg("x"), py::arg("square"), py::arg("branches"), py::arg("y"), py::arg("threads"),
-        "square: (weight, bias, size); branches: [(row, row bias, row size, column, column bias, "
-        "column size)].");
+  m.def(
+      "strip_conv2d_forward", &strip_conv2d_forward, py::arg("dtype"), py::arg("shape"),
+      py::arg("channels_last"), py::arg("x"), py::arg("square"), py::arg("branches"), py::arg("y"),
+      py::arg("threads"),
+      "channels_last: x and y are (N, H, W, C) in memory; square: (weight, bias, size); branches: "
+      "[(row, row bias, row size, column, column bias, column size)].");
   m.def("strip_conv2d_backward", &strip_conv2d_backward, py::arg("dtype"), py::arg("shape"),
         py::arg("x"), py::arg("square"), py::arg("branches"), py::arg("y_gradient"),
         py::arg("x_gradient"), py::arg("square_gradients"), py::arg("branch_gradients"),
         py::arg("threads"),
-        "As strip_conv2d_forward; square_gradients: (weight, bias); branch_gradients: [(row, row "
+        "As strip_conv2d_forward, all contiguous; square_gradients: (weight, bias); "
+        "branch_gradients: [(row, row "
         "bias, column, column bias)]. Gradients at address 0 are not computed.");
   m.def("reassembly_forward", &reassembly_forward, py::arg("dtype"), py::arg("softmax"),
         py::arg("shape"), py::arg("x"), py::arg("weights"), py::arg("window"), py::arg("y"),

@@ -396,7 +396,7 @@ bool reaches_neighbours(const Problem& p) {
 }
 
 bool forward_suits(const Problem& p) {
-  return p.dtype == Dtype::bfloat16 && reaches_neighbours(p);
+  return p.dtype == Dtype::bfloat16 && !p.channels_last && reaches_neighbours(p);
 }
 
 size_t forward_scratch(const Problem& p) {
@@ -405,16 +405,17 @@ size_t forward_scratch(const Problem& p) {
   return static_cast<size_t>(counting.used);
 }
 
-void forward_channel(const Problem& p, void* y, int64_t channel, uint8_t* left_out, void* scratch) {
+bool forward_channel(const Problem& p, void* y, int64_t channel, void* scratch) {
   Arena arena{static_cast<char*>(scratch)};
   Space s = lay_out(p, arena);
   load_weights(p, channel, s);
   const TileScope tiles;
   for (int64_t n = 0; n < p.n; ++n) {
-    const int64_t plane = n * p.c + channel, offset = plane * p.h * p.w;
-    left_out[plane] =
-        !forward_plane(s, static_cast<const Bits*>(p.x) + offset, static_cast<Bits*>(y) + offset);
+    const int64_t offset = (n * p.c + channel) * p.h * p.w;
+    const Bits* x = static_cast<const Bits*>(p.x) + offset;
+    if (!forward_plane(s, x, static_cast<Bits*>(y) + offset)) return false;
   }
+  return true;
 }
 
 }  // namespace

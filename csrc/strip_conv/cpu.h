@@ -4,7 +4,8 @@
 //   y = a + sum_i column_i(row_i(a) + row_bias_i) + column_bias_i
 //
 // depthwise, stride 1, "same" zero padding at every stage: a and the row results, biases included,
-// are zero outside the image. Tensors are contiguous (N, C, H, W); weights are (C, taps).
+// are zero outside the image. Tensors are contiguous (N, C, H, W), or (N, H, W, C) where it says
+// channels_last; weights are (C, taps).
 #pragma once
 
 #include <cstddef>
@@ -27,6 +28,7 @@ struct Branch {
 struct Problem {
   Dtype dtype;
   int64_t n, c, h, w;
+  bool channels_last;  // x and y of the forward direction; the backward one has to be contiguous
   const void* x;
   const void* square_weight;  // (C, square_size, square_size) or null
   const void* square_bias;    // (C) or null
@@ -54,43 +56,52 @@ struct Gradients {
 void forward(Isa isa, const Problem& problem, void* y, int threads);
 void backward(Isa isa, const Problem& problem, const Gradients& gradients, int threads);
 
-// One instruction set's kernels. A plane is one (n, c) image, n * C + c its index. `scratch` is
-// 64-byte aligned, of the stated size, and all zero before its first use; it may go from plane to
-// plane of one problem, but not to another problem.
-struct Kernels {
-  size_t (*forward_scratch)(const Problem&);
-  void (*forward_plane)(const Problem&, void* y, int64_t plane, void* scratch);
-  size_t (*backward_scratch)(const Problem&);
+// One instruction set's kernels. `scratch` is 64-byte aligned, of the stated size, and all zero
+// before its first use; it may go from one piece of work to the next of one problem, but not to
+// another problem.
+
+// Pieces of work are blocks: some channels and columns of an image.
+struct ForwardKernels {
+  int64_t (*blocks)(const Problem&);
+  size_t (*scratch)(const Problem&);
+  void (*block)(const Problem&, void* y, int64_t block, void* scratch);
+};
+
+// Pieces of work are planes: one (n, c) image, n * C + c its index.
+struct BackwardKernels {
+  size_t (*scratch)(const Problem&);
   // Writes the plane's share of the gradients of weights and biases to `partial`, partial_size
   // numbers, and its part of the gradient of x.
   int64_t (*partial_size)(const Problem&);
-  void (*backward_plane)(const Problem&, const Gradients&, int64_t plane, double* partial,
-                         void* scratch);
+  void (*plane)(const Problem&, const Gradients&, int64_t plane, double* partial, void* scratch);
   // Adds up `partials` (N, C, partial_size) over n, in order, for one channel.
   void (*reduce_channel)(const Problem&, const Gradients&, int64_t channel, const double* partials);
 };
 
-// The forward direction in bfloat16 as products of matrices (bf16.cpp).
+// The forward direction in bfloat16 as products of matrices (bf16.cpp). Pieces of work are channels
+// of all images. False: a plane is not finite, and the whole result is for ForwardKernels to
+// compute.
 struct MatrixKernels {
-  bool (*forward_suits)(const Problem&);
-  size_t (*forward_scratch)(const Problem&);
-  // One channel of all images; left_out[plane] says whether a plane was left to Kernels.
-  void (*forward_channel)(const Problem&, void* y, int64_t channel, uint8_t* left_out,
-                          void* scratch);
+  bool (*suits)(const Problem&);
+  size_t (*scratch)(const Problem&);
+  bool (*channel)(const Problem&, void* y, int64_t channel, void* scratch);
 };
 
 }  // namespace famseg::strip_conv
 
 namespace famseg {
 namespace baseline {
-extern const strip_conv::Kernels strip_conv_kernels;
-}
+extern const strip_conv::ForwardKernels strip_conv_forward_kernels;
+extern const strip_conv::BackwardKernels strip_conv_backward_kernels;
+}  // namespace baseline
 namespace avx2 {
-extern const strip_conv::Kernels strip_conv_kernels;
-}
+extern const strip_conv::ForwardKernels strip_conv_forward_kernels;
+extern const strip_conv::BackwardKernels strip_conv_backward_kernels;
+}  // namespace avx2
 namespace avx512 {
-extern const strip_conv::Kernels strip_conv_kernels;
-}
+extern const strip_conv::ForwardKernels strip_conv_forward_kernels;
+extern const strip_conv::BackwardKernels strip_conv_backward_kernels;
+}  // namespace avx512
 namespace amx {
 extern const strip_conv::MatrixKernels strip_conv_matrix_kernels;
 }

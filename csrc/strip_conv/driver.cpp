@@ -1,9 +1,9 @@
-// Threads, memory and the order of summation around the kernels of cpu.cpp.
+// Threads, memory and the order of summation around the kernels.
 
 #include <omp.h>
 
+#include <algorithm>
 #include <cstring>
-#include <numeric>
 #include <vector>
 
 #include "common/buffer.h"
@@ -12,13 +12,22 @@
 namespace famseg::strip_conv {
 namespace {
 
-const Kernels& kernels_for(Isa isa) {
+const ForwardKernels& forward_kernels(Isa isa) {
 #if defined(__x86_64__)
-  if (isa >= Isa::avx512) return avx512::strip_conv_kernels;
-  if (isa == Isa::avx2) return avx2::strip_conv_kernels;
+  if (isa >= Isa::avx512) return avx512::strip_conv_forward_kernels;
+  if (isa == Isa::avx2) return avx2::strip_conv_forward_kernels;
 #endif
   static_cast<void>(isa);
-  return baseline::strip_conv_kernels;
+  return baseline::strip_conv_forward_kernels;
+}
+
+const BackwardKernels& backward_kernels(Isa isa) {
+#if defined(__x86_64__)
+  if (isa >= Isa::avx512) return avx512::strip_conv_backward_kernels;
+  if (isa == Isa::avx2) return avx2::strip_conv_backward_kernels;
+#endif
+  static_cast<void>(isa);
+  return baseline::strip_conv_backward_kernels;
 }
 
 // Calls work(i, scratch) for all i < count. Work goes to whichever thread is free: results do not
@@ -40,45 +49,41 @@ void for_each(int64_t count, size_t scratch_bytes, int threads, const Work& work
   }
 }
 
+#if defined(FAMSEG_AMX)
+// False if the result, or a part of it, is still to be computed.
+bool forward_by_matrices(Isa isa, const Problem& problem, void* y, int threads) {
+  const MatrixKernels& kernels = amx::strip_conv_matrix_kernels;
+  if (isa < Isa::amx || !kernels.suits(problem)) return false;
+  std::vector<uint8_t> done(problem.c);
+  for_each(problem.c, kernels.scratch(problem), threads, [&](int64_t channel, void* scratch) {
+    done[channel] = kernels.channel(problem, y, channel, scratch);
+  });
+  return std::all_of(done.begin(), done.end(), [](uint8_t one) { return one != 0; });
+}
+#endif
+
 }  // namespace
 
 void forward(Isa isa, const Problem& problem, void* y, int threads) {
-  const int64_t planes = problem.n * problem.c;
-  if (planes == 0 || problem.h == 0 || problem.w == 0) return;
-  std::vector<int64_t> left;
+  if (problem.n * problem.c * problem.h * problem.w == 0) return;
 #if defined(FAMSEG_AMX)
-  if (isa >= Isa::amx && amx::strip_conv_matrix_kernels.forward_suits(problem)) {
-    const MatrixKernels& kernels = amx::strip_conv_matrix_kernels;
-    std::vector<uint8_t> left_out(planes);
-    for_each(problem.c, kernels.forward_scratch(problem), threads,
-             [&](int64_t channel, void* scratch) {
-               kernels.forward_channel(problem, y, channel, left_out.data(), scratch);
-             });
-    for (int64_t plane = 0; plane < planes; ++plane) {
-      if (left_out[plane]) left.push_back(plane);
-    }
-    if (left.empty()) return;
-  }
+  if (forward_by_matrices(isa, problem, y, threads)) return;
 #endif
-  if (left.empty()) {
-    left.resize(planes);
-    std::iota(left.begin(), left.end(), 0);
-  }
-  const Kernels& kernels = kernels_for(isa);
-  for_each(static_cast<int64_t>(left.size()), kernels.forward_scratch(problem), threads,
-           [&](int64_t i, void* scratch) { kernels.forward_plane(problem, y, left[i], scratch); });
+  const ForwardKernels& kernels = forward_kernels(isa);
+  for_each(kernels.blocks(problem), kernels.scratch(problem), threads,
+           [&](int64_t block, void* scratch) { kernels.block(problem, y, block, scratch); });
 }
 
 void backward(Isa isa, const Problem& problem, const Gradients& gradients, int threads) {
-  const Kernels& kernels = kernels_for(isa);
+  const BackwardKernels& kernels = backward_kernels(isa);
   // Empty images still have gradients of weights: zeros, by the reduction below.
   const bool empty = problem.h == 0 || problem.w == 0;
   const int64_t planes = empty ? 0 : problem.n * problem.c;
   const int64_t taps = kernels.partial_size(problem);
   std::vector<double> partials(static_cast<size_t>(problem.n * problem.c * taps));
   if (planes > 0) {
-    for_each(planes, kernels.backward_scratch(problem), threads, [&](int64_t plane, void* scratch) {
-      kernels.backward_plane(problem, gradients, plane, partials.data() + plane * taps, scratch);
+    for_each(planes, kernels.scratch(problem), threads, [&](int64_t plane, void* scratch) {
+      kernels.plane(problem, gradients, plane, partials.data() + plane * taps, scratch);
     });
   }
   for (int64_t channel = 0; channel < problem.c; ++channel) {

@@ -21,10 +21,14 @@ def forward(
     col_biases: Sequence[Tensor | None],
 ) -> Tensor:
     """y (N, C, H, W) in x's dtype and memory format."""
+    layout = checks.image_format(x)
+    x = x.contiguous(memory_format=layout)
     args = _Arguments(x, square_weight, square_bias, row_weights, row_biases, col_weights, col_biases)
-    y = torch.empty_like(args.x, memory_format=torch.contiguous_format)
-    _native().strip_conv2d_forward(*args.native, y.data_ptr(), torch.get_num_threads())
-    return y.contiguous(memory_format=checks.image_format(x))
+    y = torch.empty_like(x, memory_format=layout)
+    dtype, shape, *rest = args.native
+    channels_last = layout == torch.channels_last
+    _native().strip_conv2d_forward(dtype, shape, channels_last, *rest, y.data_ptr(), torch.get_num_threads())
+    return y
 
 
 def backward(
@@ -39,7 +43,9 @@ def backward(
     col_biases: Sequence[Tensor | None],
 ) -> list[Tensor | None]:
     """Gradients of the flattened tensor arguments where `needs`, None elsewhere."""
-    args = _Arguments(x, square_weight, square_bias, row_weights, row_biases, col_weights, col_biases)
+    args = _Arguments(
+        x.contiguous(), square_weight, square_bias, row_weights, row_biases, col_weights, col_biases
+    )
     grad = grad.contiguous()
     flat = [x, square_weight, square_bias, *row_weights, *row_biases, *col_weights, *col_biases]
     # The op's fake kernel promises the strides of empty_like; the native kernels write contiguously.
@@ -86,8 +92,7 @@ class _Arguments:
         col_weights: Sequence[Tensor],
         col_biases: Sequence[Tensor | None],
     ) -> None:
-        self.x = x.contiguous()
-        self._kept: list[Tensor] = []
+        self._kept = [x]
         square_size = 0 if square_weight is None else square_weight.shape[-1]
         branches = [
             (
@@ -103,7 +108,7 @@ class _Arguments:
         self.native = (
             checks.dtype_name(x),
             tuple(x.shape),
-            self.x.data_ptr(),
+            x.data_ptr(),
             (self._keep(square_weight), self._keep(square_bias), square_size),
             branches,
         )

@@ -1,5 +1,5 @@
-// The kernels of strip_conv2d for one instruction set (see common/simd.h: this file is compiled
-// once for each).
+// The backward direction of strip_conv2d for one instruction set (see common/simd.h: this file is
+// compiled once for each).
 //
 // One (n, c) plane at a time, in buffers that stay in the L2 cache: 2 x its bytes go through memory
 // where the chain of convolutions moves 23 x. Every buffer has a margin of zeros as wide as the
@@ -14,11 +14,10 @@
 // Each output tile stays in registers while all of its taps are added: an input vector is loaded
 // once for several rows (correlate_tile), or for several branches (row_tile).
 
-#include "strip_conv/cpu.h"
-
 #include "common/half.h"
 #include "common/scratch.h"
 #include "common/simd.h"
+#include "strip_conv/cpu.h"
 
 namespace famseg::FAMSEG_ISA {
 namespace {
@@ -524,25 +523,7 @@ double plane_sum(const Workspace<T>& w, const T* plane) {
   return total;
 }
 
-// ---- forward ------------------------------------------------------------------------------------
-
-template <typename T>
-struct ForwardSpace : Workspace<T> {
-  Term<T>* terms;
-  T* y;
-};
-
-template <typename T>
-ForwardSpace<T> forward_space(const Problem& p, Arena& arena) {
-  ForwardSpace<T> w{lay_out<T>(p, arena), nullptr, nullptr};
-  w.terms = arena.take<Term<T>>(p.branch_count);
-  for (int64_t i = 0; i < p.branch_count; ++i) {
-    T* rows = w.take_plane(arena);
-    if (arena.base != nullptr) w.strips[i].rows = rows;
-  }
-  w.y = w.take_plane(arena);
-  return w;
-}
+// ---- the planes of one image ------------------------------------------------------------------
 
 template <typename S, typename T>
 void square_stage(const Problem& p, const S* x, Workspace<T>& w) {
@@ -553,23 +534,6 @@ void square_stage(const Problem& p, const S* x, Workspace<T>& w) {
   load_plane(w, x, w.x);
   const Term<T> term{w.x, w.square};
   correlate(w, &term, 1, static_cast<const T*>(nullptr), w.square_bias, w.a);
-}
-
-template <typename S, typename T>
-void forward_plane(const Problem& p, void* y, int64_t plane, void* scratch) {
-  Arena arena{static_cast<char*>(scratch)};
-  ForwardSpace<T> w = forward_space<T>(p, arena);
-  load_weights<S>(p, plane % p.c, w);
-  const int64_t offset = plane * p.h * p.w;
-  square_stage(p, static_cast<const S*>(p.x) + offset, w);
-  all_rows(w, w.a);
-  T bias = 0;
-  for (int64_t i = 0; i < p.branch_count; ++i) {
-    w.terms[i] = {w.strips[i].rows, w.strips[i].column};
-    bias += w.strips[i].column_bias;
-  }
-  correlate(w, w.terms, p.branch_count, w.a, bias, w.y);
-  store_plane(w, w.y, static_cast<S*>(y) + offset);
 }
 
 // ---- backward -----------------------------------------------------------------------------------
@@ -739,26 +703,11 @@ void reduce_channel(const Problem& p, const Gradients& gradients, int64_t c,
 
 // ---- by element type ----------------------------------------------------------------------------
 
-size_t forward_scratch(const Problem& p) {
-  return by_dtype(p.dtype, [&](auto element) {
-    Arena counting;
-    forward_space<Compute<decltype(element)>>(p, counting);
-    return static_cast<size_t>(counting.used);
-  });
-}
-
 size_t backward_scratch(const Problem& p) {
   return by_dtype(p.dtype, [&](auto element) {
     Arena counting;
     backward_space<Compute<decltype(element)>>(p, counting);
     return static_cast<size_t>(counting.used);
-  });
-}
-
-void forward_plane_any(const Problem& p, void* y, int64_t plane, void* scratch) {
-  by_dtype(p.dtype, [&](auto element) {
-    using S = decltype(element);
-    forward_plane<S, Compute<S>>(p, y, plane, scratch);
   });
 }
 
@@ -779,9 +728,8 @@ void reduce_channel_any(const Problem& p, const Gradients& gradients, int64_t c,
 }  // namespace
 
 // `extern` because a const object is otherwise local to its file.
-extern const strip_conv::Kernels strip_conv_kernels;
-const strip_conv::Kernels strip_conv_kernels = {forward_scratch,    forward_plane_any,
-                                                backward_scratch,   partial_size,
-                                                backward_plane_any, reduce_channel_any};
+extern const strip_conv::BackwardKernels strip_conv_backward_kernels;
+const strip_conv::BackwardKernels strip_conv_backward_kernels = {
+    backward_scratch, partial_size, backward_plane_any, reduce_channel_any};
 
 }  // namespace famseg::FAMSEG_ISA
