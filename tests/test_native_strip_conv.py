@@ -34,6 +34,9 @@ CASES = {
     "longest": ((1, 2, 70, 66), 63, [(63, 63)], True),
     "five_branches": ((1, 1, 18, 50), 3, [(3, 5), (9, 9), (21, 7), (9, 3), (1, 21)], True),
     "wide": ((1, 1, 6, 150), 5, [(7, 7), (11, 11), (21, 21)], True),
+    # More channels than lanes, more rows than a band, more columns than a block.
+    "groups_and_bands": ((1, 18, 70, 40), 5, [(7, 7), (11, 11), (21, 21)], True),
+    "blocks_of_columns": ((1, 2, 9, 530), 5, [(7, 7), (11, 11), (21, 21)], True),
     "empty_batch": ((0, 3, 8, 8), 5, [(7, 7)], True),
 }
 
@@ -207,8 +210,9 @@ def test_bitwise_the_same_for_any_thread_count_and_run(dtype: torch.dtype, threa
             assert first is None or torch.equal(first, again)
 
 
-def test_channels_last_comes_back_channels_last() -> None:
-    args = arguments((2, 3, 9, 8), 3, [(7, 7)], True)
+@pytest.mark.parametrize("shape", [(2, 3, 9, 8), (1, 18, 20, 24), (1, 2, 9, 530)])
+def test_channels_last_comes_back_channels_last(shape: tuple[int, ...], isa: str) -> None:
+    args = arguments(shape, 3, [(7, 7)], True)
     x, *rest = args
     strided = x.contiguous(memory_format=torch.channels_last)
     needs = [True] + [False] * (len(flatten(args)) - 1)
@@ -229,9 +233,12 @@ def test_each_gradient_alone_is_the_same_as_among_all(wanted: int) -> None:
     assert [t is not None for t in alone] == [index == wanted for index in range(len(present))]
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
-def test_what_is_not_finite_spreads_as_far_as_the_kernels_and_no_farther(value: float, isa: str) -> None:
-    args = arguments((1, 1, 40, 40), 5, [(7, 7)], True)
+def test_what_is_not_finite_spreads_as_far_as_the_kernels_and_no_farther(
+    value: float, dtype: torch.dtype, isa: str
+) -> None:
+    args = converted(arguments((1, 1, 40, 40), 5, [(7, 7)], True), dtype)
     args[0][0, 0, 39, 39] = value
     expected = torch.isfinite(compose(*args))
     assert torch.equal(torch.isfinite(cpu.forward(*args)), expected)

@@ -1,7 +1,7 @@
 // The forward direction of strip_conv2d for one instruction set (see common/simd.h: this file is
 // compiled once for each). Lanes are channels.
 //
-// 103 FMAs a pixel and vector bind it, two a cycle. So that nothing else does:
+// 103 FMAs for each pixel of a vector bind it, two a cycle. So that nothing else does:
 //
 //  * A vector holds one pixel of as many channels as it has lanes, its taps are vectors too: every
 //    load is a whole cache line, rows and columns are the same code, no width leaves lanes idle,
@@ -137,6 +137,38 @@ Space<T> lay_out(const Problem& p, Arena& arena) {
 
 // ---- between memory and vectors of channels -------------------------------------------------
 
+template <typename S, typename T>
+[[gnu::always_inline]] inline Vector<T> widen_vector(const S* from) {
+  T lanes[kLanes<T>];
+  for (int l = 0; l < kLanes<T>; ++l) lanes[l] = widen(from[l]);
+  return load(lanes);
+}
+
+template <typename S, typename T>
+[[gnu::always_inline]] inline void narrow_vector(S* to, Vector<T> value) {
+  T lanes[kLanes<T>];
+  store(lanes, value);
+  for (int l = 0; l < kLanes<T>; ++l) narrow(to[l], lanes[l]);
+}
+
+// Where memory holds what is computed with.
+template <>
+[[gnu::always_inline]] inline Vector<float> widen_vector<float, float>(const float* from) {
+  return load(from);
+}
+template <>
+[[gnu::always_inline]] inline Vector<double> widen_vector<double, double>(const double* from) {
+  return load(from);
+}
+template <>
+[[gnu::always_inline]] inline void narrow_vector<float, float>(float* to, Vector<float> value) {
+  store(to, value);
+}
+template <>
+[[gnu::always_inline]] inline void narrow_vector<double, double>(double* to, Vector<double> value) {
+  store(to, value);
+}
+
 // `count` pixels of `channels` channels, a vector for each pixel, missing channels zero.
 // (channels, count) in memory, `stride` elements from channel to channel.
 template <typename S, typename T>
@@ -145,12 +177,10 @@ void load_channels_first(const S* from, int64_t stride, int64_t channels, int64_
   if (channels == lanes && count >= lanes) {
     for (int64_t j = 0;; j = smaller(j + lanes, count - lanes)) {
       Vector<T> block[lanes];
-      for (int l = 0; l < lanes; ++l) {
-        T row[lanes];
-        for (int k = 0; k < lanes; ++k) row[k] = widen(from[l * stride + j + k]);
-        block[l] = load(row);
-      }
+#pragma GCC unroll 16
+      for (int l = 0; l < lanes; ++l) block[l] = widen_vector<S, T>(from + l * stride + j);
       transpose_from<1, T>(block);
+#pragma GCC unroll 16
       for (int k = 0; k < lanes; ++k) store(to + (j + k) * lanes, block[k]);
       if (j == count - lanes) return;
     }
@@ -170,13 +200,11 @@ void store_channels_first(const T* from, int64_t pixel, int64_t stride, int64_t 
   if (channels == lanes && count >= lanes) {
     for (int64_t j = 0;; j = smaller(j + lanes, count - lanes)) {
       Vector<T> block[lanes];
+#pragma GCC unroll 16
       for (int k = 0; k < lanes; ++k) block[k] = load(from + (j + k) * pixel);
       transpose_from<1, T>(block);
-      for (int l = 0; l < lanes; ++l) {
-        T row[lanes];
-        store(row, block[l]);
-        for (int k = 0; k < lanes; ++k) narrow(to[l * stride + j + k], row[k]);
-      }
+#pragma GCC unroll 16
+      for (int l = 0; l < lanes; ++l) narrow_vector<S, T>(to + l * stride + j, block[l]);
       if (j == count - lanes) return;
     }
   }
@@ -191,7 +219,7 @@ void load_channels_last(const S* from, int64_t stride, int64_t channels, int64_t
   constexpr int lanes = kLanes<T>;
   for (int64_t j = 0; j < count; ++j, from += stride, to += lanes) {
     if (channels == lanes) {
-      for (int l = 0; l < lanes; ++l) to[l] = widen(from[l]);
+      store(to, widen_vector<S, T>(from));
     } else {
       for (int64_t l = 0; l < lanes; ++l) to[l] = l < channels ? widen(from[l]) : T(0);
     }
@@ -204,7 +232,7 @@ void store_channels_last(const T* from, int64_t pixel, int64_t stride, int64_t c
   constexpr int lanes = kLanes<T>;
   for (int64_t j = 0; j < count; ++j, from += pixel, to += stride) {
     if (channels == lanes) {
-      for (int l = 0; l < lanes; ++l) narrow(to[l], from[l]);
+      narrow_vector<S, T>(to, load(from));
     } else {
       for (int64_t l = 0; l < channels; ++l) narrow(to[l], from[l]);
     }

@@ -43,9 +43,7 @@ def backward(
     col_biases: Sequence[Tensor | None],
 ) -> list[Tensor | None]:
     """Gradients of the flattened tensor arguments where `needs`, None elsewhere."""
-    args = _Arguments(
-        x.contiguous(), square_weight, square_bias, row_weights, row_biases, col_weights, col_biases
-    )
+    args = _Arguments(x.contiguous(), square_weight, square_bias, row_weights, row_biases, col_weights, col_biases)
     grad = grad.contiguous()
     flat = [x, square_weight, square_bias, *row_weights, *row_biases, *col_weights, *col_biases]
     # The op's fake kernel promises the strides of empty_like; the native kernels write contiguously.
