@@ -1216,6 +1216,23 @@ void reduce_parameters(const Problem& p, const Gradients& gradients, const Parti
 
 // ---- by element type ----------------------------------------------------------------------------
 
+// Results below the smallest normal number become 0 while this lives. Decays run through that range
+// on their way to 0, x86 takes some 150 cycles for each such product, and the scan was 2 to 3 times
+// slower than with decays that don't.
+class FlushToZero {
+ public:
+#if defined(__SSE2__)
+  FlushToZero() : before_(__builtin_ia32_stmxcsr()) { __builtin_ia32_ldmxcsr(before_ | 0x8000u); }
+  ~FlushToZero() { __builtin_ia32_ldmxcsr(before_); }
+
+ private:
+  unsigned before_;
+#else
+  FlushToZero() {}
+  ~FlushToZero() {}
+#endif
+};
+
 size_t forward_scratch(const Problem& p, int64_t heads) {
   return by_dtype(p.dtype, [&](auto element) {
     using T = Compute<decltype(element)>;
@@ -1239,6 +1256,7 @@ size_t backward_scratch(const Problem& p, int64_t heads) {
 
 void forward_block_any(const Problem& p, const Results& results, const Block& block,
                        void* scratch) {
+  const FlushToZero guard;
   by_dtype(p.dtype, [&](auto element) {
     using S = decltype(element);
     forward_block<S, Compute<S>>(p, results, block, scratch);
@@ -1247,6 +1265,7 @@ void forward_block_any(const Problem& p, const Results& results, const Block& bl
 
 void backward_block_any(const Problem& p, const Gradients& gradients, const Partials& partials,
                         const Block& block, void* scratch) {
+  const FlushToZero guard;
   by_dtype(p.dtype, [&](auto element) {
     using S = decltype(element);
     backward_block<S, Compute<S>>(p, gradients, partials, block, scratch);
