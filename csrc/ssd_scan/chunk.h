@@ -360,6 +360,35 @@ template <typename T>
   return numbers;
 }
 
+// This side's part of M: mixing = or += gram * L * step. Stores L, where it is not zero by being on
+// the other side of the diagonal, unless `decays` is null. `at`: the chunk's first token.
+template <bool BACKWARD, typename T>
+void mix(const Sizes<T>& w, const T* gram, const Steps<T>& steps, int64_t at, int64_t count,
+         T* decays, T* mixing) {
+  const T* decay = steps.decay + at;
+  const int64_t lanes = kLanes<T>;
+  // By columns of one vector: the running products then stay in a register.
+  for (int64_t j = 0; j < w.chunk; j += lanes) {
+    const Vector<T> step = load(steps.step + at + j);
+    const Vector<T> column = lane_numbers<T>() + static_cast<T>(j);
+    Vector<T> product = {};
+    const auto row = [&](int64_t i) {
+      const int64_t place = i * w.chunk + j;
+      product = column == static_cast<T>(i) ? broadcast(T(1)) : product * decay[i];
+      if (decays != nullptr) store(decays + place, product);
+      Vector<T> value = load(gram + place) * product * step;
+      if (BACKWARD) value += load(mixing + place);
+      store(mixing + place, value);
+    };
+    if (BACKWARD) {
+      for (int64_t i = smaller(count, j + lanes) - 1; i >= 0; --i) row(i);
+    } else {
+      for (int64_t i = 0; i < smaller(count, j); ++i) store(mixing + i * w.chunk + j, Vector<T>{});
+      for (int64_t i = j; i < count; ++i) row(i);
+    }
+  }
+}
+
 // D's row of a head, in whole vectors; zeros without D.
 template <typename T>
 void load_skip(const Problem& p, int64_t head, int64_t width, T* to) {
@@ -367,6 +396,87 @@ void load_skip(const Problem& p, int64_t head, int64_t width, T* to) {
   if (p.D == nullptr) return;
   for (int64_t i = 0; i < p.headdim; ++i) {
     to[i] = static_cast<const T*>(p.D)[head * p.headdim + i];
+  }
+}
+
+// ---- results ------------------------------------------------------------------------------------
+
+// Where the rows of y go; with `dz` they go to the gradient of z instead, which is y's times them.
+template <typename S>
+struct Destination {
+  S* y;
+  const S* dy;
+  S* dz;
+};
+
+// One axis' part of y of a chunk and head, on its way out.
+template <typename T>
+struct Output {
+  T* part;  // (chunk, headdim)
+  T* sum;   // (heads, pixels, headdim) over the axes, where y itself would round it, else null
+  T* skip;  // (heads, headdim) D
+  T* gate;  // (headdim)
+  T* dy;    // (headdim)
+};
+
+template <typename S, typename T>
+Output<T> take_output(const Sizes<T>& w, int64_t heads, Arena& arena) {
+  Output<T> out{};
+  out.part = arena.take<T>(w.chunk * w.p);
+  if (sizeof(S) != sizeof(T) && w.axes == 2) out.sum = arena.take<T>(heads * w.tokens * w.p);
+  out.skip = arena.take<T>(heads * w.p);
+  out.gate = arena.take<T>(w.p);
+  out.dy = arena.take<T>(w.p);
+  return out;
+}
+
+// To where it belongs, with D x and the gate. `x`: the chunk's, (chunk, headdim).
+template <typename S, typename T>
+void finish_rows(const Problem& p, const Sizes<T>& w, const Output<T>& out, const Block& block,
+                 int64_t h, int64_t axis, const int64_t* pixels, int64_t count, const T* x,
+                 const Destination<S>& to) {
+  const int64_t head = block.head + h, stride = p.heads * p.headdim;
+  for (int64_t t = 0; p.D != nullptr && axis == 0 && t < count; ++t) {
+    for (int64_t i = 0; i < w.p; i += kLanes<T>) {
+      T* y = out.part + t * w.p + i;
+      store(y, load(y) + load(out.skip + h * w.p + i) * load(x + t * w.p + i));
+    }
+  }
+  if (p.z != nullptr) {
+    const S* z = head_of(p, static_cast<const S*>(p.z), block.batch, head);
+    const S* dy = to.dz == nullptr ? nullptr : head_of(p, to.dy, block.batch, head);
+    for (int64_t t = 0; t < count; ++t) {
+      T* row = out.part + t * w.p;
+      pack(z, stride, p.headdim, pixels + t, 1, 1, out.gate, w.p);
+      if (dy != nullptr) pack(dy, stride, p.headdim, pixels + t, 1, 1, out.dy, w.p);
+      for (int64_t i = 0; i < w.p; i += kLanes<T>) {
+        const Vector<T> gate = load(out.gate + i), open = sigmoid<T>(gate);
+        const Vector<T> slope = open * (T(1) + gate * (T(1) - open));
+        store(row + i, load(row + i) * (dy == nullptr ? gate * open : load(out.dy + i) * slope));
+      }
+    }
+  }
+  put_rows(out.part, w.p, p.headdim, pixels, count, Turn{axis == 0, axis == w.axes - 1},
+           head_of(p, to.dz == nullptr ? to.y : to.dz, block.batch, head), stride,
+           out.sum == nullptr ? nullptr : out.sum + h * w.tokens * w.p, w.p);
+}
+
+// States are (headdim, state) in memory and (state, headdim) here.
+template <typename T>
+void load_state(const Problem& p, const Sizes<T>& w, int64_t batch, int64_t head, T* to) {
+  const T* from = static_cast<const T*>(p.initial) + (batch * p.heads + head) * p.headdim * p.state;
+  for (int64_t n = 0; n < p.state; ++n) {
+    for (int64_t i = 0; i < p.headdim; ++i) to[n * w.p + i] = from[i * p.state + n];
+    for (int64_t i = p.headdim; i < w.p; ++i) to[n * w.p + i] = T(0);
+  }
+}
+
+template <typename T>
+void store_state(const Problem& p, const Sizes<T>& w, const T* from, int64_t batch, int64_t head,
+                 void* states) {
+  T* to = static_cast<T*>(states) + (batch * p.heads + head) * p.headdim * p.state;
+  for (int64_t i = 0; i < p.headdim; ++i) {
+    for (int64_t n = 0; n < p.state; ++n) to[i * p.state + n] = from[n * w.p + i];
   }
 }
 

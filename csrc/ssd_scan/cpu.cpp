@@ -109,35 +109,6 @@ void load_matrices(const Problem& p, Space<T>& w, const Block& block, int64_t ax
   }
 }
 
-// This side's part of M: mixing = or += gram * L * step. Stores L, where it is not zero by being on
-// the other side of the diagonal, unless `decays` is null. `at`: the chunk's first token.
-template <bool BACKWARD, typename T>
-void mix(const Sizes<T>& w, const T* gram, const Steps<T>& steps, int64_t at, int64_t count,
-         T* decays, T* mixing) {
-  const T* decay = steps.decay + at;
-  const int64_t lanes = kLanes<T>;
-  // By columns of one vector: the running products then stay in a register.
-  for (int64_t j = 0; j < w.chunk; j += lanes) {
-    const Vector<T> step = load(steps.step + at + j);
-    const Vector<T> column = lane_numbers<T>() + static_cast<T>(j);
-    Vector<T> product = {};
-    const auto row = [&](int64_t i) {
-      const int64_t place = i * w.chunk + j;
-      product = column == static_cast<T>(i) ? broadcast(T(1)) : product * decay[i];
-      if (decays != nullptr) store(decays + place, product);
-      Vector<T> value = load(gram + place) * product * step;
-      if (BACKWARD) value += load(mixing + place);
-      store(mixing + place, value);
-    };
-    if (BACKWARD) {
-      for (int64_t i = smaller(count, j + lanes) - 1; i >= 0; --i) row(i);
-    } else {
-      for (int64_t i = 0; i < smaller(count, j); ++i) store(mixing + i * w.chunk + j, Vector<T>{});
-      for (int64_t i = j; i < count; ++i) row(i);
-    }
-  }
-}
-
 // M of a chunk and head. `decays`: L of either side, or null.
 template <typename T>
 void mix_sides(const Space<T>& w, const Steps<T>* steps, int64_t at, int64_t count,
@@ -171,14 +142,11 @@ template <typename T>
 struct ForwardSpace : Space<T> {
   int64_t segment, segments;  // chunks of one, and how many
   Steps<T> steps[2];
+  Output<T> out;
   T* scaled;    // (chunk, headdim) weight * x
-  T* part;      // (chunk, headdim) of y
-  T* y;         // (heads, pixels, headdim) the sum over directions, where y itself would round it
   T* state;     // (heads, state, headdim) of side 0, at the chunk at hand
   T* entering;  // (heads, chunks of a segment, state, headdim) of side 1
   T* handed;    // (heads, segments, state, headdim) of side 1, at each segment's end
-  T* skip;      // (heads, headdim)
-  T* gate;      // (headdim)
 };
 
 template <typename S, typename T>
@@ -187,8 +155,7 @@ ForwardSpace<T> forward_space(const Problem& p, int64_t heads, Arena& arena) {
   static_cast<Space<T>&>(w) = lay_out<T>(p, arena);
   for (int64_t s = 0; s < w.sides; ++s) w.steps[s] = take_steps<T>(heads * w.padded_tokens, arena);
   w.scaled = arena.take<T>(w.chunk * w.p);
-  w.part = arena.take<T>(w.chunk * w.p);
-  if (sizeof(S) != sizeof(T) && w.axes == 2) w.y = arena.take<T>(heads * w.tokens * w.p);
+  w.out = take_output<S>(w, heads, arena);
   const int64_t state = p.state * w.p;
   w.state = arena.take<T>(heads * state);
   w.segment = segment_chunks(w.chunks, heads * state * static_cast<int64_t>(sizeof(T)));
@@ -197,8 +164,6 @@ ForwardSpace<T> forward_space(const Problem& p, int64_t heads, Arena& arena) {
     w.entering = arena.take<T>(heads * w.segment * state);
     if (w.segments > 1) w.handed = arena.take<T>(heads * w.segments * state);
   }
-  w.skip = arena.take<T>(heads * w.p);
-  w.gate = arena.take<T>(w.p);
   return w;
 }
 
@@ -244,44 +209,6 @@ void go_backward(const Problem& p, ForwardSpace<T>& w, const Block& block, int64
   }
 }
 
-// Where the rows of y go; with `dz` they go to the gradient of z instead, which is y's times them.
-template <typename S>
-struct Destination {
-  S* y;
-  const S* dy;
-  S* dz;
-};
-
-// One axis' part of a chunk and head's y, in w.part, to where it belongs: with D x and the gate.
-template <typename S, typename T>
-void finish_rows(const Problem& p, const ForwardSpace<T>& w, const Block& block, int64_t h,
-                 int64_t axis, int64_t count, const Destination<S>& to) {
-  const int64_t head = block.head + h, stride = p.heads * p.headdim;
-  for (int64_t t = 0; p.D != nullptr && axis == 0 && t < count; ++t) {
-    for (int64_t i = 0; i < w.p; i += kLanes<T>) {
-      const int64_t place = t * w.p + i;
-      store(w.part + place, load(w.part + place) + load(w.skip + h * w.p + i) * load(w.x + place));
-    }
-  }
-  if (p.z != nullptr) {
-    const S* z = head_of(p, static_cast<const S*>(p.z), block.batch, head);
-    const S* dy = to.dz == nullptr ? nullptr : head_of(p, to.dy, block.batch, head);
-    for (int64_t t = 0; t < count; ++t) {
-      T* row = w.part + t * w.p;
-      pack(z, stride, p.headdim, w.pixels + t, 1, 1, w.gate, w.p);
-      if (dy != nullptr) pack(dy, stride, p.headdim, w.pixels + t, 1, 1, w.scaled, w.p);
-      for (int64_t i = 0; i < w.p; i += kLanes<T>) {
-        const Vector<T> gate = load(w.gate + i), open = sigmoid<T>(gate);
-        const Vector<T> slope = open * (T(1) + gate * (T(1) - open));
-        store(row + i, load(row + i) * (dy == nullptr ? gate * open : load(w.scaled + i) * slope));
-      }
-    }
-  }
-  put_rows(w.part, w.p, p.headdim, w.pixels, count, Turn{axis == 0, axis == w.axes - 1},
-           head_of(p, to.dz == nullptr ? to.y : to.dz, block.batch, head), stride,
-           w.y == nullptr ? nullptr : w.y + h * w.tokens * w.p, w.p);
-}
-
 // One chunk: its y, and side 0's state passed on.
 template <typename S, typename T>
 void forward_chunk(const Problem& p, ForwardSpace<T>& w, const Block& block, int64_t axis,
@@ -294,7 +221,7 @@ void forward_chunk(const Problem& p, ForwardSpace<T>& w, const Block& block, int
     const int64_t at = h * w.padded_tokens + c * w.chunk;
     pack_head<S>(p, w, p.x, block.batch, block.head + h, count, w.x);
     mix_sides(w, w.steps, at, count, static_cast<T* const*>(nullptr));
-    Product<T> within{w.mixing, w.chunk, 1, w.x, w.p, w.part, w.p, count, w.p, count};
+    Product<T> within{w.mixing, w.chunk, 1, w.x, w.p, w.out.part, w.p, count, w.p, count};
     if (w.sides == 1) within.left = Left::lower;
     multiply(within);
     T* state = w.state + h * p.state * w.p;
@@ -302,36 +229,13 @@ void forward_chunk(const Problem& p, ForwardSpace<T>& w, const Block& block, int
                       w.sides == 1 ? nullptr : entering_backward(p, w, c / w.segment, h, c)};
     for (int64_t s = 0; s < w.sides; ++s) {
       if (entering[s] == nullptr) continue;
-      Product<T> read{w.side[s].c, w.n, 1, entering[s], w.p, w.part, w.p, count, w.p, p.state};
+      Product<T> read{w.side[s].c, w.n, 1, entering[s], w.p, w.out.part, w.p, count, w.p, p.state};
       read.row_scale = w.steps[s].arrive + at;
-      read.init = w.part;
+      read.init = w.out.part;
       multiply(read);
     }
-    finish_rows(p, w, block, h, axis, count, to);
+    finish_rows(p, w, w.out, block, h, axis, w.pixels, count, w.x, to);
     if (c < last || wants_final) pass_state(p, w, 0, at, count, entering[0], state);
-  }
-}
-
-// States (headdim, state) in memory are (state, headdim) here.
-template <typename T>
-void load_state(const Problem& p, const ForwardSpace<T>& w, const Block& block, int64_t h) {
-  const int64_t index = block.batch * p.heads + block.head + h;
-  const T* from = static_cast<const T*>(p.initial) + index * p.headdim * p.state;
-  T* to = w.state + h * p.state * w.p;
-  for (int64_t n = 0; n < p.state; ++n) {
-    for (int64_t i = 0; i < p.headdim; ++i) to[n * w.p + i] = from[i * p.state + n];
-    for (int64_t i = p.headdim; i < w.p; ++i) to[n * w.p + i] = T(0);
-  }
-}
-
-template <typename T>
-void store_state(const Problem& p, const ForwardSpace<T>& w, void* states, const Block& block,
-                 int64_t h) {
-  const int64_t index = block.batch * p.heads + block.head + h;
-  const T* from = w.state + h * p.state * w.p;
-  T* to = static_cast<T*>(states) + index * p.headdim * p.state;
-  for (int64_t i = 0; i < p.headdim; ++i) {
-    for (int64_t n = 0; n < p.state; ++n) to[i * p.state + n] = from[n * w.p + i];
   }
 }
 
@@ -341,9 +245,9 @@ void scan_block(const Problem& p, const Block& block, void* final_states,
   Arena arena{static_cast<char*>(scratch)};
   ForwardSpace<T> w = forward_space<S, T>(p, block.heads, arena);
   for (int64_t h = 0; h < block.heads; ++h) {
-    load_skip(p, block.head + h, w.p, w.skip + h * w.p);
+    load_skip(p, block.head + h, w.p, w.out.skip + h * w.p);
     if (p.initial != nullptr) {
-      load_state(p, w, block, h);
+      load_state(p, w, block.batch, block.head + h, w.state + h * p.state * w.p);
     } else if (w.chunks == 0) {
       clear(w.state + h * p.state * w.p, p.state * w.p);
     }
@@ -365,7 +269,7 @@ void scan_block(const Problem& p, const Block& block, void* final_states,
     }
   }
   for (int64_t h = 0; final_states != nullptr && h < block.heads; ++h) {
-    store_state(p, w, final_states, block, h);
+    store_state(p, w, w.state + h * p.state * w.p, block.batch, block.head + h, final_states);
   }
 }
 
@@ -966,9 +870,14 @@ void reduce_parameters_any(const Problem& p, const Gradients& gradients, const S
 
 // `extern` because a const object is otherwise local to its file.
 extern const ssd_scan::Kernels ssd_scan_kernels;
-const ssd_scan::Kernels ssd_scan_kernels = {
-    forward_scratch_any, forward_block_any,    gate_block_any,    chunks_any,
-    backward_tape_any,   backward_scratch_any, backward_pass_any, backward_chunk_any,
-    backward_steps_any,  reduce_parameters_any};
+const ssd_scan::Kernels ssd_scan_kernels = {{forward_scratch_any, forward_block_any},
+                                            gate_block_any,
+                                            chunks_any,
+                                            backward_tape_any,
+                                            backward_scratch_any,
+                                            backward_pass_any,
+                                            backward_chunk_any,
+                                            backward_steps_any,
+                                            reduce_parameters_any};
 
 }  // namespace famseg::FAMSEG_ISA

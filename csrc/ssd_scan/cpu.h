@@ -93,9 +93,13 @@ struct Sums {
 
 // One instruction set's kernels. `scratch` and tapes are 64-byte aligned and of the stated size;
 // what they hold before does not matter. Calls of the same line may run at once.
+struct Forward {
+  size_t (*scratch)(const Problem&, int64_t heads);
+  void (*block)(const Problem&, const Results&, const Block&, void* scratch);
+};
+
 struct Kernels {
-  size_t (*forward_scratch)(const Problem&, int64_t heads);
-  void (*forward_block)(const Problem&, const Results&, const Block&, void* scratch);
+  Forward forward;
   // The gradient of z needs y before the gate, the forward pass once more; with its scratch.
   void (*gate_block)(const Problem&, const Gradients&, const Block&, void* scratch);
   int64_t (*chunks)(const Problem&);
@@ -125,5 +129,8 @@ extern const ssd_scan::Kernels ssd_scan_kernels;
 }
 namespace avx512 {
 extern const ssd_scan::Kernels ssd_scan_kernels;
+}
+namespace amx {
+extern const ssd_scan::Forward ssd_scan_bf16_forward;
 }
 }  // namespace famseg

@@ -22,6 +22,16 @@ const Kernels& kernels_for(Isa isa) {
   return baseline::ssd_scan_kernels;
 }
 
+const Forward& forward_for(Isa isa, const Problem& p, const Results& results) {
+#if defined(FAMSEG_AMX)
+  const bool y_only = results.final_states == nullptr;
+  if (isa == Isa::amx && p.dtype == Dtype::bfloat16 && y_only) return amx::ssd_scan_bf16_forward;
+#endif
+  static_cast<void>(p);
+  static_cast<void>(results);
+  return kernels_for(isa).forward;
+}
+
 int64_t element_bytes(const Problem& p) {
   return p.dtype == Dtype::float64 ? 8 : 4;  // of the arithmetic
 }
@@ -104,18 +114,18 @@ void run_parts(const Kernels& kernels, const Problem& p, const Gradients& gradie
 
 void forward(Isa isa, const Problem& problem, const Results& results, int threads) {
   const Kernels& kernels = kernels_for(isa);
+  const Forward& kernel = forward_for(isa, problem, results);
   const std::vector<Block> blocks = divide_forward(problem, kernels, threads);
-  for_each_block(blocks, kernels.forward_scratch(problem, most_heads(blocks)), threads,
-                 [&](const Block& block, void* scratch) {
-                   kernels.forward_block(problem, results, block, scratch);
-                 });
+  for_each_block(
+      blocks, kernel.scratch(problem, most_heads(blocks)), threads,
+      [&](const Block& block, void* scratch) { kernel.block(problem, results, block, scratch); });
 }
 
 void backward(Isa isa, const Problem& problem, const Gradients& gradients, int threads) {
   const Kernels& kernels = kernels_for(isa);
   if (gradients.z != nullptr) {
     const std::vector<Block> blocks = divide_forward(problem, kernels, threads);
-    for_each_block(blocks, kernels.forward_scratch(problem, most_heads(blocks)), threads,
+    for_each_block(blocks, kernels.forward.scratch(problem, most_heads(blocks)), threads,
                    [&](const Block& block, void* scratch) {
                      kernels.gate_block(problem, gradients, block, scratch);
                    });
