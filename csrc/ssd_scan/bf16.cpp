@@ -172,13 +172,18 @@ Space lay_out(const Problem& p, int64_t heads, Arena& arena) {
       _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))), 16));
 }
 
-// What the tokens of a chunk hold of a tensor, zeros up to the stride and down to `rows` rows.
+// What the tokens of a chunk hold of a tensor, zeros up to the stride and down to `rows` rows. Rows
+// are short: masks instead of loops for what is no whole vector.
 void pack_rows(const void* tensor, int64_t offset, int64_t pixel_stride, int64_t width,
                const int64_t* pixels, int64_t count, int64_t rows, uint16_t* to, int64_t stride) {
   const uint16_t* from = static_cast<const uint16_t*>(tensor) + offset;
-  for (int64_t t = 0; t < count; ++t) {
-    copy_row(from + pixels[t] * pixel_stride, width, to + t * stride);
-    for (int64_t i = width; i < stride; ++i) to[t * stride + i] = 0;
+  for (int64_t i = 0; i < stride; i += 16) {
+    const int64_t rest = larger(width - i, 0);
+    const __mmask16 mask = static_cast<__mmask16>(rest >= 16 ? 0xffff : (1 << rest) - 1);
+    for (int64_t t = 0; t < count; ++t) {
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + t * stride + i),
+                          _mm256_maskz_loadu_epi16(mask, from + pixels[t] * pixel_stride + i));
+    }
   }
   clear(to + count * stride, (rows - count) * stride);
 }
