@@ -181,6 +181,12 @@ def test_a_sequence_matches_the_reference(case: str, dtype: torch.dtype, isa: st
     assert_as_exact_as_torch("scan", converted(sequence(*SEQUENCES[case]), dtype))
 
 
+@pytest.mark.parametrize(("dtype", "shared"), [(torch.float32, False), (torch.bfloat16, True)])
+def test_states_too_large_for_a_cache(dtype: torch.dtype, shared: bool, poisoned: None) -> None:
+    """Forward divides the sequence into segments, backward the heads of the group into blocks."""
+    assert_as_exact_as_torch("scan_2d", converted(image((1, 36, 61), 2, 64, 256, 1, 4, shared), dtype))
+
+
 @pytest.mark.parametrize("length", [1, 15, 16, 17, 31, 32, 33, 63, 64, 65])
 def test_any_length(length: int, isa: str) -> None:
     assert_as_exact_as_torch("scan", sequence((1, length), 2, 5, 3, 1))
@@ -218,6 +224,14 @@ def test_bitwise_the_same_for_any_thread_count_and_run(dtype: torch.dtype, share
     for other in results[1:]:
         for first, again in zip(results[0], other, strict=True):
             assert torch.equal(first, again)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+def test_decays_may_underflow_and_the_caller_keeps_its_subnormals(dtype: torch.dtype, isa: str) -> None:
+    args = converted(image((1, 9, 13), 2, 8, 8, 1, 4, False), dtype)
+    args[2] = torch.full_like(args[2], -60.0)  # a chunk's decays pass through the subnormal numbers
+    assert_as_exact_as_torch("scan_2d", args)
+    assert float(torch.tensor(1e-30) * torch.tensor(1e-10)) > 0
 
 
 def test_chunk_size_changes_nothing_but_speed() -> None:

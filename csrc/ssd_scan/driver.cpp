@@ -22,33 +22,47 @@ const Kernels& kernels_for(Isa isa) {
   return baseline::ssd_scan_kernels;
 }
 
+const Forward& forward_for(Isa isa, const Problem& p, const Results& results) {
+#if defined(FAMSEG_AMX)
+  const bool y_only = results.final_states == nullptr;
+  if (isa == Isa::amx && p.dtype == Dtype::bfloat16 && y_only) return amx::ssd_scan_bf16_forward;
+#endif
+  static_cast<void>(p);
+  static_cast<void>(results);
+  return kernels_for(isa).forward;
+}
+
 int64_t element_bytes(const Problem& p) {
   return p.dtype == Dtype::float64 ? 8 : 4;  // of the arithmetic
 }
 
-// How many heads of a group make a block: as many as leave `wanted` blocks. They share the work
-// that depends on B and C only, as long as their states fit into a cache.
-int64_t heads_per_block(const Problem& p, int64_t wanted) {
-  constexpr int64_t most_bytes = 4 << 20;
-  // Two states for each head and chunk of some 32 tokens.
-  const int64_t states = p.headdim * p.state * element_bytes(p) * (p.tokens() / 32 + 1) * 2;
-  const int64_t by_bytes = most_bytes / std::max<int64_t>(states, 1);
-  const int64_t heads = std::min({p.batch * p.heads / wanted, by_bytes, p.heads / p.groups});
-  return std::max<int64_t>(heads, 1);
+// How many heads of a group make a block, if each takes `bytes` of memory and `most_bytes` are to
+// be had.
+int64_t heads_per_block(const Problem& p, int64_t bytes, int64_t most_bytes) {
+  const int64_t fitting = most_bytes / std::max<int64_t>(bytes, 1);
+  return std::max<int64_t>(std::min(fitting, p.heads / p.groups), 1);
 }
 
+// The blocks of all images and groups, in order, `most` heads each.
 std::vector<Block> divide(const Problem& p, int64_t most) {
   const int64_t heads = p.heads / p.groups;
   std::vector<Block> blocks;
   for (int64_t batch = 0; batch < p.batch; ++batch) {
     for (int64_t group = 0; group < p.groups; ++group) {
       for (int64_t head = 0; head < heads; head += most) {
-        blocks.push_back(
-            {batch, group, group * heads + head, std::min(most, heads - head), head / most});
+        blocks.push_back({batch, group, group * heads + head, std::min(most, heads - head)});
       }
     }
   }
   return blocks;
+}
+
+// Heads share the work that depends on B and C only, as long as their states fit into a cache. No
+// result depends on the division: two blocks a thread even out the load.
+std::vector<Block> divide_forward(const Problem& p, const Kernels& kernels, int threads) {
+  const int64_t states = p.headdim * p.state * element_bytes(p) * kernels.chunks(p);
+  const int64_t fitting = heads_per_block(p, states, 2 << 20);
+  return divide(p, std::clamp<int64_t>(p.batch * p.heads / (2 * threads), 1, fitting));
 }
 
 // Calls work(block, scratch) for every block. Blocks go to whichever thread is free: results do not
@@ -65,62 +79,114 @@ void for_each_block(const std::vector<Block>& blocks, size_t scratch_bytes, int 
   for (int64_t i = 0; i < count; ++i) work(blocks[i], scratch[omp_get_thread_num()].get());
 }
 
+int64_t most_heads(const std::vector<Block>& blocks) {
+  int64_t most = 0;
+  for (const Block& block : blocks) most = std::max(most, block.heads);
+  return most;
+}
+
+// All three steps of the backward pass for parts that do not depend on each other.
+void run_parts(const Kernels& kernels, const Problem& p, const Gradients& gradients,
+               const Sums& sums, const std::vector<Part>& parts, std::vector<Buffer>& scratch) {
+  const int64_t sides = p.directions == 1 ? 1 : 2, chunks = kernels.chunks(p);
+  const int64_t heads = parts[0].block.heads, count = static_cast<int64_t>(parts.size());
+#pragma omp parallel num_threads(static_cast<int>(scratch.size()))
+  {
+    void* mine = scratch[omp_get_thread_num()].get();
+#pragma omp for schedule(dynamic)
+    for (int64_t i = 0; i < count * heads * sides; ++i) {
+      const Part& part = parts[i / (heads * sides)];
+      kernels.backward_pass(p, gradients, part, i % sides, i / sides % heads, mine);
+    }
+#pragma omp for schedule(dynamic)
+    for (int64_t i = 0; i < count * chunks; ++i) {
+      kernels.backward_chunk(p, gradients, sums, parts[i / chunks], i % chunks, mine);
+    }
+#pragma omp for schedule(dynamic)
+    for (int64_t i = 0; i < count * heads * sides; ++i) {
+      const Part& part = parts[i / (heads * sides)];
+      kernels.backward_steps(p, gradients, sums, part, i % sides, i / sides % heads);
+    }
+  }
+}
+
 }  // namespace
 
 void forward(Isa isa, const Problem& problem, const Results& results, int threads) {
-  // Here no result depends on the division: two blocks a thread even out the load.
-  const int64_t most = heads_per_block(problem, 2 * threads);
-  const std::vector<Block> blocks = divide(problem, most);
-  if (blocks.empty()) return;
   const Kernels& kernels = kernels_for(isa);
-  for_each_block(blocks, kernels.forward_scratch(problem, most), threads,
-                 [&](const Block& block, void* scratch) {
-                   kernels.forward_block(problem, results, block, scratch);
-                 });
+  const Forward& kernel = forward_for(isa, problem, results);
+  const std::vector<Block> blocks = divide_forward(problem, kernels, threads);
+  for_each_block(
+      blocks, kernel.scratch(problem, most_heads(blocks)), threads,
+      [&](const Block& block, void* scratch) { kernel.block(problem, results, block, scratch); });
 }
 
 void backward(Isa isa, const Problem& problem, const Gradients& gradients, int threads) {
   const Kernels& kernels = kernels_for(isa);
-  // The sums over heads in the gradients of B and C depend on the division, so it must not depend
-  // on the number of threads. Fewer blocks would leave cores idle, more have more shares to add up.
-  constexpr int64_t wanted_blocks = 4;
-  const int64_t most = heads_per_block(problem, wanted_blocks);
-  const std::vector<Block> blocks = divide(problem, most);
-  const int64_t blocks_per_group =
-      std::max<int64_t>((problem.heads / problem.groups + most - 1) / most, 1);
-  const int64_t matrix_bytes = problem.matrix_elements() * element_bytes(problem);
-  // The gradient itself takes the first share where it has the type of the arithmetic.
-  const bool in_place = problem.dtype == Dtype::float32 || problem.dtype == Dtype::float64;
-  std::vector<Buffer> buffers;
-  const auto shares = [&](void* gradient) -> Shares {
-    if (gradient == nullptr) return {nullptr, nullptr};
-    buffers.push_back(allocate(in_place ? 0 : matrix_bytes));
-    void* first = in_place ? gradient : buffers.back().get();
-    buffers.push_back(allocate((blocks_per_group - 1) * matrix_bytes));
-    return {first, buffers.back().get()};
-  };
-  std::vector<double> a(problem.batch * problem.directions * problem.heads), bias(a.size());
-  std::vector<double> skip(problem.batch * problem.heads * problem.headdim);
-  const Partials partials = {blocks_per_group, shares(gradients.B), shares(gradients.C),
-                             a.data(),         bias.data(),         skip.data()};
-  if (!blocks.empty()) {
-    for_each_block(blocks, kernels.backward_scratch(problem, most), threads,
+  if (gradients.z != nullptr) {
+    const std::vector<Block> blocks = divide_forward(problem, kernels, threads);
+    for_each_block(blocks, kernels.forward.scratch(problem, most_heads(blocks)), threads,
                    [&](const Block& block, void* scratch) {
-                     kernels.backward_block(problem, gradients, partials, block, scratch);
+                     kernels.gate_block(problem, gradients, block, scratch);
                    });
   }
-  for (const Shares& sum : {partials.B, partials.C}) {
-    // Without heads nobody writes them.
-    if (blocks.empty() && sum.first != nullptr) std::memset(sum.first, 0, matrix_bytes);
+  // The order of summation depends on this division, so it must not depend on the threads. 16 MB of
+  // tape are still faster than a second block of heads with G and its gradients once more.
+  const int64_t most = heads_per_block(problem, kernels.backward_tape(problem, 1), 16 << 20);
+  const std::vector<Block> blocks = divide(problem, most);
+  const bool wide = problem.dtype == Dtype::float32 || problem.dtype == Dtype::float64;
+  const int64_t axes = problem.directions == 4 ? 2 : 1;
+  const bool shared = problem.matrices == 1;
+  const int64_t group_heads = problem.heads / problem.groups;
+  const int64_t matrix_parts =
+      std::max<int64_t>((group_heads + most - 1) / most, 1) * (shared ? axes : 1);
+  std::vector<Buffer> buffers;
+  const auto sum = [&](void* gradient, int64_t parts, int64_t elements) -> void* {
+    if (gradient == nullptr || wide || parts == 1) return nullptr;
+    buffers.push_back(allocate(elements * sizeof(float)));
+    return buffers.back().get();
+  };
+  const int64_t pixels = problem.batch * problem.tokens();
+  std::vector<double> a(problem.batch * problem.directions * problem.heads), bias(a.size());
+  std::vector<double> skip(problem.batch * problem.heads * problem.headdim);
+  const Sums sums = {sum(gradients.x, axes, pixels * problem.heads * problem.headdim),
+                     sum(gradients.B, matrix_parts, problem.matrix_elements()),
+                     sum(gradients.C, matrix_parts, problem.matrix_elements()),
+                     a.data(),
+                     bias.data(),
+                     skip.data()};
+  if (group_heads == 0) {
+    // Nobody writes these.
+    const int64_t bytes = problem.matrix_elements() * (wide ? element_bytes(problem) : 2);
+    for (void* gradient : {gradients.B, gradients.C}) {
+      if (gradient != nullptr) std::memset(gradient, 0, bytes);
+    }
   }
-  kernels.reduce_parameters(problem, gradients, partials);
-  if (in_place && blocks_per_group == 1) return;
-  constexpr int64_t span = 1 << 14;
-  const int64_t elements = problem.matrix_elements();
-#pragma omp parallel for schedule(static) num_threads(threads)
-  for (int64_t first = 0; first < elements; first += span) {
-    kernels.reduce_matrices(problem, gradients, partials, first, std::min(first + span, elements));
+
+  // As many parts at once as keep the threads busy and their tapes in the cache.
+  const int64_t tape_bytes = static_cast<int64_t>(kernels.backward_tape(problem, most));
+  const int64_t pairs = problem.batch * problem.groups;
+  const int64_t wanted = std::max<int64_t>((8 << 20) / std::max<int64_t>(tape_bytes, 1),
+                                           (threads + 2 * most - 1) / (2 * most));
+  const int64_t at_once = std::clamp<int64_t>(wanted, 1, std::max<int64_t>(pairs, 1));
+  std::vector<Buffer> tapes, scratch;
+  for (int64_t i = 0; i < at_once; ++i) tapes.push_back(allocate(tape_bytes));
+  for (int t = 0; t < threads; ++t) scratch.push_back(allocate(kernels.backward_scratch(problem)));
+  const int64_t group_blocks = (group_heads + most - 1) / most;
+  for (int64_t k = 0; k < group_blocks; ++k) {
+    for (int64_t axis = 0; axis < axes; ++axis) {
+      const bool first = k == 0 && (axis == 0 || !shared);
+      const bool last = k == group_blocks - 1 && (axis == axes - 1 || !shared);
+      for (int64_t pair = 0; pair < pairs; pair += at_once) {
+        std::vector<Part> parts;
+        for (int64_t i = pair; i < std::min(pair + at_once, pairs); ++i) {
+          parts.push_back({blocks[i * group_blocks + k], axis, first, last, tapes[i - pair].get()});
+        }
+        run_parts(kernels, problem, gradients, sums, parts, scratch);
+      }
+    }
   }
+  kernels.reduce_parameters(problem, gradients, sums);
 }
 
 }  // namespace famseg::ssd_scan
