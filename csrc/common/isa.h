@@ -2,6 +2,10 @@
 //
 // Every kernel file is compiled once per level; the level is chosen at run time, so one binary
 // serves every CPU of an architecture. FAMSEG_CPU_ISA forces a lower level (tests use that).
+//
+// `amx` adds to avx512 the bfloat16 conversions and the matrix tiles (Sapphire Rapids and later).
+// They serve bfloat16 only: at that level a driver takes the kernels of its op's bf16.cpp where
+// those apply, and the avx512 kernels otherwise.
 #pragma once
 
 #include <string>
@@ -9,12 +13,12 @@
 
 namespace famseg {
 
-enum class Isa { baseline, avx2, avx512 };
+enum class Isa { baseline, avx2, avx512, amx };
 
 const char* isa_name(Isa isa);
 
 // What this CPU runs, lowest first.
-std::vector<Isa> available_isas();
+const std::vector<Isa>& available_isas();
 
 // The highest available level, or the one FAMSEG_CPU_ISA names. Throws std::invalid_argument when
 // that is none of the available ones. Reads the environment on each call: call it with the GIL

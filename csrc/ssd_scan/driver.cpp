@@ -15,7 +15,7 @@ namespace {
 
 const Kernels& kernels_for(Isa isa) {
 #if defined(__x86_64__)
-  if (isa == Isa::avx512) return avx512::ssd_scan_kernels;
+  if (isa >= Isa::avx512) return avx512::ssd_scan_kernels;
   if (isa == Isa::avx2) return avx2::ssd_scan_kernels;
 #endif
   static_cast<void>(isa);

@@ -13,7 +13,7 @@ namespace {
 
 const Kernels& kernels_for(Isa isa) {
 #if defined(__x86_64__)
-  if (isa == Isa::avx512) return avx512::strip_conv_kernels;
+  if (isa >= Isa::avx512) return avx512::strip_conv_kernels;
   if (isa == Isa::avx2) return avx2::strip_conv_kernels;
 #endif
   static_cast<void>(isa);
