@@ -58,9 +58,9 @@ struct Geometry {
   }
 };
 
-// All but the chunk. `row_unit`: what the rows of a block are a multiple of.
+// All but the chunk.
 template <typename T>
-Geometry geometry(const Problem& p, int64_t weight_bytes, bool with_halo, int64_t row_unit) {
+Geometry geometry(const Problem& p, int64_t weight_bytes, bool with_halo) {
   constexpr int64_t lanes = kLanes<T>;
   Geometry g{};
   g.height = p.h;
@@ -84,8 +84,7 @@ Geometry geometry(const Problem& p, int64_t weight_bytes, bool with_halo, int64_
   const int64_t fair = larger(p.h * p.n * p.groups / kBlocks, 2 * g.reach_y);
   const int64_t most = smaller(larger(smaller(fitting, fair), 1), p.h);
   g.row_blocks = (p.h + most - 1) / most;
-  g.rows = round_up((p.h + g.row_blocks - 1) / g.row_blocks, row_unit);
-  g.row_blocks = (p.h + g.rows - 1) / g.rows;
+  g.rows = (p.h + g.row_blocks - 1) / g.row_blocks;
   g.run_rows = p.w < lanes ? g.rows + 2 * g.halo : 1;
   return g;
 }
@@ -231,6 +230,7 @@ struct Image {
   S* pixel(int64_t row, int64_t dy, int64_t dx) const {
     return at + (row * scale + dy) * line + dx * column;
   }
+  Image from_channel(int64_t c) const { return {at + c * channel, scale, channel, line, column}; }
 };
 
 template <typename S>
@@ -240,6 +240,14 @@ Image<S> image(const Geometry& g, S* tensor, bool channels_last, int64_t scale, 
   S* at = tensor + index * channels * pixels;
   if (channels_last) return {at + first_channel, scale, 1, width * channels, channels};
   return {at + first_channel * pixels, scale, pixels, width, 1};
+}
+
+// Group `index`, counted through the batch, of x or y (or a gradient), from one of its channels on.
+template <typename S>
+Image<S> features_image(const Problem& p, const Geometry& g, S* tensor, int64_t scale,
+                        int64_t index, int64_t channel) {
+  return image(g, tensor, p.x_channels_last, scale, index / p.groups, p.c,
+               index % p.groups * g.channels + channel);
 }
 
 // The weights (or their gradient) of group `index`, counted through the batch: logits are phases
@@ -343,18 +351,24 @@ void load_planes(const Geometry& g, Image<const S> from, int64_t channels, int64
         const S* at = line + j * scale * from.column;
         const int64_t pixels = smaller(lanes, g.width - j);
         for (int64_t c = 0; c < channels; c += lanes) {
-          Vector<T> v[lanes];
-#pragma GCC unroll 16
-          for (int r = 0; r < lanes; ++r) {
-            v[r] = r < pixels ? load_some(at + r * scale * from.column + c, channels - c)
-                              : Vector<T>{};
-          }
-          transpose_from<1, T>(v);
           // The zeros of the last vector go where load_line's do.
           T* row = to[c * phases + phase] + i * g.pitch + j;
+          Vector<T> v[lanes];
+          if (pixels == lanes && c + lanes <= channels) {
 #pragma GCC unroll 16
-          for (int r = 0; r < lanes; ++r) {
-            if (c + r < channels) store(row + r * phases * to.stride, v[r]);
+            for (int r = 0; r < lanes; ++r) v[r] = load_wide(at + r * scale * from.column + c);
+            transpose_from<1, T>(v);
+#pragma GCC unroll 16
+            for (int r = 0; r < lanes; ++r) store(row + r * phases * to.stride, v[r]);
+          } else {
+            for (int r = 0; r < lanes; ++r) {
+              v[r] = r < pixels ? load_some(at + r * scale * from.column + c, channels - c)
+                                : Vector<T>{};
+            }
+            transpose_from<1, T>(v);
+            for (int r = 0; r < lanes && c + r < channels; ++r) {
+              store(row + r * phases * to.stride, v[r]);
+            }
           }
         }
       }
@@ -387,14 +401,20 @@ void store_planes(const Geometry& g, Planes<T> from, int64_t channels, int64_t f
         for (int64_t c = 0; c < channels; c += lanes) {
           const T* row = from[c * phases + phase] + i * g.pitch + j;
           Vector<T> v[lanes];
+          if (pixels == lanes && c + lanes <= channels) {
 #pragma GCC unroll 16
-          for (int r = 0; r < lanes; ++r) {
-            v[r] = c + r < channels ? load(row + r * phases * from.stride) : Vector<T>{};
-          }
-          transpose_from<1, T>(v);
+            for (int r = 0; r < lanes; ++r) v[r] = load(row + r * phases * from.stride);
+            transpose_from<1, T>(v);
 #pragma GCC unroll 16
-          for (int r = 0; r < lanes; ++r) {
-            if (r < pixels) store_some(at + r * scale * to.column + c, v[r], channels - c);
+            for (int r = 0; r < lanes; ++r) store_narrow(at + r * scale * to.column + c, v[r]);
+          } else {
+            for (int r = 0; r < lanes; ++r) {
+              v[r] = c + r < channels ? load(row + r * phases * from.stride) : Vector<T>{};
+            }
+            transpose_from<1, T>(v);
+            for (int r = 0; r < pixels; ++r) {
+              store_some(at + r * scale * to.column + c, v[r], channels - c);
+            }
           }
         }
       }
@@ -479,88 +499,6 @@ void load_weights(const Problem& p, const Geometry& g, int64_t index, int64_t fi
       });
     }
   });
-}
-
-// ---- the forward's images: all channels of a pixel side by side ---------------------------------
-
-// Rows [first, first + rows) of some channels as (row, pixel, channel) with `row_stride` and
-// `pixel_stride`, zeros outside the image and up to whole vectors of channels.
-template <typename S, typename T>
-void load_pixels(const Geometry& g, Image<const S> from, int64_t channels, int64_t first,
-                 int64_t rows, T* to, int64_t row_stride, int64_t pixel_stride) {
-  constexpr int64_t lanes = kLanes<T>;
-  for (int64_t i = 0; i < rows; ++i, to += row_stride) {
-    if (first + i < 0 || first + i >= g.height) {
-      for (int64_t j = 0; j < g.width * pixel_stride; j += lanes) store(to + j, Vector<T>{});
-      continue;
-    }
-    const S* line = from.pixel(first + i, 0, 0);
-    for (int64_t c = 0; c < channels; c += lanes) {
-      if (from.channels_last()) {
-        for (int64_t j = 0; j < g.width; ++j) {
-          store(to + j * pixel_stride + c, load_some(line + j * from.column + c, channels - c));
-        }
-        continue;
-      }
-      for (int64_t j = 0; j < g.width; j += lanes) {
-        const S* at = line + c * from.channel + j;
-        Vector<T> v[lanes];
-#pragma GCC unroll 16
-        for (int r = 0; r < lanes; ++r) {
-          v[r] = c + r < channels ? load_some(at + r * from.channel, g.width - j) : Vector<T>{};
-        }
-        transpose_from<1, T>(v);
-#pragma GCC unroll 16
-        for (int r = 0; r < lanes; ++r) {
-          if (j + r < g.width) store(to + (j + r) * pixel_stride + c, v[r]);
-        }
-      }
-    }
-  }
-}
-
-// Pixels [first, first + count) of row `row` of x in scratch as (phase, pixel, channel), strides
-// `phase_stride` and `pixel_stride`, into the image of the result.
-template <typename S, typename T>
-void store_pixels(const T* from, int64_t phase_stride, int64_t pixel_stride, int64_t channels,
-                  int64_t row, int64_t first, int64_t count, Image<S> to) {
-  constexpr int64_t lanes = kLanes<T>;
-  const int64_t scale = to.scale, pixels = count * scale;
-  for (int64_t dy = 0; dy < scale; ++dy, from += scale * phase_stride) {
-    S* line = to.pixel(row, dy, first * scale);
-    if (to.channels_last()) {
-      for (int64_t j = 0; j < count; ++j) {
-        for (int64_t dx = 0; dx < scale; ++dx, line += to.column) {
-          const T* at = from + dx * phase_stride + j * pixel_stride;
-          for (int64_t c = 0; c < channels; c += lanes) {
-            store_some(line + c, load(at + c), channels - c);
-          }
-        }
-      }
-      continue;
-    }
-    for (int64_t c = 0; c < channels; c += lanes) {
-      int64_t dx = 0;  // of the next pixel, whose x pixel is at `at`
-      const T* at = from + c;
-      // A line of each channel is written to its end: streams that the cache can follow.
-      for (int64_t q = 0; q < pixels; q += lanes) {
-        Vector<T> v[lanes];
-#pragma GCC unroll 16
-        for (int r = 0; r < lanes; ++r) {
-          v[r] = load(at + dx * phase_stride);
-          if (q + r + 1 < pixels && ++dx == scale) {
-            dx = 0;
-            at += pixel_stride;
-          }
-        }
-        transpose_from<1, T>(v);
-#pragma GCC unroll 16
-        for (int r = 0; r < lanes; ++r) {
-          if (c + r < channels) store_some(line + (c + r) * to.channel + q, v[r], pixels - q);
-        }
-      }
-    }
-  }
 }
 
 }  // namespace famseg::FAMSEG_ISA
