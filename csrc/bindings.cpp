@@ -119,8 +119,18 @@ famseg::reassembly::Problem reassembly_from(const std::string& dtype, bool softm
   const auto [n, c, h, w] = shape;
   const auto [kernel_size, scale, groups] = window;
   const auto [x_last, weights_last] = channels_last;
-  return {dtype_named(dtype), softmax,     x_last, weights_last, n,          c,
-          h,                  w,           kernel_size, scale,   groups,     pointer(x),
+  return {dtype_named(dtype),
+          softmax,
+          x_last,
+          weights_last,
+          n,
+          c,
+          h,
+          w,
+          kernel_size,
+          scale,
+          groups,
+          pointer(x),
           pointer(weights)};
 }
 
@@ -239,8 +249,9 @@ PYBIND11_MODULE(_cpu, m) {
         "finished masks; channels_last: whether (x and y, weights) are NHWC in memory.");
   m.def("reassembly_backward", &reassembly_backward, py::arg("dtype"), py::arg("softmax"),
         py::arg("shape"), py::arg("x"), py::arg("weights"), py::arg("channels_last"),
-        py::arg("window"), py::arg("y_gradient"), py::arg("x_gradient"), py::arg("weights_gradient"),
-        py::arg("threads"), "As reassembly_forward. Gradients at address 0 are not computed.");
+        py::arg("window"), py::arg("y_gradient"), py::arg("x_gradient"),
+        py::arg("weights_gradient"), py::arg("threads"),
+        "As reassembly_forward. Gradients at address 0 are not computed.");
   m.def(
       "ssd_scan_forward", &ssd_scan_forward, py::arg("dtype"), py::arg("shape"), py::arg("step"),
       py::arg("chunk"), py::arg("tensors"), py::arg("y"), py::arg("final_states"),

@@ -196,6 +196,11 @@ void forward_planes(const Geometry& g, const ForwardSpace<T>& space, int64_t cha
     const Planes<T> x = shifted(space.x, (row + g.reach_y) * g.pitch);
     for_each_piece<kMostChannels>(channels, [&](auto piece, int64_t c) {
       constexpr int count = decltype(piece)::value;
+      for (int64_t k = c; k < c + count; ++k) {
+        for (int64_t line = 0; line < run_rows * g.scale; ++line) {
+          prefetch(to.from_channel(k).pixel(first + row, line, 0), g.width * g.scale);
+        }
+      }
       for_each_piece<kMostPhases>(g.phases, [&](auto phase_piece, int64_t phase) {
         for (int64_t v = 0; v < vectors; ++v) {
           const int64_t at = v * kLanes<T>;
@@ -300,8 +305,8 @@ void normalise_backward(const Geometry& g, int64_t rows, Planes<T> weights, Plan
 template <typename T>
 Geometry backward_geometry(const Problem& p, const Gradients& gradients) {
   Geometry g = geometry<T>(p, kBackwardWeightBytes, gradients.x != nullptr);
-  const int64_t image_bytes = (1 + g.phases) * g.plane<T>(g.rows + 2 * g.reach_y) *
-                              static_cast<int64_t>(sizeof(T));
+  const int64_t image_bytes =
+      (1 + g.phases) * g.plane<T>(g.rows + 2 * g.reach_y) * static_cast<int64_t>(sizeof(T));
   // Whole vectors of channels are turned over at a time.
   const int64_t unit = p.x_channels_last ? kLanes<T> : 4;
   g.chunk = smaller(larger(kImageBytes / image_bytes / unit * unit, unit), g.channels);
@@ -402,8 +407,7 @@ void backward_block(const Problem& p, const Gradients& gradients, int64_t block,
       add_weights_gradient(g, space, rows, channels);
     }
     if (gradients.x != nullptr) {
-      store_x_gradient(g, space, first, rows, channels,
-                       part(static_cast<S*>(gradients.x), 1));
+      store_x_gradient(g, space, first, rows, channels, part(static_cast<S*>(gradients.x), 1));
     }
   }
   if (wants_weights) {

