@@ -110,28 +110,45 @@ void strip_conv2d_backward(const std::string& dtype, const Shape& shape, Address
 
 // (kernel size, scale, groups)
 using Window = std::tuple<int64_t, int64_t, int64_t>;
+// (x and what is shaped like it, weights): NHWC in memory
+using ChannelsLast = std::tuple<bool, bool>;
 
 famseg::reassembly::Problem reassembly_from(const std::string& dtype, bool softmax,
                                             const Shape& shape, Address x, Address weights,
+                                            const ChannelsLast& channels_last,
                                             const Window& window) {
   const auto [n, c, h, w] = shape;
   const auto [kernel_size, scale, groups] = window;
-  return {dtype_named(dtype), softmax,         n, c, h, w, kernel_size, scale, groups,
-          pointer(x),         pointer(weights)};
+  const auto [x_last, weights_last] = channels_last;
+  return {dtype_named(dtype),
+          softmax,
+          x_last,
+          weights_last,
+          n,
+          c,
+          h,
+          w,
+          kernel_size,
+          scale,
+          groups,
+          pointer(x),
+          pointer(weights)};
 }
 
 void reassembly_forward(const std::string& dtype, bool softmax, const Shape& shape, Address x,
-                        Address weights, const Window& window, Address y, int threads) {
-  const auto problem = reassembly_from(dtype, softmax, shape, x, weights, window);
+                        Address weights, const ChannelsLast& channels_last, const Window& window,
+                        Address y, int threads) {
+  const auto problem = reassembly_from(dtype, softmax, shape, x, weights, channels_last, window);
   const famseg::Isa isa = famseg::active_isa();
   py::gil_scoped_release release;
   famseg::reassembly::forward(isa, problem, pointer(y), threads);
 }
 
 void reassembly_backward(const std::string& dtype, bool softmax, const Shape& shape, Address x,
-                         Address weights, const Window& window, Address y_gradient,
-                         Address x_gradient, Address weights_gradient, int threads) {
-  const auto problem = reassembly_from(dtype, softmax, shape, x, weights, window);
+                         Address weights, const ChannelsLast& channels_last, const Window& window,
+                         Address y_gradient, Address x_gradient, Address weights_gradient,
+                         int threads) {
+  const auto problem = reassembly_from(dtype, softmax, shape, x, weights, channels_last, window);
   const famseg::reassembly::Gradients gradients = {pointer(y_gradient), pointer(x_gradient),
                                                    pointer(weights_gradient)};
   const famseg::Isa isa = famseg::active_isa();
@@ -230,14 +247,15 @@ PYBIND11_MODULE(_cpu, m) {
         "branch_gradients: [(row, row "
         "bias, column, column bias)]. Gradients at address 0 are not computed.");
   m.def("reassembly_forward", &reassembly_forward, py::arg("dtype"), py::arg("softmax"),
-        py::arg("shape"), py::arg("x"), py::arg("weights"), py::arg("window"), py::arg("y"),
-        py::arg("threads"),
+        py::arg("shape"), py::arg("x"), py::arg("weights"), py::arg("channels_last"),
+        py::arg("window"), py::arg("y"), py::arg("threads"),
         "shape: of x; window: (kernel size, scale, groups); weights: logits with `softmax`, else "
-        "finished masks.");
+        "finished masks; channels_last: whether (x and y, weights) are NHWC in memory.");
   m.def("reassembly_backward", &reassembly_backward, py::arg("dtype"), py::arg("softmax"),
-        py::arg("shape"), py::arg("x"), py::arg("weights"), py::arg("window"),
-        py::arg("y_gradient"), py::arg("x_gradient"), py::arg("weights_gradient"),
-        py::arg("threads"), "As reassembly_forward. Gradients at address 0 are not computed.");
+        py::arg("shape"), py::arg("x"), py::arg("weights"), py::arg("channels_last"),
+        py::arg("window"), py::arg("y_gradient"), py::arg("x_gradient"),
+        py::arg("weights_gradient"), py::arg("threads"),
+        "As reassembly_forward. Gradients at address 0 are not computed.");
   m.def(
       "ssd_scan_forward", &ssd_scan_forward, py::arg("dtype"), py::arg("shape"), py::arg("step"),
       py::arg("chunk"), py::arg("tensors"), py::arg("y"), py::arg("final_states"),

@@ -153,6 +153,20 @@ def test_channels_last_comes_back_channels_last(operation: str) -> None:
         assert torch.equal(strided, plain)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_memory_formats_give_the_same_bits(
+    operation: str, case: str, dtype: torch.dtype, isa: str, poisoned: None
+) -> None:
+    args = arguments(operation, *CASES[case], dtype)
+    plain = run_native(operation, args)
+    for last in ((0,), (1,), (0, 1)):  # x and the weights each in their own format
+        mixed = [t.contiguous(memory_format=torch.channels_last) if i in last else t for i, t in enumerate(args[:2])]
+        for ours, expected in zip(run_native(operation, (*mixed, *args[2:])), plain, strict=True):
+            assert torch.equal(ours, expected)
+
+
 @pytest.mark.parametrize("wanted", [0, 1])
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_each_gradient_alone_is_the_same_as_both(operation: str, wanted: int) -> None:

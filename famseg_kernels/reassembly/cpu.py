@@ -15,19 +15,20 @@ from famseg_kernels import backends, checks
 def _forward(softmax: bool, x: Tensor, weights: Tensor, kernel_size: int, scale: int, groups: int) -> Tensor:
     """y (N, C, sH, sW) in x's dtype and memory format."""
     n, c, h, w = x.shape
-    source, weights = x.contiguous(), weights.contiguous()
-    y = torch.empty((n, c, scale * h, scale * w), dtype=x.dtype)
+    x, weights = _dense(x), _dense(weights)
+    y = torch.empty((n, c, scale * h, scale * w), dtype=x.dtype, memory_format=checks.image_format(x))
     _native().reassembly_forward(
         checks.dtype_name(x),
         softmax,
         tuple(x.shape),
-        source.data_ptr(),
+        x.data_ptr(),
         weights.data_ptr(),
+        (_channels_last(x), _channels_last(weights)),
         (kernel_size, scale, groups),
         y.data_ptr(),
         torch.get_num_threads(),
     )
-    return y.contiguous(memory_format=checks.image_format(x))
+    return y
 
 
 def _backward(
@@ -41,14 +42,19 @@ def _backward(
     groups: int,
 ) -> list[Tensor | None]:
     """Gradients of x and of the logits or masks where `needs`, None elsewhere."""
-    grad, *sources = (t.contiguous() for t in (grad, x, weights))
-    gradients = [torch.empty_like(t) if need else None for t, need in zip(sources, needs, strict=True)]
+    sources = [_dense(x), _dense(weights)]
+    grad = grad.contiguous(memory_format=checks.image_format(sources[0]))
+    gradients = [
+        torch.empty_like(t, memory_format=checks.image_format(t)) if need else None
+        for t, need in zip(sources, needs, strict=True)
+    ]
     _native().reassembly_backward(
         checks.dtype_name(x),
         softmax,
         tuple(x.shape),
         sources[0].data_ptr(),
         sources[1].data_ptr(),
+        (_channels_last(sources[0]), _channels_last(sources[1])),
         (kernel_size, scale, groups),
         grad.data_ptr(),
         *(0 if gradient is None else gradient.data_ptr() for gradient in gradients),
@@ -56,9 +62,18 @@ def _backward(
     )
     # Strides are those of empty_like, which is what the op's fake kernel promises.
     return [
-        gradient if gradient is None or t.is_contiguous() else torch.empty_like(t).copy_(gradient)
-        for t, gradient in zip((x, weights), gradients, strict=True)
+        gradient if gradient is None or t is source else torch.empty_like(t).copy_(gradient)
+        for t, source, gradient in zip((x, weights), sources, gradients, strict=True)
     ]
+
+
+def _dense(t: Tensor) -> Tensor:
+    """t in one of the two memory formats that the kernels read."""
+    return t.contiguous(memory_format=checks.image_format(t))
+
+
+def _channels_last(t: Tensor) -> bool:
+    return checks.image_format(t) == torch.channels_last
 
 
 def _native() -> Any:

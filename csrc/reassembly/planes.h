@@ -1,0 +1,513 @@
+// How images lie in scratch memory, how they get there and back, and the softmax: what the kernels
+// of all element types share.
+//
+// Weights lie as planes of pixels of x, one for each (tap, phase), a phase being one of the s x s
+// output pixels above a pixel of x. Logits in NCHW already are such planes. Lanes are pixels, so
+// one vector of a row serves 16 softmaxes side by side:
+//
+//   margin | row: w pixels, gap >= reach_x | row ... | margin
+//
+// The gap right of a row is also the margin left of the next one; images are zero there. Rows
+// shorter than a vector lie as close as that allows, and one run of vectors goes over all of them:
+// a 4 x 4 image is 2 vectors of 16, not 4. Longer rows begin at whole vectors, a run each.
+//
+// For kernel files only: see common/simd.h.
+#pragma once
+
+#include "common/half.h"
+#include "common/scratch.h"
+#include "common/simd.h"
+#include "common/transpose.h"
+#include "reassembly/cpu.h"
+
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+namespace famseg::FAMSEG_ISA {
+
+using reassembly::Gradients;
+using reassembly::Problem;
+
+// Shares of a core's L2 cache, of which there is 1 MB or more.
+constexpr int64_t kForwardWeightBytes = 256 << 10;
+constexpr int64_t kBackwardWeightBytes = 384 << 10;
+constexpr int64_t kImageBytes = 256 << 10;
+// Blocks to aim at: enough to even out a few threads that are not equally fast. What a block
+// computes does not depend on its size.
+constexpr int64_t kBlocks = 8;
+
+struct Geometry {
+  int64_t height, width, channels;  // of x, and of one group
+  int64_t kernel, taps, scale, phases;
+  // How far taps reach within the image: what is farther off meets only zeros.
+  int64_t reach_y, reach_x;
+  int64_t margin, pitch;  // see the top of this file
+  int64_t rows, row_blocks;
+  int64_t halo;      // rows of weights above and below the block's own
+  int64_t run_rows;  // rows that one run of vectors goes over
+  int64_t chunk;     // channels whose images are in scratch at a time
+
+  // Elements of a plane of so many rows: not a multiple of 4 KB, at which the same pixel of all
+  // planes would compete for one set of the L1 cache.
+  template <typename T>
+  int64_t plane(int64_t plane_rows) const {
+    constexpr int64_t line = kAlignment / static_cast<int64_t>(sizeof(T));
+    const int64_t lines = round_up(2 * margin + plane_rows * pitch, line) / line;
+    return (lines + 1 - lines % 2) * line;
+  }
+};
+
+// All but the chunk.
+template <typename T>
+Geometry geometry(const Problem& p, int64_t weight_bytes, bool with_halo) {
+  constexpr int64_t lanes = kLanes<T>;
+  Geometry g{};
+  g.height = p.h;
+  g.width = p.w;
+  g.channels = p.c / p.groups;
+  g.kernel = p.kernel_size;
+  g.taps = p.kernel_size * p.kernel_size;
+  g.scale = p.scale;
+  g.phases = p.scale * p.scale;
+  g.reach_y = smaller(p.kernel_size / 2, p.h - 1);
+  g.reach_x = smaller(p.kernel_size / 2, p.w - 1);
+  // The last vector of a run may hang over by a vector, and loads are shifted by the reach.
+  g.margin = round_up(g.reach_x, lanes) + lanes;
+  g.pitch = p.w < lanes ? p.w + g.reach_x : round_up(p.w + g.reach_x, lanes);
+  g.halo = with_halo ? g.reach_y : 0;
+
+  const int64_t row_bytes = g.taps * g.phases * g.pitch * static_cast<int64_t>(sizeof(T));
+  // At least as many rows as the reach on both sides: x is loaded twice at most, and at most half
+  // of the weights are computed for other blocks.
+  const int64_t fitting = larger(weight_bytes / row_bytes - 2 * g.halo, 2 * g.halo);
+  const int64_t fair = larger(p.h * p.n * p.groups / kBlocks, 2 * g.reach_y);
+  const int64_t most = smaller(larger(smaller(fitting, fair), 1), p.h);
+  g.row_blocks = (p.h + most - 1) / most;
+  g.rows = (p.h + g.row_blocks - 1) / g.row_blocks;
+  g.run_rows = p.w < lanes ? g.rows + 2 * g.halo : 1;
+  return g;
+}
+
+// Planes of equal size, one behind the other; `at` is the first pixel of the first one.
+template <typename T>
+struct Planes {
+  T* at = nullptr;
+  int64_t stride = 0;
+
+  T* operator[](int64_t index) const { return at + index * stride; }
+};
+
+template <typename T>
+[[gnu::always_inline]] inline Planes<T> shifted(Planes<T> planes, int64_t by) {
+  return {planes.at + by, planes.stride};
+}
+
+template <typename T>
+Planes<T> take_planes(Arena& arena, const Geometry& g, int64_t count, int64_t rows) {
+  Planes<T> planes;
+  planes.stride = g.plane<T>(rows);
+  T* first = arena.take<T>(count * planes.stride);
+  planes.at = first == nullptr ? nullptr : first + g.margin;
+  return planes;
+}
+
+// Calls f(first row, rows, vectors) for the runs that cover `rows` rows.
+template <typename T, typename F>
+[[gnu::always_inline]] inline void for_each_run(const Geometry& g, int64_t rows, const F& f) {
+  for (int64_t row = 0; row < rows; row += g.run_rows) {
+    const int64_t count = smaller(g.run_rows, rows - row);
+    const int64_t pixels = (count - 1) * g.pitch + g.width;
+    f(row, count, (pixels + kLanes<T> - 1) / kLanes<T>);
+  }
+}
+
+template <int N>
+struct Constant {
+  static constexpr int value = N;
+};
+
+// Calls f(Constant<size>, first) for pieces of at most MOST, 2 and 1 that make up `count`.
+template <int MOST, typename F>
+[[gnu::always_inline]] inline void for_each_piece(int64_t count, const F& f) {
+  int64_t first = 0;
+  for (; first + MOST <= count; first += MOST) f(Constant<MOST>(), first);
+  if constexpr (MOST > 2) {
+    for (; first + 2 <= count; first += 2) f(Constant<2>(), first);
+  }
+  if constexpr (MOST > 1) {
+    for (; first < count; ++first) f(Constant<1>(), first);
+  }
+}
+
+constexpr int kMostPhases = 4;
+
+// ---- vectors in and out -------------------------------------------------------------------------
+
+// One vector of the arithmetic from elements of memory.
+[[gnu::always_inline]] inline Vector<float> load_wide(const float* p) {
+  return load(p);
+}
+[[gnu::always_inline]] inline Vector<double> load_wide(const double* p) {
+  return load(p);
+}
+
+[[gnu::always_inline]] inline Vector<float> load_wide(const Bfloat16* p) {
+  typedef uint16_t Bits __attribute__((vector_size(kVectorBytes / 2), aligned(2), may_alias));
+  const auto bits = *reinterpret_cast<const Bits*>(p);
+  return reinterpret_cast<Vector<float>>(__builtin_convertvector(bits, Vector<uint32_t>) << 16);
+}
+
+[[gnu::always_inline]] inline Vector<float> load_wide(const Float16* p) {
+#if defined(__AVX512F__)
+  return _mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif defined(__F16C__)
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
+  Vector<float> v;
+  for (int i = 0; i < kLanes<float>; ++i) v[i] = to_float(p[i]);
+  return v;
+#endif
+}
+
+[[gnu::always_inline]] inline void store_narrow(float* p, Vector<float> v) {
+  store(p, v);
+}
+[[gnu::always_inline]] inline void store_narrow(double* p, Vector<double> v) {
+  store(p, v);
+}
+
+// The vector form of half.h's to_bfloat16, which the compiler does not find within larger loops.
+[[gnu::always_inline]] inline void store_narrow(Bfloat16* p, Vector<float> v) {
+  typedef uint16_t Bits __attribute__((vector_size(kVectorBytes / 2), aligned(2), may_alias));
+  const auto bits = reinterpret_cast<Vector<uint32_t>>(v);
+  const Vector<uint32_t> rounded = bits + 0x7fff + ((bits >> 16) & 1);
+  const Vector<uint32_t> result = v == v ? rounded : bits | 0x400000;
+  *reinterpret_cast<Bits*>(p) = __builtin_convertvector(result >> 16, Bits);
+}
+
+[[gnu::always_inline]] inline void store_narrow(Float16* p, Vector<float> v) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                      _mm512_maskz_cvtps_ph(0xffff, v, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__F16C__)
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+#else
+  for (int i = 0; i < kLanes<float>; ++i) narrow(p[i], v[i]);
+#endif
+}
+
+// The first `count` elements, zeros behind them: there memory may end.
+template <typename S>
+[[gnu::always_inline]] inline Vector<Compute<S>> load_some(const S* p, int64_t count) {
+  constexpr int64_t lanes = kLanes<Compute<S>>;
+  if (count >= lanes) return load_wide(p);
+  S some[lanes] = {};
+  for (int64_t i = 0; i < count; ++i) some[i] = p[i];
+  return load_wide(some);
+}
+
+template <typename S>
+[[gnu::always_inline]] inline void store_some(S* p, Vector<Compute<S>> v, int64_t count) {
+  constexpr int64_t lanes = kLanes<Compute<S>>;
+  if (count >= lanes) return store_narrow(p, v);
+  S some[lanes];
+  store_narrow(some, v);
+  for (int64_t i = 0; i < count; ++i) p[i] = some[i];
+}
+
+// ---- tensors in memory --------------------------------------------------------------------------
+
+// Some channels of one image at s times the resolution of x, in NCHW or NHWC.
+template <typename S>
+struct Image {
+  S* at;
+  int64_t scale;
+  int64_t channel, line, column;  // strides
+
+  bool channels_last() const { return column != 1; }
+  // Line dy and column dx of the s x s pixels above pixel (row, 0) of x.
+  S* pixel(int64_t row, int64_t dy, int64_t dx) const {
+    return at + (row * scale + dy) * line + dx * column;
+  }
+  Image from_channel(int64_t c) const { return {at + c * channel, scale, channel, line, column}; }
+};
+
+template <typename S>
+Image<S> image(const Geometry& g, S* tensor, bool channels_last, int64_t scale, int64_t index,
+               int64_t channels, int64_t first_channel) {
+  const int64_t width = g.width * scale, pixels = g.height * scale * width;
+  S* at = tensor + index * channels * pixels;
+  if (channels_last) return {at + first_channel, scale, 1, width * channels, channels};
+  return {at + first_channel * pixels, scale, pixels, width, 1};
+}
+
+// Group `index`, counted through the batch, of x or y (or a gradient), from one of its channels on.
+template <typename S>
+Image<S> features_image(const Problem& p, const Geometry& g, S* tensor, int64_t scale,
+                        int64_t index, int64_t channel) {
+  return image(g, tensor, p.x_channels_last, scale, index / p.groups, p.c,
+               index % p.groups * g.channels + channel);
+}
+
+// The weights (or their gradient) of group `index`, counted through the batch: logits are phases
+// next to each other in the channels, masks in the image.
+template <typename S>
+Image<S> weights_image(const Problem& p, const Geometry& g, S* tensor, int64_t index) {
+  const int64_t channels = p.softmax ? g.taps * g.phases : g.taps;
+  return image(g, tensor, p.weights_channels_last, p.softmax ? 1 : g.scale, index / p.groups,
+               p.groups * channels, index % p.groups * channels);
+}
+
+// Asks for memory that is needed soon. Rows of a block are short runs far apart, which the hardware
+// does not foresee (measured: 5 % of the forward, 20 % of the backward).
+template <typename S>
+[[gnu::always_inline]] inline void prefetch(const S* line, int64_t count) {
+  constexpr int64_t step = kAlignment / static_cast<int64_t>(sizeof(S));
+  for (int64_t i = 0; i < count; i += step) __builtin_prefetch(line + i);
+}
+
+// ---- planes in and out --------------------------------------------------------------------------
+
+template <typename T, int... I>
+[[gnu::always_inline]] inline void deinterleave(Vector<T>& a, Vector<T>& b, Indices<I...>) {
+  const Vector<T> even = __builtin_shufflevector(a, b, (2 * I)...);
+  b = __builtin_shufflevector(a, b, (2 * I + 1)...);
+  a = even;
+}
+
+template <typename T, int... I>
+[[gnu::always_inline]] inline void interleave(Vector<T>& a, Vector<T>& b, Indices<I...>) {
+  constexpr int lanes = kLanes<T>;
+  const Vector<T> low = __builtin_shufflevector(a, b, (I / 2 + I % 2 * lanes)...);
+  b = __builtin_shufflevector(a, b, ((lanes + I) / 2 + I % 2 * lanes)...);
+  a = low;
+}
+
+template <typename T>
+using Lanes = typename CountTo<kLanes<T>>::type;
+
+// One line of an image in NCHW into the rows of `scale` phases, which lie `stride` apart. The last
+// vector puts zeros into the gap behind the row or into the row behind that, which comes later.
+template <typename S, typename T>
+void load_line(const S* line, int64_t scale, int64_t width, T* to, int64_t stride) {
+  constexpr int64_t lanes = kLanes<T>;
+  if (scale == 1) {
+    for (int64_t j = 0; j < width; j += lanes) store(to + j, load_some(line + j, width - j));
+  } else if (scale == 2) {
+    for (int64_t j = 0; j < width; j += lanes) {
+      Vector<T> a = load_some(line + 2 * j, 2 * (width - j));
+      Vector<T> b = load_some(line + 2 * j + lanes, 2 * (width - j) - lanes);
+      deinterleave<T>(a, b, Lanes<T>());
+      store(to + j, a);
+      store(to + stride + j, b);
+    }
+  } else {
+    for (int64_t dx = 0; dx < scale; ++dx) {
+      for (int64_t j = 0; j < width; ++j) to[dx * stride + j] = widen(line[scale * j + dx]);
+    }
+  }
+}
+
+template <typename S, typename T>
+void store_line(const T* from, int64_t stride, int64_t scale, int64_t width, S* line) {
+  constexpr int64_t lanes = kLanes<T>;
+  if (scale == 1) {
+    for (int64_t j = 0; j < width; j += lanes) store_some(line + j, load(from + j), width - j);
+  } else if (scale == 2) {
+    for (int64_t j = 0; j < width; j += lanes) {
+      Vector<T> a = load(from + j), b = load(from + stride + j);
+      interleave<T>(a, b, Lanes<T>());
+      store_some(line + 2 * j, a, 2 * (width - j));
+      store_some(line + 2 * j + lanes, b, 2 * (width - j) - lanes);
+    }
+  } else {
+    for (int64_t dx = 0; dx < scale; ++dx) {
+      for (int64_t j = 0; j < width; ++j) narrow(line[scale * j + dx], from[dx * stride + j]);
+    }
+  }
+}
+
+// Rows [first, first + rows) of some channels as planes (channel, phase), zeros outside the image.
+template <typename S, typename T>
+void load_planes(const Geometry& g, Image<const S> from, int64_t channels, int64_t first,
+                 int64_t rows, Planes<T> to) {
+  constexpr int64_t lanes = kLanes<T>;
+  const int64_t scale = from.scale, phases = scale * scale;
+  for (int64_t i = 0; i < rows; ++i) {
+    if (first + i >= 0 && first + i < g.height) continue;
+    for (int64_t plane = 0; plane < channels * phases; ++plane) {
+      for (int64_t j = 0; j < g.width; ++j) to[plane][i * g.pitch + j] = T(0);
+    }
+  }
+  const int64_t begin = larger(0, -first), end = smaller(rows, g.height - first);
+  if (!from.channels_last()) {
+    for (int64_t c = 0; c < channels; ++c) {
+      for (int64_t i = begin; i < end; ++i) {
+        for (int64_t dy = 0; dy < scale; ++dy) {
+          const S* line = from.pixel(first + i, dy, 0) + c * from.channel;
+          if (c + 1 < channels) prefetch(line + from.channel, g.width * scale);
+          load_line(line, scale, g.width, to[c * phases + dy * scale] + i * g.pitch, to.stride);
+        }
+      }
+    }
+    return;
+  }
+  for (int64_t i = begin; i < end; ++i) {
+    for (int64_t phase = 0; phase < phases; ++phase) {
+      const S* line = from.pixel(first + i, phase / scale, phase % scale);
+      for (int64_t j = 0; j < g.width; j += lanes) {
+        const S* at = line + j * scale * from.column;
+        const int64_t pixels = smaller(lanes, g.width - j);
+        for (int64_t c = 0; c < channels; c += lanes) {
+          // The zeros of the last vector go where load_line's do.
+          T* row = to[c * phases + phase] + i * g.pitch + j;
+          Vector<T> v[lanes];
+          if (pixels == lanes && c + lanes <= channels) {
+#pragma GCC unroll 16
+            for (int r = 0; r < lanes; ++r) v[r] = load_wide(at + r * scale * from.column + c);
+            transpose_from<1, T>(v);
+#pragma GCC unroll 16
+            for (int r = 0; r < lanes; ++r) store(row + r * phases * to.stride, v[r]);
+          } else {
+            for (int r = 0; r < lanes; ++r) {
+              v[r] = r < pixels ? load_some(at + r * scale * from.column + c, channels - c)
+                                : Vector<T>{};
+            }
+            transpose_from<1, T>(v);
+            for (int r = 0; r < lanes && c + r < channels; ++r) {
+              store(row + r * phases * to.stride, v[r]);
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
+template <typename S, typename T>
+void store_planes(const Geometry& g, Planes<T> from, int64_t channels, int64_t first, int64_t rows,
+                  Image<S> to) {
+  constexpr int64_t lanes = kLanes<T>;
+  const int64_t scale = to.scale, phases = scale * scale;
+  if (!to.channels_last()) {
+    for (int64_t c = 0; c < channels; ++c) {
+      for (int64_t i = 0; i < rows; ++i) {
+        for (int64_t dy = 0; dy < scale; ++dy) {
+          store_line(from[c * phases + dy * scale] + i * g.pitch, from.stride, scale, g.width,
+                     to.pixel(first + i, dy, 0) + c * to.channel);
+        }
+      }
+    }
+    return;
+  }
+  for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t phase = 0; phase < phases; ++phase) {
+      S* line = to.pixel(first + i, phase / scale, phase % scale);
+      for (int64_t j = 0; j < g.width; j += lanes) {
+        S* at = line + j * scale * to.column;
+        const int64_t pixels = smaller(lanes, g.width - j);
+        for (int64_t c = 0; c < channels; c += lanes) {
+          const T* row = from[c * phases + phase] + i * g.pitch + j;
+          Vector<T> v[lanes];
+          if (pixels == lanes && c + lanes <= channels) {
+#pragma GCC unroll 16
+            for (int r = 0; r < lanes; ++r) v[r] = load(row + r * phases * from.stride);
+            transpose_from<1, T>(v);
+#pragma GCC unroll 16
+            for (int r = 0; r < lanes; ++r) store_narrow(at + r * scale * to.column + c, v[r]);
+          } else {
+            for (int r = 0; r < lanes; ++r) {
+              v[r] = c + r < channels ? load(row + r * phases * from.stride) : Vector<T>{};
+            }
+            transpose_from<1, T>(v);
+            for (int r = 0; r < pixels; ++r) {
+              store_some(at + r * scale * to.column + c, v[r], channels - c);
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
+// ---- weights ------------------------------------------------------------------------------------
+
+// e^x for x <= 0 to about an ulp: without exponential()'s care for large results, and with e^-86.5
+// for all below that, which beside a softmax's largest term 1 is nothing.
+template <typename T>
+[[gnu::always_inline]] inline Vector<T> exponential_of_negative(Vector<T> x) {
+  using Of = ExponentialOf<T>;
+  using Integer = typename Of::Integer;
+  constexpr T log2_e = T(1.44269504088896340736);
+  constexpr T magic = T(3) * static_cast<T>(Integer(1) << (Of::mantissa_bits - 1));
+  const Vector<T> bottom = broadcast(Of::low);
+  x = x < bottom ? bottom : x;
+  const Vector<T> shifted = x * log2_e + magic;
+  const Vector<T> n = shifted - magic;
+  const Vector<T> r = x - n * Of::ln2_high - n * Of::ln2_low;
+  Vector<T> sum = broadcast(Of::polynomial[0]);
+#pragma GCC unroll 16
+  for (int i = 1; i < static_cast<int>(sizeof Of::polynomial / sizeof(T)); ++i) {
+    sum = sum * r + Of::polynomial[i];
+  }
+  sum = sum * r * r + r + T(1);
+  const Vector<Integer> exponent = reinterpret_cast<Vector<Integer>>(shifted) + Of::bias;
+  return sum * reinterpret_cast<Vector<T>>(exponent << Of::mantissa_bits);
+}
+
+// Softmax over the taps of one vector of some phases, in place: a few independent chains of maxima
+// and sums hide each other's latency.
+template <int PHASES, typename T>
+void normalise_tile(const Geometry& g, Planes<T> weights) {
+  const int64_t tap_stride = g.phases * weights.stride;
+  Vector<T> most[PHASES], sum[PHASES] = {};
+#pragma GCC unroll 4
+  for (int phase = 0; phase < PHASES; ++phase) most[phase] = load(weights[phase]);
+  for (int64_t tap = 1; tap < g.taps; ++tap) {
+#pragma GCC unroll 4
+    for (int phase = 0; phase < PHASES; ++phase) {
+      const Vector<T> logit = load(weights[phase] + tap * tap_stride);
+      most[phase] = logit > most[phase] ? logit : most[phase];
+    }
+  }
+  for (int64_t tap = 0; tap < g.taps; ++tap) {
+#pragma GCC unroll 4
+    for (int phase = 0; phase < PHASES; ++phase) {
+      T* at = weights[phase] + tap * tap_stride;
+      const Vector<T> e = exponential_of_negative<T>(load(at) - most[phase]);
+      sum[phase] += e;
+      store(at, e);
+    }
+  }
+#pragma GCC unroll 4
+  for (int phase = 0; phase < PHASES; ++phase) sum[phase] = T(1) / sum[phase];
+  for (int64_t tap = 0; tap < g.taps; ++tap) {
+#pragma GCC unroll 4
+    for (int phase = 0; phase < PHASES; ++phase) {
+      T* at = weights[phase] + tap * tap_stride;
+      store(at, load(at) * sum[phase]);
+    }
+  }
+}
+
+// The weights of rows [first, first + rows) of group `index` as planes (tap, phase). Gaps between
+// rows are normalised along: they hold finite numbers and meet zeros.
+template <typename S, typename T>
+void load_weights(const Problem& p, const Geometry& g, int64_t index, int64_t first, int64_t rows,
+                  Planes<T> to) {
+  // As many rows at once as the block has: few streams from memory, long ones.
+  load_planes(g, weights_image(p, g, static_cast<const S*>(p.weights), index),
+              p.softmax ? g.taps * g.phases : g.taps, first, rows, to);
+  if (!p.softmax) return;
+  for_each_run<T>(g, rows, [&](int64_t row, int64_t, int64_t vectors) {
+    for (int64_t v = 0; v < vectors; ++v) {
+      const int64_t at = row * g.pitch + v * kLanes<T>;
+      for_each_piece<kMostPhases>(g.phases, [&](auto piece, int64_t phase) {
+        normalise_tile<decltype(piece)::value, T>(g, shifted(to, phase * to.stride + at));
+      });
+    }
+  });
+}
+
+}  // namespace famseg::FAMSEG_ISA
