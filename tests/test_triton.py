@@ -1,0 +1,138 @@
+"""Triton kernels without a GPU: the interpreter shows that they are right, the compiler that they fit the chips.
+
+The contract tests run in a process of their own, because Triton reads TRITON_INTERPRET when a kernel is defined.
+Compilation stands in for a GPU at `launch.run`: the backends are called with tensors that hold no data, and every
+launch they ask for is compiled to a cubin, with the configuration that the chip would get.
+
+FAMSEG_COMPILE=all compiles every benchmark shape × dtype; the default takes the first shapes and two dtypes.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import famseg_kernels as fk
+from benchmarks.shapes import SHAPES
+from famseg_kernels import backends, launch
+
+triton = pytest.importorskip("triton")
+
+ROOT = Path(__file__).parent.parent
+OPERATIONS = {op.spec.name: op for op in fk.OPERATIONS if "triton" in op.implementations}
+SHARED_MEMORY = {
+    80: 163 * 1024,
+    90: 227 * 1024,
+}  # bytes a program may have, CUDA programming guide table "compute capabilities"
+STACK = 64  # bytes a thread may keep in local memory: a few spilled registers, no arrays
+ALL = os.environ.get("FAMSEG_COMPILE") == "all"
+DTYPES = (torch.float32, torch.bfloat16, torch.float16) if ALL else (torch.float32, torch.bfloat16)
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_the_contract_holds_in_the_interpreter(name):
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "tests/test_contract.py"]
+    selection = f"{name}-triton and (float32 or float16)"
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    run = subprocess.run([*command, "-k", selection], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
+    passed = re.search(r"(\d+) passed", run.stdout)
+    assert passed is not None and int(passed[1]) > 20, run.stdout[-2000:]
+
+
+@pytest.mark.skipif(backends.TRITON_INTERPRETS, reason="kernels of this process are interpreted")
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+@pytest.mark.parametrize("capability", SHARED_MEMORY)
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_every_launch_compiles_and_fits(name, capability, dtype, monkeypatch, tmp_path):
+    launches = asked_for(OPERATIONS[name], dtype, capability, monkeypatch)
+    assert launches
+    for kernel, signature, constants, attributes, config in launches.values():
+        what = f"{kernel.__name__} {signature} {constants} {config}"
+        source = triton.compiler.ASTSource(kernel, signature, constants, attributes)
+        target = triton.backends.compiler.GPUTarget("cuda", capability, 32)
+        compiled = triton.compile(source, target=target, options=config._asdict())
+        assert compiled.metadata.shared <= SHARED_MEMORY[capability], f"{compiled.metadata.shared} bytes shared: {what}"
+        assert (stack := stack_bytes(compiled, tmp_path)) <= STACK, f"{stack} bytes of local memory: {what}"
+
+
+def asked_for(operation, dtype: torch.dtype, capability: int, monkeypatch) -> dict[str, Any]:
+    """Every different launch that forward and backward ask for on the benchmark shapes, ready to be compiled."""
+    implementation = operation.implementations["triton"]
+    launches: dict[str, Any] = {}
+
+    def record(kernel, grid, config, *args, **constants):
+        assert 0 < grid[0] < 2**31 and all(0 < size < 2**16 for size in grid[1:]), grid
+        described = describe(kernel, args, constants)
+        launches[f"{kernel.__name__} {described} {config}"] = (kernel, *described, config)
+
+    monkeypatch.setattr(launch, "run", record)
+    monkeypatch.setattr(launch, "capability", lambda device: capability)
+    cases = SHAPES[operation.spec.name]
+    for case in cases if ALL else cases[:2]:
+        args = case.arguments(dtype, "meta")
+        if getattr(implementation, "unsupported", lambda *_: None)(*args) is None:
+            results = implementation.forward(*args)
+            if hasattr(implementation, "backward"):
+                needs = [t is not None and t.is_floating_point() for t in operation.flatten(args)]
+                implementation.backward(results, needs, *args)
+    return launches
+
+
+def describe(kernel, args, constants: dict[str, Any]):
+    """Signature, constants and divisibility as Triton's launcher derives them from a call's arguments."""
+    signature: dict[str, Any] = {}
+    found: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], Any] = {}
+
+    def kind(value, path):
+        if isinstance(value, tuple):
+            return tuple(kind(v, (*path, i)) for i, v in enumerate(value))
+        if value is None or (isinstance(value, int) and value == 1):
+            found[path] = value
+            return "constexpr"
+        if isinstance(value, float):
+            return "fp32"
+        if isinstance(value, torch.Tensor):
+            attributes[path] = [["tt.divisibility", 16]]
+            return f"*{POINTEES[value.dtype]}"
+        if value % 16 == 0:
+            attributes[path] = [["tt.divisibility", 16]]
+        return "i32" if value < 2**31 else "i64"
+
+    for place, (name, value) in enumerate(itertools.zip_longest(kernel.arg_names, args)):
+        if name in constants:
+            found[place,] = constants[name]
+            signature[name] = "constexpr"
+        else:
+            signature[name] = kind(value, (place,))
+    return signature, found, attributes
+
+
+POINTEES = {
+    torch.float32: "fp32",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.int32: "i32",
+    torch.int64: "i64",
+}
+
+
+def stack_bytes(compiled, folder: Path) -> int:
+    """Local memory a thread of the cubin needs: spilled registers and arrays indexed at run time."""
+    cubin = folder / "kernel.cubin"
+    cubin.write_bytes(compiled.asm["cubin"])
+    beside = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    tool = str(beside) if beside.exists() else shutil.which("cuobjdump")
+    assert tool, "cuobjdump: expected in Triton's wheel or on the PATH"
+    usage = subprocess.run([tool, "-res-usage", str(cubin)], capture_output=True, text=True, check=True).stdout
+    return int(re.findall(r"STACK:(\d+)", usage)[-1])
