@@ -417,25 +417,31 @@ def _gradients(
     need_rows, need_row_biases, need_cols, need_col_biases = (
         any(needs[3 + i * count : 3 + (i + 1) * count]) for i in range(4)
     )
-    dx = d_square = d_square_bias = None
-    d_rows = d_row_biases = d_cols = d_col_biases = nothing
+    found: list[Tensor | None] = [None] * len(needs)
     if need_x or need_square or need_square_bias:
         da = _convolve(dy, None, None, rows, nothing, cols, nothing, flip=True) if count else dy
         if need_x:
-            dx = da if square is None else _convolve(da, square, None, (), (), (), (), flip=True)
+            found[0] = da if square is None else _convolve(da, square, None, (), (), (), (), flip=True)
         if need_square and square is not None:
-            d_square = _correlate_square(da, x, square)
+            found[1] = _correlate_square(da, x, square)
         if need_square_bias:
-            d_square_bias = _sum_by_channel(da)
+            found[2] = _sum_by_channel(da)
     if need_rows or need_row_biases or need_cols:
         a = x if square is None else _convolve(x, square, square_bias, (), (), (), ())
-        if need_rows or need_row_biases:
-            d_rows, d_row_biases = _correlate_strips(dy, a, cols, nothing, rows, columns=False)
-        if need_cols:
-            d_cols, _ = _correlate_strips(a, dy, rows, row_biases, cols, columns=True)
+        # Branches share a launch and its loads; in fp32 the bands of one fill the registers.
+        together = 1 if x.dtype == torch.float32 else 3
+        for start in range(0, count, together):
+            some = slice(start, start + together)
+            if need_rows or need_row_biases:
+                taps, sums = _correlate_strips(dy, a, cols[some], nothing[some], rows[some], columns=False)
+                found[3 + start : 3 + start + len(taps)] = taps
+                found[3 + count + start : 3 + count + start + len(sums)] = sums
+            if need_cols:
+                taps, _ = _correlate_strips(a, dy, rows[some], row_biases[some], cols[some], columns=True)
+                found[3 + 2 * count + start : 3 + 2 * count + start + len(taps)] = taps
     if need_col_biases:
-        d_col_biases = (_sum_by_channel(dy),) * count  # a column bias is added to y as it is
-    return [dx, d_square, d_square_bias, *d_rows, *d_row_biases, *d_cols, *d_col_biases]
+        found[3 + 3 * count :] = [_sum_by_channel(dy)] * count  # a column bias is added to y as it is
+    return found
 
 
 def _convolve(
@@ -448,7 +454,7 @@ def _convolve(
     col_biases: tuple[Tensor | None, ...],
     flip: bool = False,
 ) -> Tensor:
-    y = torch.empty_like(x)
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
     n, channels, height, width = x.shape
     if not x.numel():
         return y
