@@ -4,7 +4,8 @@ The contract tests run in a process of their own, because Triton reads TRITON_IN
 Compilation stands in for a GPU at `launch.run`: the backends are called with tensors that hold no data, and every
 launch they ask for is compiled to a cubin, with the configuration that the chip would get.
 
-FAMSEG_COMPILE=all compiles every benchmark shape × dtype; the default takes the first shapes and two dtypes.
+FAMSEG_COMPILE=all compiles every benchmark shape × dtype × chip (minutes); the default takes the first two shapes of
+an operation on two chips with one dtype each.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from famseg_kernels import backends, launch
 triton = pytest.importorskip("triton")
 
 ROOT = Path(__file__).parent.parent
+INTERPRETER = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
 OPERATIONS = {op.spec.name: op for op in fk.OPERATIONS if "triton" in op.implementations}
 SHARED_MEMORY = {
     80: 163 * 1024,
@@ -35,23 +37,28 @@ SHARED_MEMORY = {
 }  # bytes a program may have, CUDA programming guide table "compute capabilities"
 STACK = 64  # bytes a thread may keep in local memory: a few spilled registers, no arrays
 ALL = os.environ.get("FAMSEG_COMPILE") == "all"
-DTYPES = (torch.float32, torch.bfloat16, torch.float16) if ALL else (torch.float32, torch.bfloat16)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# fp32 on the A100 has least room for its tiles, 16 bits on Hopper take another path (wgmma) through the compiler.
+CHIPS = [(c, d) for c in SHARED_MEMORY for d in DTYPES] if ALL else [(80, torch.float32), (90, torch.bfloat16)]
+# What a kernel can get wrong. Torch's side of an operation (opcheck, compile, counting) is the same for every backend,
+# and NumPy is deterministic by nature.
+SELECTIONS = (
+    "matches and ({name}-triton-float32 or ({name}-triton-float16 and not longest))",
+    "(layout or wanted) and {name}-triton-float32 and not longest and not empty",
+)
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_the_contract_holds_in_the_interpreter(name):
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "tests/test_contract.py"]
-    selection = f"{name}-triton and (float32 or float16)"
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    run = subprocess.run([*command, "-k", selection], cwd=ROOT, env=environment, capture_output=True, text=True)
+    selection = " or ".join(f"({selection.format(name=name)})" for selection in SELECTIONS)
+    run = subprocess.run([*command, "-k", selection], cwd=ROOT, env=INTERPRETER, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
-    passed = re.search(r"(\d+) passed", run.stdout)
-    assert passed is not None and int(passed[1]) > 20, run.stdout[-2000:]
+    assert "skipped" not in run.stdout.splitlines()[-1], run.stdout[-2000:]
 
 
 @pytest.mark.skipif(backends.TRITON_INTERPRETS, reason="kernels of this process are interpreted")
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
-@pytest.mark.parametrize("capability", SHARED_MEMORY)
+@pytest.mark.parametrize(("capability", "dtype"), CHIPS, ids=lambda value: str(value).removeprefix("torch."))
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_every_launch_compiles_and_fits(name, capability, dtype, monkeypatch, tmp_path):
     launches = asked_for(OPERATIONS[name], dtype, capability, monkeypatch)

@@ -365,9 +365,10 @@ def forward(
 ) -> Tensor:
     """y (N, C, H, W) in x's dtype and memory format."""
     with launch.on(x.device):
+        square = _dense((square_weight, square_bias))
         strips = (_dense(row_weights), _dense(row_biases), _dense(col_weights), _dense(col_biases))
         # channels_last goes through a copy: a program reads planes, and one channel of 32-byte sectors is 16 planes.
-        y = _convolve(x.contiguous(), *_dense((square_weight, square_bias)), *strips)
+        y = _convolve(x.contiguous(), square, *strips)
         return y.contiguous(memory_format=checks.image_format(x))
 
 
@@ -389,28 +390,38 @@ def backward(
             grad.contiguous(),
             needs,
             x.contiguous(),
-            *_dense((square_weight, square_bias)),
+            _dense((square_weight, square_bias)),
             _dense(row_weights),
             _dense(row_biases),
             _dense(col_weights),
         )
         return [
-            torch.empty_like(t).copy_(gradient) if need and t is not None else None
+            None if t is None or gradient is None or not need else _laid_out_like(t, gradient, grad)
             for t, need, gradient in zip(flat, needs, found, strict=True)
         ]
+
+
+def _laid_out_like(t: Tensor, gradient: Tensor, grad: Tensor) -> Tensor:
+    """`gradient` in t's dtype and strides; never the incoming gradient itself (a = x without any stage)."""
+    if gradient.dtype == t.dtype and gradient.stride() == t.stride() and gradient is not grad:
+        return gradient
+    return torch.empty_like(t).copy_(gradient)
+
+
+_NOTHING = (None, None)  # no square stage
 
 
 def _gradients(
     dy: Tensor,
     needs: Sequence[bool],
     x: Tensor,
-    square: Tensor | None,
-    square_bias: Tensor | None,
+    square: tuple[Any, Any],
     rows: tuple[Tensor, ...],
     row_biases: tuple[Tensor | None, ...],
     cols: tuple[Tensor, ...],
 ) -> list[Tensor | None]:
     """Contiguous arguments → gradients in any dtype and layout, None where not needed."""
+    weight = square[0]
     count = len(rows)
     nothing = (None,) * count
     need_x, need_square, need_square_bias = needs[:3]
@@ -419,15 +430,15 @@ def _gradients(
     )
     found: list[Tensor | None] = [None] * len(needs)
     if need_x or need_square or need_square_bias:
-        da = _convolve(dy, None, None, rows, nothing, cols, nothing, flip=True) if count else dy
+        da = _convolve(dy, _NOTHING, rows, nothing, cols, nothing, flip=True) if count else dy
         if need_x:
-            found[0] = da if square is None else _convolve(da, square, None, (), (), (), (), flip=True)
-        if need_square and square is not None:
-            found[1] = _correlate_square(da, x, square)
+            found[0] = da if weight is None else _convolve(da, (weight, None), (), (), (), (), flip=True)
+        if need_square and weight is not None:
+            found[1] = _correlate_square(da, x, weight)
         if need_square_bias:
             found[2] = _sum_by_channel(da)
     if need_rows or need_row_biases or need_cols:
-        a = x if square is None else _convolve(x, square, square_bias, (), (), (), ())
+        a = x if weight is None else _convolve(x, square, (), (), (), ())
         # Branches share a launch and its loads; in fp32 the bands of one fill the registers.
         together = 1 if x.dtype == torch.float32 else 3
         for start in range(0, count, together):
@@ -446,19 +457,19 @@ def _gradients(
 
 def _convolve(
     x: Tensor,
-    square: Tensor | None,
-    square_bias: Tensor | None,
+    square: tuple[Any, Any],
     rows: tuple[Tensor, ...],
     row_biases: tuple[Tensor | None, ...],
     cols: tuple[Tensor, ...],
     col_biases: tuple[Tensor | None, ...],
     flip: bool = False,
 ) -> Tensor:
+    weight, bias = square
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     n, channels, height, width = x.shape
     if not x.numel():
         return y
-    size = 0 if square is None else square.shape[-1]
+    size = 0 if weight is None else weight.shape[-1]
     wide, tall = tuple(t.shape[3] for t in rows), tuple(t.shape[2] for t in cols)
     cut = _cut(x, height, width, max(tall, default=1), max(wide, default=1))
     window = triton.next_power_of_2(cut.constants["B"] + size - 1) if size else 0
@@ -468,8 +479,8 @@ def _convolve(
         cut.config,
         x,
         y,
-        square,
-        square_bias,
+        weight,
+        bias,
         rows,
         row_biases,
         cols,
