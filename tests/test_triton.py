@@ -23,8 +23,10 @@ import pytest
 import torch
 
 import famseg_kernels as fk
+from benchmarks import gate
 from benchmarks.shapes import SHAPES
 from famseg_kernels import backends, launch
+from famseg_kernels.registry import Case
 
 triton = pytest.importorskip("triton")
 
@@ -44,17 +46,53 @@ CHIPS = [(c, d) for c in SHARED_MEMORY for d in DTYPES] if ALL else [(80, torch.
 # and NumPy is deterministic by nature.
 SELECTIONS = (
     "matches and ({name}-triton-float32 or ({name}-triton-float16 and not longest))",
+    "any_configuration and {name}",
     "(layout or wanted) and {name}-triton-float32 and not longest and not empty",
 )
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_the_contract_holds_in_the_interpreter(name):
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "tests/test_contract.py"]
+    files = ["tests/test_contract.py", "tests/test_triton.py"]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *files]
     selection = " or ".join(f"({selection.format(name=name)})" for selection in SELECTIONS)
     run = subprocess.run([*command, "-k", selection], cwd=ROOT, env=INTERPRETER, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
     assert "skipped" not in run.stdout.splitlines()[-1], run.stdout[-2000:]
+
+
+def strip_over_several_frames(rand):
+    """Higher than a frame and wider than a segment of either configuration below, so that halos are at work."""
+    rows, cols = [rand(2, 1, 1, 5), rand(2, 1, 1, 3)], [rand(2, 1, 9, 1), rand(2, 1, 3, 1)]
+    biases = [rand(2), None]
+    return rand(1, 2, 70, 40), rand(2, 1, 3, 3), rand(2), rows, biases, cols, biases
+
+
+def reassembly_over_several_blocks(rand):
+    return rand(1, 40, 5, 19), rand(1, 36, 5, 19), 3, 2, 1
+
+
+CONFIGURATIONS = {
+    "strip_conv2d": (Case("frames", strip_over_several_frames), ((32, 1, 16, 1), (64, 3, 32, 2))),
+    "reassemble": (Case("blocks", reassembly_over_several_blocks), ((16, 1, 4, 1), (32, 2, 8, 2))),
+}
+
+
+@pytest.mark.skipif(not backends.TRITON_INTERPRETS, reason="runs in the interpreter's process")
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+def test_results_are_right_with_any_configuration(name, monkeypatch):
+    operation, (case, configurations) = OPERATIONS[name], CONFIGURATIONS[name]
+    module = sys.modules[operation.implementations["triton"].forward.__module__]
+    for values in configurations:
+        monkeypatch.setitem(module.CONFIGURATIONS, 0, module.Configuration(*values))
+        gate.check(operation, case.arguments(torch.float32), "triton")
+
+
+def test_tuning_goes_through_its_steps_in_the_interpreter():
+    command = [sys.executable, "-m", "benchmarks.tune"]
+    run = subprocess.run(command, cwd=ROOT, env=INTERPRETER, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert run.stdout.count("CONFIGURATIONS[0] = Configuration(") == 2
 
 
 @pytest.mark.skipif(backends.TRITON_INTERPRETS, reason="kernels of this process are interpreted")
