@@ -5,12 +5,13 @@ of the predicted kernels their weights fill a band, so that for every channel at
 
     y[c, (dy, j, dx)] = Σ_ky x[c, row i + ky − r, window] · Band_ky[window, (dy, j, dx)]
 
-is a matrix product with the channels as rows. Written per pixel instead, each multiply–add pair needs its own load of x
-and a conversion (k² loads and s²·k² FMAs an element of x: about 230 instructions for k = 5, s = 2, where bandwidth
-leaves time for 80 in bf16). The band costs k selects an entry once for C_BLOCK channels (50 instructions an element
-at 64 channels), the products 5·32·4 multiply–adds an element of x, a third of a clock an SM at an H200's dense bf16
-rate; x is loaded once for k rows in whole rows of the window. So 16-bit forward is meant to be bound by bytes,
-5 E + M, and fp32 ("tf32x3": three TF32 products that keep 22 bits of each factor) by tensor cores.
+is a matrix product with the channels as rows. The alternative, a thread a pixel, needs for k = 5, s = 2 a load, an
+address and a conversion for every 4 FMAs: about 230 instructions an element of x, where reading and writing 5 E + M at
+an H200's rate leaves time for 80 in bf16 and 160 in fp32. Here an element costs 640 multiply–adds on tensor cores (a
+third of a clock and SM) and a share of making the band, which C_BLOCK channels split: as compiled for sm_90, 220
+instructions at 64 channels and 120 at 128, more than half of them for the softmax and the band. So 16-bit forward
+should be bound by instruction issue at up to 1.5 times the bytes' time with many channels and 3 times with 64; fp32
+("tf32x3": three TF32 products that keep 22 bits of each factor) by tensor cores. x is read in whole rows of a window.
 
 The softmax over the taps is taken from the logits where the band is made; its running maximum and sum take one pass
 more over the same logits, which then come from the first cache. Neither a softmaxed, nor a pixel-shuffled, nor an
@@ -18,7 +19,7 @@ unfolded tensor exists.
 
 Backward: x gathers from the s²·k² results that used it (the same bands turned round), weights are the diagonals of
 x[window]ᵀ · dy summed over the group's channels; no two programs write the same place. The second leaves the softmax's
-maximum and sum (2 fp32 numbers a result pixel) for the first. No GPU has run this yet; see docs/gpu-notes.md.
+maximum and sum (2 fp32 numbers a result pixel) for the first. No GPU has run this yet.
 
 x, y and dy are taken with any strides (channels_last is as good as contiguous here: channels are a tile's rows).
 """
@@ -49,14 +50,21 @@ def _weight_offsets(i, j, dy, dx, height, width, S: tl.constexpr, SOFTMAX: tl.co
 
 
 @triton.jit
-def _softmax(logits, valid, area, TAPS: tl.constexpr, T: tl.constexpr):
-    """Maximum and 1 / Σ exp(logit − maximum) over the taps, which lie `area` apart; T is TAPS as a power of 2."""
-    tap = tl.arange(0, T)
-    inside = (tap < TAPS)[:, None] & valid[None, :]
-    logit = tl.load(logits[None, :] + tap[:, None] * area, mask=inside, other=float("-inf")).to(tl.float32)
-    maximum = tl.where(valid, tl.max(logit, 0), 0.0)
-    total = tl.sum(tl.exp(logit - maximum[None, :]), 0)
-    return maximum, 1.0 / tl.where(valid, total, 1.0)
+def _softmax(logits, wanted, valid, area, K: tl.constexpr, K_PADDED: tl.constexpr, SIZE: tl.constexpr):
+    """Maximum and 1 / Σ exp(logit − maximum) over the taps, which lie `area` apart, a kernel row at a time.
+
+    Each column of the kernel keeps its own maximum and sum until the end: reductions inside the loop cost more
+    shuffles than all the rest."""
+    maximum = tl.full([K_PADDED, SIZE], -3.0e38, tl.float32)  # not −∞: ∞ − ∞ where the first logit is −∞
+    total = tl.zeros([K_PADDED, SIZE], tl.float32)
+    for ky in range(K):
+        logit = tl.load(logits + ky * K * area, mask=wanted, other=float("-inf")).to(tl.float32)
+        larger = tl.maximum(maximum, logit)
+        total = total * tl.exp(maximum - larger) + tl.exp(logit - larger)
+        maximum = larger
+    largest = tl.where(valid, tl.max(maximum, 0), 0.0)
+    total = tl.sum(total * tl.exp(maximum - largest[None, :]), 0)
+    return largest, 1.0 / tl.where(valid, total, 1.0)
 
 
 @triton.jit
@@ -81,7 +89,6 @@ def _forward(
     row_blocks,
     K: tl.constexpr,
     K_PADDED: tl.constexpr,  # the next power of 2
-    T: tl.constexpr,  # the same of K²
     S: tl.constexpr,
     SOFTMAX: tl.constexpr,
     C_BLOCK: tl.constexpr,  # channels of a program
@@ -123,13 +130,13 @@ def _forward(
     for row in range(ROWS):
         i = top + row
         valid = (dx < S) & (dy < S) & (first + j < width) & (i < height)
-        taps = weights + _weight_offsets(i, first + j, dy, dx, height, width, S, SOFTMAX)
+        wanted = (kx < K)[:, None] & valid[None, :]
+        taps = weights + kx[:, None] * area + _weight_offsets(i, first + j, dy, dx, height, width, S, SOFTMAX)[None, :]
         if SOFTMAX:
-            maximum, scale = _softmax(taps, valid, area, K * K, T)
+            maximum, scale = _softmax(taps, wanted, valid, area, K, K_PADDED, D * B * E)
         result = tl.zeros([C_BLOCK, D * B * E], tl.float32)
         for ky in range(K):
-            wanted = (kx < K)[:, None] & valid[None, :]
-            weight = tl.load(taps[None, :] + (ky * K + kx)[:, None] * area, mask=wanted, other=0.0).to(tl.float32)
+            weight = tl.load(taps + ky * K * area, mask=wanted, other=0.0).to(tl.float32)
             if SOFTMAX:
                 weight = tl.exp(weight - maximum[None, :]) * scale[None, :]
             band = tl.where(in_band, tl.gather(weight, kx_clipped, 0), 0.0)
@@ -163,7 +170,6 @@ def _source_gradient(
     row_blocks,
     K: tl.constexpr,
     K_PADDED: tl.constexpr,  # the next power of 2
-    T: tl.constexpr,  # the same of K²
     S: tl.constexpr,
     SOFTMAX: tl.constexpr,
     C_BLOCK: tl.constexpr,
@@ -247,7 +253,6 @@ def _weight_gradient(
     column_blocks,
     K: tl.constexpr,
     K_PADDED: tl.constexpr,  # the next power of 2
-    T: tl.constexpr,  # the same of K²
     S: tl.constexpr,
     SOFTMAX: tl.constexpr,
     C_BLOCK: tl.constexpr,
@@ -276,8 +281,11 @@ def _weight_gradient(
     dy = tl.program_id(1) * D + place // (B * E)
     valid = (dx < S) & (dy < S) & (first + j < width)
     position = _weight_offsets(i, first + j, dy, dx, height, width, S, SOFTMAX)
+    kx = tl.arange(0, K_PADDED)
+    taps = offset + kx.to(tl.int64)[:, None] * area + position[None, :]
+    wanted = (kx < K)[:, None] & valid[None, :]
     if SOFTMAX:
-        maximum, scale = _softmax(weights + offset + position, valid, area, K * K, T)
+        maximum, scale = _softmax(weights + taps, wanted, valid, area, K, K_PADDED, SIZE)
         softmax += (n * groups + group).to(tl.int64) * 2 * area + position
         tl.store(softmax, maximum, mask=valid)
         tl.store(softmax + area, scale, mask=valid)
@@ -288,10 +296,7 @@ def _weight_gradient(
         x += n.to(tl.int64) * x_n + (column.to(tl.int64) * x_w)[:, None]
         pixel = (i * S + dy).to(tl.int64) * g_h + ((first + j) * S + dx).to(tl.int64) * g_w
         dy_tensor += n.to(tl.int64) * g_n + pixel[None, :]
-        kx = tl.arange(0, K_PADDED)
         window_of = tl.minimum(j[None, :] + kx[:, None] + ((WINDOW - B) // 2 - K // 2), WINDOW - 1)
-        taps = offset + kx.to(tl.int64)[:, None] * area + position[None, :]
-        wanted = (kx < K)[:, None] & valid[None, :]
         gradients, mean = (), tl.zeros([SIZE], tl.float32)
         for ky in tl.static_range(K):
             line = i + ky - K // 2
@@ -331,9 +336,9 @@ class Configuration(NamedTuple):
 
 # By compute capability × 10; 0 stands for every other chip and for the interpreter.
 CONFIGURATIONS = {
-    80: Configuration(channels=64, rows=4, num_warps=4, num_stages=2),
-    90: Configuration(channels=64, rows=4, num_warps=4, num_stages=2),
-    0: Configuration(channels=64, rows=4, num_warps=4, num_stages=2),
+    80: Configuration(channels=128, rows=4, num_warps=4, num_stages=2),
+    90: Configuration(channels=128, rows=4, num_warps=4, num_stages=2),
+    0: Configuration(channels=128, rows=4, num_warps=4, num_stages=2),
 }
 BLOCK = 16  # source pixels of a block: the narrowest that tensor cores take wastes least of a band
 _TL = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -347,8 +352,8 @@ class _Plan:
         self.groups, self.channels = groups, c // groups
         tuned = CONFIGURATIONS.get(launch.capability(x.device), CONFIGURATIONS[0])
         self.config = launch.Config(tuned.num_warps, tuned.num_stages)
-        # fp32 factors take twice the registers, and their three parts as much again.
-        most = tuned.channels // (2 if x.dtype == torch.float32 else 1)
+        # fp32 factors take twice the registers, and their parts as much again.
+        most = tuned.channels // (4 if x.dtype == torch.float32 else 1)
         self.c_block = max(16, min(most, triton.next_power_of_2(self.channels)))
         self.channel_blocks = triton.cdiv(self.channels, self.c_block)
         self.column_blocks = triton.cdiv(self.width, BLOCK)
@@ -362,7 +367,6 @@ class _Plan:
         self.constants = {
             "K": kernel_size,
             "K_PADDED": triton.next_power_of_2(kernel_size),
-            "T": triton.next_power_of_2(kernel_size**2),
             "S": scale,
             "SOFTMAX": softmax,
             "C_BLOCK": self.c_block,
@@ -380,7 +384,7 @@ def _unsupported(x: Tensor, kernel_size: int, scale: int) -> str | None:
     if x.dtype == torch.float64:
         return "its kernels compute in fp32, x is float64"
     # Every tap's weight of a block's results is held in registers at once.
-    held = triton.next_power_of_2(kernel_size**2) * BLOCK * max(4, triton.next_power_of_2(scale))
+    held = kernel_size * triton.next_power_of_2(kernel_size) * BLOCK * max(4, triton.next_power_of_2(scale))
     return None if held <= 2**14 else f"kernels of size {kernel_size} at scale {scale} do not fit in registers"
 
 
@@ -435,6 +439,8 @@ def _run_backward(
     dense = weights.contiguous()
     written = torch.empty_like(dense) if dw is not None and not dw.is_contiguous() else dw
     stats = torch.empty((n, groups, 2, scale**2, h, w), dtype=torch.float32, device=x.device) if softmax else dense
+    # The weights' gradient sums over channels, 64 at a time: more would not share anything more.
+    channels = min(plan.c_block, 64)
     with launch.on(x.device):
         if softmax or dw is not None:
             launch.run(
@@ -453,9 +459,9 @@ def _run_backward(
                 *grad.stride(),
                 *x.stride(),
                 plan.column_blocks,
-                CHANNEL_BLOCKS=plan.channel_blocks,
+                CHANNEL_BLOCKS=triton.cdiv(plan.channels, channels),
                 D=plan.dy,
-                **plan.constants,
+                **{**plan.constants, "C_BLOCK": channels},
             )
         if dx is not None:
             launch.run(

@@ -15,11 +15,12 @@ Without biases the strips commute, Col · (a · Row) = (Col · a) · Row, so the
 the incoming gradient with the weights turned round, and the gradient of x is its square stage alone, likewise.
 
 Cost an element, for 5 and (7, 11, 21), frame F = 64, B = 16: 5·32 + 3·48 + 3·F = 496 multiply–adds on tensor
-cores where 103 are useful, times the overlap (1.5 for 128 rows). At 60 % of an H200's dense bf16 rate (2048 a clock
-and SM) that is 0.4 to 0.6 clocks against 0.8 for 103 FMAs: below the FMA bound in bf16 and fp16, and bound by tensor
-cores and by moving tiles through shared memory, not by the 2 (forward) and 4 (gradient of x) passes over x. fp32 takes
-"tf32x3", three TF32 products that keep 22 bits of each factor, because Triton's own fp32 dot runs on FMA units, where
-496 instead of 103 of them could not win. No GPU has run this yet; docs/gpu-notes.md says how to measure it.
+cores where 103 are useful, 0.24 clocks of an SM at an H200's dense bf16 rate (2048 a clock; an A100 has 1024), and as
+compiled for sm_90 65 instructions a thread, 0.5 clocks to issue; both times 1.5 for the overlap of frames on 128 rows,
+1 on 64. 103 FMAs take 0.8 clocks, 2 passes over memory 0.2. So forward in 16 bits should be bound by issuing
+instructions, at or below the FMA bound; the gradient of x is two such launches. fp32 takes "tf32x3", three TF32
+products that keep 22 bits of each factor, and is bound by tensor cores: Triton's own fp32 dot runs on FMA units, where
+496 instead of 103 multiply–adds could not win. Plain TF32 is never used. No GPU has run this yet.
 
 A product with a band multiplies zeros too: an infinity or NaN in x spreads as NaN over its tile and not only over
 the kernels' reach. Intermediate `a` and row results are rounded to x's dtype, as tensor cores take them; sums are fp32.
