@@ -50,6 +50,12 @@ def _weight_offsets(i, j, dy, dx, height, width, S: tl.constexpr, SOFTMAX: tl.co
 
 
 @triton.jit
+def _columns(i, height, width):
+    """How many columns row i has: none outside the image. (Triton 3.9's interpreter cannot & a number with a block.)"""
+    return tl.where((i >= 0) & (i < height), width, 0)
+
+
+@triton.jit
 def _softmax(logits, wanted, valid, area, K: tl.constexpr, K_PADDED: tl.constexpr, SIZE: tl.constexpr):
     """Maximum and 1 / Σ exp(logit − maximum) over the taps, which lie `area` apart, a kernel row at a time.
 
@@ -129,7 +135,7 @@ def _forward(
     y += n.to(tl.int64) * y_n + channel[:, None] * y_c + ((first + j) * S + dx).to(tl.int64)[None, :] * y_w
     for row in range(ROWS):
         i = top + row
-        valid = (dx < S) & (dy < S) & (first + j < width) & (i < height)
+        valid = (dx < S) & (dy < S) & (first + j < _columns(i, height, width))
         wanted = (kx < K)[:, None] & valid[None, :]
         taps = weights + kx[:, None] * area + _weight_offsets(i, first + j, dy, dx, height, width, S, SOFTMAX)[None, :]
         if SOFTMAX:
@@ -141,7 +147,7 @@ def _forward(
                 weight = tl.exp(weight - maximum[None, :]) * scale[None, :]
             band = tl.where(in_band, tl.gather(weight, kx_clipped, 0), 0.0)
             line = i + ky - K // 2
-            inside = (line >= 0) & (line < height) & (column >= 0) & (column < width)
+            inside = (column >= 0) & (column < _columns(line, height, width))
             tile = tl.load(x + line.to(tl.int64) * x_h, mask=in_group[:, None] & inside[None, :], other=0.0)
             result = tl.dot(tile.to(DOT), band.to(DOT), result, input_precision="tf32x3")
         tl.store(y + (i * S + dy).to(tl.int64)[None, :] * y_h, result, mask=in_group[:, None] & valid[None, :])
@@ -201,7 +207,7 @@ def _source_gradient(
     kx_of = first + block[None, :] - j[:, None] + K // 2  # the tap that takes a block's column to a result's place
     in_band = (kx_of >= 0) & (kx_of < K)
     kx_clipped = tl.where(in_band, kx_of, 0)
-    in_window = (dx < S) & (j >= 0) & (j < width)
+    in_window = (dx < S) & (j >= 0)
     in_group = channel < channels
     channel = (group * channels + channel).to(tl.int64)
     dy_tensor += n.to(tl.int64) * g_n + channel[:, None] * g_c + (j * S + dx).to(tl.int64)[None, :] * g_w
@@ -212,7 +218,7 @@ def _source_gradient(
             ky = step // S
             dy = step % S
             i = top + row + K // 2 - ky
-            valid = in_window & (i >= 0) & (i < height)
+            valid = in_window & (j < _columns(i, height, width))
             offset = _weight_offsets(i, j, dy, dx, height, width, S, SOFTMAX)
             if SOFTMAX:
                 maximum = tl.load(softmax + offset, mask=valid, other=0.0)
@@ -227,7 +233,7 @@ def _source_gradient(
                 dy_tensor + (i * S + dy).to(tl.int64) * g_h, mask=in_group[:, None] & valid[None, :], other=0.0
             )
             result = tl.dot(tile.to(DOT), band.to(DOT), result, input_precision="tf32x3")
-        inside = (top + row < height) & (first + block < width)
+        inside = first + block < _columns(top + row, height, width)
         tl.store(dx_tensor + (top + row).to(tl.int64) * x_h, result, mask=in_group[:, None] & inside[None, :])
 
 
@@ -300,7 +306,7 @@ def _weight_gradient(
         gradients, mean = (), tl.zeros([SIZE], tl.float32)
         for ky in tl.static_range(K):
             line = i + ky - K // 2
-            inside = (line >= 0) & (line < height) & (column >= 0) & (column < width)
+            inside = (column >= 0) & (column < _columns(line, height, width))
             products = tl.zeros([WINDOW, SIZE], tl.float32)
             for block in range(CHANNEL_BLOCKS):
                 in_group = block * C_BLOCK + channel < channels

@@ -289,7 +289,8 @@ def _square_gradients(
     for i in tl.static_range(GROUP):
         taps = _diagonal_sums(products[i], SQUARE, B, WINDOW, T)
         tap = tl.arange(0, T)
-        tl.store(partial + (top + i) * SQUARE + tap, taps, mask=(tap < SQUARE) & (top + i < SQUARE))
+        place = (top + i) * SQUARE + tap
+        tl.store(partial + place, taps, mask=(tap < SQUARE) & (place < SQUARE * SQUARE))
 
 
 # --- launch configurations ---------------------------------------------------------------------------------------
