@@ -18,14 +18,17 @@ the steps' gradients through softplus and clamp. Only the inputs are kept for ba
 Log-decays are summed in fixed point, int64 with 40 bits after the point: the sum is exact, so a step of -110 costs its
 neighbours no digits, as it would in fp32, and no segmented sum is needed.
 
-What it costs a token and head, forward, K directions on K/2 axes, e bytes an element: x is read twice an axis and y
-written once an axis (the row's part in fp32), p·e·(2·K/2 + 1) + 8·p at K = 4; the states move 16·K·p·n/Q bytes (chunk
-states written, read and written by the recurrence, read); B, C are read n·e·(3/heads of a group)·K times their share.
-At p = n = Q = 64, bf16, K = 4 that is 4 KB of states, 1.2 KB of x and y: at 4.8 TB/s (H200) 0.9 ns a token and head.
-Products are 2·(Q·n + Q·p)·K/2 + 4·p·n·K multiply–adds and Q·K/2 exponentials, 66 k and 128: at 400 (H200, without
-wgmma's full rate) and 200 (A100) dense bf16 TFLOP/s 0.3 and 0.6 ns. So both should be bound by the states' traffic
-(A100: 2 TB/s, 2.6 ns), fp32 by its FMA products (`ieee`: no silent TF32). No GPU has run this yet.
+Device memory, forward, a token and head, K = 4, e bytes an element: x is read once a direction for the states and once
+an axis for Y (6·p·e), y is written, read and written (the row's part in fp32: 8·p + p·e), the chunks' states are
+written, read and written by the recurrence, and read (16·K·p·n/Q); B and C serve the heads of a group from the L2
+cache. At p = n = Q = 64 in bf16 that is 1.4 KB and 4.1 KB of states. Products are K/2·(2·Q·n + Q·p) + 2·K·p·n = 57 k
+multiply–adds, with 128 exponentials. So bf16 should be bound by memory, and there by the states: 1.1 ns a token and
+head on H200 (4.8 TB/s), 2.7 ns on A100 (2 TB/s), against 0.2 and 0.6 ns of products at 60 % of the tensor cores' peak.
+fp32 should be bound by its FMA products (`ieee`: no silent TF32). No GPU has run this yet.
 """
+
+# mypy: allow-untyped-defs, allow-incomplete-defs
+# (arguments of Triton kernels have no Python types)
 
 from __future__ import annotations
 
@@ -364,7 +367,8 @@ def _matrix_gradients(
         dM = dY Xᵀ     dG = dM ∘ L · step     dC = dG B + arrive ∘ (dY S)     dB = dGᵀ C + weight ∘ (X dS)
 
     A block of N per program: all of this but dM is linear in it. of_B, of_C (splits, batch, tokens, directions,
-    groups, N), of_step, of_log (blocks of N, batch, tokens, directions, heads), of_skip (batch, chunk, heads, P): dY ∘ X.
+    groups, N), of_step, of_log (blocks of N, batch, tokens, directions, heads), of_skip (batch, chunk, heads, P): the
+    sums of dY ∘ X.
 
     A log-decay's gradient is the sum over all pairs of tokens it lies between, built up term by term: a difference of
     running sums would lose small ones beside large.
@@ -515,28 +519,38 @@ def _step_gradients(
 
 # --- launches ---------------------------------------------------------------------------------------------
 
-# Tokens of a chunk at most.
-_CHUNK = 64
+
+class _Tiles(NamedTuple):
+    """Of a kernel: the most that a program takes of headdim and of the state at once, and its warps."""
+
+    headdim: int
+    state: int
+    config: launch.Config
+
+
+class _Tiling(NamedTuple):
+    """Of a dtype: tokens of a chunk at most, and what its kernels take: `_chunk_states`, and the others."""
+
+    chunk: int
+    states: _Tiles
+    mix: _Tiles
+
+
+# The largest that sm_80 and sm_90 hold in registers. A tile of 64 × 64 takes 32 of 255 with 4 warps, and more than 4
+# warps do not share the 64 rows of a product on tensor cores. One of fp32 by FMA keeps rows of both factors as well: of
+# 64 elements they would not fit. Nothing but inputs is kept for backward, so its chunks may be others: they hold more.
+_FMA = _Tiles(32, 32, launch.Config(num_warps=4))
+_LARGE = _Tiles(64, 64, launch.Config(num_warps=4))
+_FORWARD = {
+    torch.bfloat16: _Tiling(64, states=_LARGE, mix=_FMA),
+    torch.float16: _Tiling(32, states=_FMA, mix=_FMA),
+    torch.float32: _Tiling(32, states=_FMA, mix=_FMA),
+}
+_BACKWARD = _FORWARD | {torch.bfloat16: _Tiling(32, states=_LARGE, mix=_LARGE)}
+_PASS = launch.Config(num_warps=4)
+_STEPS = launch.Config(num_warps=4)
 # Channels of the heads that share a program's G in _mix: narrow heads go together.
 _WIDTH = 64
-_STATES = launch.Config(num_warps=4)
-_PASS = launch.Config(num_warps=4)
-_MIX = launch.Config(num_warps=4)
-_GRADIENTS = launch.Config(num_warps=8)
-_STEPS = launch.Config(num_warps=4)
-
-
-def _blocks(dtype: torch.dtype, headdim: int, state: int) -> dict[str, Any]:
-    """Block sizes over headdim and state, and the arithmetic of products."""
-    # fp16 products run as TF32: as many digits, but steps and states may be beyond fp16's range. Triton's interpreter
-    # has no product of bf16.
-    narrow = dtype == torch.bfloat16 and not backends.TRITON_INTERPRETS
-    return {
-        "BLOCK_P": max(16, min(64, _power_of_two(headdim))),
-        "BLOCK_N": max(16, min(64, _power_of_two(state))),
-        "DOT": tl.bfloat16 if narrow else tl.float32,
-        "PRECISION": "ieee" if dtype == torch.float32 else "tf32",
-    }
 
 
 # --- one call -----------------------------------------------------------------------------------------------
@@ -579,10 +593,11 @@ class _Problem:
         D: Tensor | None,
         dt_bias: Tensor | None,
         step_rule: tuple[int | None, bool, float, float],
+        tiling: dict[torch.dtype, _Tiling],
         resets: Tensor | None = None,
     ) -> None:
         image = x.dim() == 5
-        self.batches, self.height, self.width = x.shape[:3] if image else (*x.shape[:2], 1)
+        self.batches, self.height, self.width = (*x.shape[:3],) if image else (*x.shape[:2], 1)
         self.heads, self.headdim = x.shape[-2:]
         self.groups, self.state = B.shape[-2:]
         self.directions, self.matrices = (dt.shape[3], B.shape[3]) if image else (1, 1)
@@ -595,10 +610,26 @@ class _Problem:
             D = D[:, None].expand(self.heads, self.headdim)
         self.skip = None if D is None else D.contiguous()
         chunk, self.softplus, self.low, self.high = step_rule
-        longest = _CHUNK if chunk is None else min(_power_of_two(chunk), _CHUNK)
+        self.tiling = tiling[x.dtype]
+        longest = self.tiling.chunk if chunk is None else min(_power_of_two(chunk), self.tiling.chunk)
         self.chunk = max(16, min(longest, _power_of_two(self.tokens)))
         self.chunks = -(-self.tokens // self.chunk)
-        self.blocks = _blocks(x.dtype, self.headdim, self.state)
+
+    def constants(self, tiles: _Tiles) -> dict[str, Any]:
+        """What the kernels that take tiles know at compile time."""
+        # fp16 products run as TF32: as many digits, but steps and states may be beyond fp16's range. Triton's
+        # interpreter has no product of bf16.
+        narrow = self.x.dtype == torch.bfloat16 and not backends.TRITON_INTERPRETS
+        return {
+            "SOFTPLUS": self.softplus,
+            "P": self.headdim,
+            "N": self.state,
+            "CHUNK": self.chunk,
+            "BLOCK_P": max(16, min(tiles.headdim, _power_of_two(self.headdim))),
+            "BLOCK_N": max(16, min(tiles.state, _power_of_two(self.state))),
+            "DOT": tl.bfloat16 if narrow else tl.float32,
+            "PRECISION": "ieee" if self.x.dtype == torch.float32 else "tf32",
+        }
 
     def rows(self, t: Tensor) -> Tensor:
         """(batch, tokens, features); a copy only where tokens are not one stride apart or features have gaps."""
@@ -614,13 +645,14 @@ class _Problem:
         state of the sequence at its begin and at its end, last is written.
         """
         states = u.new_empty((*totals.shape, self.headdim, self.state), dtype=torch.float32)
-        blocks = -(-self.headdim // self.blocks["BLOCK_P"]) * -(-self.state // self.blocks["BLOCK_N"])
+        tiles = self.tiling.states
+        constants = self.constants(tiles)
+        blocks = -(-self.headdim // constants["BLOCK_P"]) * -(-self.state // constants["BLOCK_N"])
         launch.run(
-            _chunk_states, (totals.numel() * blocks,), _STATES,
+            _chunk_states, (totals.numel() * blocks,), tiles.config,
             *_strided(u), *_strided(v), *_strided(self.dt), self.A, self.bias, self.resets, states, totals,
             self.batches, self.height, self.width, self.chunks, self.heads, self.groups, self.directions,
-            self.matrices, self.low, self.high, SOFTPLUS=self.softplus, GRADIENT=gradient, P=self.headdim,
-            N=self.state, CHUNK=self.chunk, **self.blocks,
+            self.matrices, self.low, self.high, GRADIENT=gradient, **constants,
         )  # fmt: skip
         size = self.headdim * self.state
         block = min(1024, _power_of_two(size))
@@ -651,18 +683,19 @@ class _Problem:
         """y from X and states, or (transposed) the gradient of x from dY and the states' gradients."""
         left, right = (self.B, self.C) if transposed else (self.C, self.B)
         heads = _divisor(self.heads // self.groups, max(1, _WIDTH // self.headdim))
+        tiles = self.tiling.mix
         y = None
         for axis in range(2 if self.directions == 4 else 1):
             # What the second axis adds to is kept in fp32.
             part, dtype = y, torch.float32 if self.directions == 4 and axis == 0 else self.x.dtype
             y = u.new_empty((self.batches, self.tokens, self.heads * self.headdim), dtype=dtype)
             launch.run(
-                _mix, (self.batches * self.chunks * (self.heads // heads),), _MIX,
+                _mix, (self.batches * self.chunks * (self.heads // heads),), tiles.config,
                 *_strided(u), *_strided(left), *_strided(right), *_strided(self.dt), self.A, self.bias,
                 self.resets, self.skip if axis == 0 else None, states, part, gate, y_gradient, gate_gradient, y,
                 self.batches, self.height, self.width, self.chunks, self.heads, self.groups, self.low, self.high,
-                SOFTPLUS=self.softplus, TRANSPOSED=transposed, AXIS=axis, SIDES=min(self.directions, 2),
-                SHARED=self.matrices == 1, P=self.headdim, N=self.state, HEADS=heads, CHUNK=self.chunk, **self.blocks,
+                TRANSPOSED=transposed, AXIS=axis, SIDES=min(self.directions, 2), SHARED=self.matrices == 1, HEADS=heads,
+                **self.constants(tiles),
             )  # fmt: skip
         assert y is not None
         return y
@@ -685,7 +718,9 @@ class _Problem:
         of_x = self.mix(dy, state_gradients, transposed=True) if needs[0] else None
         if not any(needs[1:]):
             return [of_x, *itertools.repeat(None, 6)]
-        parts = -(-self.state // self.blocks["BLOCK_N"])
+        tiles = self.tiling.mix
+        constants = self.constants(tiles)
+        parts = -(-self.state // constants["BLOCK_N"])
         programs = self.directions * self.batches * self.chunks * self.groups * parts
         in_group = self.heads // self.groups
         # The heads of a group add to one gradient of B and C. Where there are too few programs for a GPU they are
@@ -699,12 +734,11 @@ class _Problem:
         of_step, of_log = (self.fp32(parts, self.batches, self.tokens, columns) for _ in range(2))
         of_D = None if self.skip is None else self.fp32(self.batches * self.chunks, self.heads, self.headdim)
         launch.run(
-            _matrix_gradients, (programs * splits,), _GRADIENTS,
+            _matrix_gradients, (programs * splits,), tiles.config,
             *_strided(self.x), *_strided(dy), *_strided(self.B), *_strided(self.C), *_strided(self.dt), self.A,
             self.bias, self.resets, states, state_gradients, of_B, of_C, of_step, of_log, of_D,
             self.batches, self.height, self.width, self.chunks, self.heads, self.groups, splits, self.directions,
-            self.matrices, self.low, self.high, SOFTPLUS=self.softplus, P=self.headdim, N=self.state,
-            HEADS=in_group // splits, CHUNK=self.chunk, **self.blocks,
+            self.matrices, self.low, self.high, HEADS=in_group // splits, **constants,
         )  # fmt: skip
         rows, row_block, column_block = self.batches * self.tokens, 64, min(32, _power_of_two(columns))
         row_blocks = -(-rows // row_block)
@@ -740,9 +774,7 @@ def _like(gradient: Tensor, tensor: Tensor) -> Tensor:
 
 
 def _zeros(needs: Sequence[bool], tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
-    return [
-        torch.zeros_like(t) if need and t is not None else None for need, t in zip(needs, tensors, strict=True)
-    ]
+    return [torch.zeros_like(t) if need and t is not None else None for need, t in zip(needs, tensors, strict=True)]
 
 
 def _contiguous(t: Tensor | None) -> Tensor | None:
@@ -768,7 +800,7 @@ def _forward_2d(
     """y (N, H, W, heads, headdim) in x's dtype."""
     if x.numel() == 0:
         return torch.empty_like(x, memory_format=torch.contiguous_format)
-    problem = _Problem(x, dt, A, B, C, _summed(D), dt_bias, (chunk_size, dt_softplus, dt_min, dt_max))
+    problem = _Problem(x, dt, A, B, C, _summed(D), dt_bias, (chunk_size, dt_softplus, dt_min, dt_max), _FORWARD)
     with launch.on(x.device):
         return problem.mix(problem.x, problem.carried(None).states).view(x.shape)
 
@@ -792,7 +824,7 @@ def _backward_2d(
     tensors = (x, dt, A, B, C, D, dt_bias)
     if x.numel() == 0:
         return _zeros(needs, tensors)
-    problem = _Problem(x, dt, A, B, C, _summed(D), dt_bias, (chunk_size, dt_softplus, dt_min, dt_max))
+    problem = _Problem(x, dt, A, B, C, _summed(D), dt_bias, (chunk_size, dt_softplus, dt_min, dt_max), _BACKWARD)
     with launch.on(x.device):
         found = problem.gradients(problem.rows(grad), problem.carried(None), needs)
         if found[5] is not None and D is not None:
@@ -833,7 +865,7 @@ def _forward(
     with launch.on(x.device):
         final = _state_after(x, B, initial_states) if return_final_states else None
         if x.numel():
-            problem = _Problem(x, dt, A, B, C, D, dt_bias, step_rule, _resets(seq_idx))
+            problem = _Problem(x, dt, A, B, C, D, dt_bias, step_rule, _FORWARD, _resets(seq_idx))
             states = problem.carried(_contiguous(initial_states), last=final).states
             results[0] = problem.mix(problem.x, states, gate=_contiguous(z)).view(x.shape)
         if final is not None:
@@ -844,7 +876,7 @@ def _forward(
                 part = (x[:, tokens], dt[:, tokens], A, B[:, tokens], C[:, tokens])
                 ends.append(_state_after(x, B, first))
                 if part[0].numel():
-                    _Problem(*part, None, dt_bias, step_rule).carried(_contiguous(first), last=ends[-1])
+                    _Problem(*part, None, dt_bias, step_rule, _FORWARD).carried(_contiguous(first), last=ends[-1])
             results.append(torch.cat(ends))
     return results
 
@@ -877,7 +909,7 @@ def _backward(
     of_final = grads[1].contiguous() if return_final_states else None
     with launch.on(x.device):
         if x.numel():
-            problem = _Problem(x, dt, A, B, C, D, dt_bias, step_rule, _resets(seq_idx))
+            problem = _Problem(x, dt, A, B, C, D, dt_bias, step_rule, _BACKWARD, _resets(seq_idx))
             carried = problem.carried(_contiguous(initial_states), of_final)
             dy, of_z = grads[0], None
             if z is not None:
@@ -892,7 +924,7 @@ def _backward(
             end = grads[-1][index : index + 1].contiguous()
             part = (x[:, tokens], dt[:, tokens], A, B[:, tokens], C[:, tokens], None, None, dt_bias, first)
             if part[0].numel():
-                problem = _Problem(*part[:6], dt_bias, step_rule)
+                problem = _Problem(*part[:6], dt_bias, step_rule, _BACKWARD)
                 carried = problem.carried(_contiguous(first), end)
                 shares = _sequence_gradients(problem, torch.zeros_like(part[0]), carried, needs, part, None, end)
             else:
@@ -915,13 +947,14 @@ def _sequence_gradients(
     of_final: Tensor | None,
 ) -> list[Tensor | None]:
     """Gradients of x, dt, A, B, C, D, z, dt_bias and the initial states where `needs`, in their shapes."""
-    of_initial = None if tensors[8] is None else torch.empty_like(tensors[8], dtype=torch.float32)
+    of_initial = None if tensors[8] is None else dy.new_empty(tensors[8].shape, dtype=torch.float32)
     wanted = [*needs[:6], needs[7]]
     *found, of_bias = problem.gradients(problem.rows(dy), carried, wanted, of_final, of_initial)
-    if found[5] is not None and tensors[5].dim() == 1:
-        found[5] = found[5].sum(1)
+    of_D, D = found[5], tensors[5]
+    if of_D is not None and D is not None and D.dim() == 1:
+        found[5] = of_D.sum(1)
     return [
-        None if g is None or not need else g.view(t.shape)
+        g.view(t.shape) if g is not None and t is not None and need else None
         for g, t, need in zip([*found, of_z, of_bias, of_initial], tensors, needs[:9], strict=True)
     ]
 
