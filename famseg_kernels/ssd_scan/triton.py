@@ -27,9 +27,6 @@ head on H200 (4.8 TB/s), 2.7 ns on A100 (2 TB/s), against 0.2 and 0.6 ns of prod
 fp32 should be bound by its FMA products (`ieee`: no silent TF32). No GPU has run this yet.
 """
 
-# mypy: allow-untyped-defs, allow-incomplete-defs
-# (arguments of Triton kernels have no Python types)
-
 from __future__ import annotations
 
 import itertools
@@ -520,35 +517,26 @@ def _step_gradients(
 # --- launches ---------------------------------------------------------------------------------------------
 
 
-class _Tiles(NamedTuple):
-    """Of a kernel: the most that a program takes of headdim and of the state at once, and its warps."""
+class Configuration(NamedTuple):
+    """How bf16 is cut. What runs in TF32 or by FMA takes at most 32 of everything."""
 
-    headdim: int
-    state: int
-    config: launch.Config
-
-
-class _Tiling(NamedTuple):
-    """Of a dtype: tokens of a chunk at most, and what its kernels take: `_chunk_states`, and the others."""
-
-    chunk: int
-    states: _Tiles
-    mix: _Tiles
+    chunk: int  # tokens of a chunk, at most
+    tile: int  # of headdim and state that a program takes at once, at most
+    # The same in backward: nothing but inputs is kept for it, so its chunks may be others.
+    backward_chunk: int
+    backward_tile: int
+    num_stages: int
 
 
-# The largest that sm_80 and sm_90 hold in registers. A tile of 64 × 64 takes 32 of 255 with 4 warps, and more than 4
-# warps do not share the 64 rows of a product on tensor cores. One of fp32 by FMA keeps rows of both factors as well: of
-# 64 elements they would not fit. Nothing but inputs is kept for backward, so its chunks may be others: they hold more.
-_FMA = _Tiles(32, 32, launch.Config(num_warps=4))
-_LARGE = _Tiles(64, 64, launch.Config(num_warps=4))
-_FORWARD = {
-    torch.bfloat16: _Tiling(64, states=_LARGE, mix=_FMA),
-    torch.float16: _Tiling(32, states=_FMA, mix=_FMA),
-    torch.float32: _Tiling(32, states=_FMA, mix=_FMA),
+# By compute capability × 10; 0 stands for every other chip and for the interpreter. These are the largest that sm_80
+# and sm_90 hold in registers: a tile of 64 × 64 takes 32 of 255 with 4 warps, and more than 4 warps do not share the 64
+# rows of a product on tensor cores. A product by FMA keeps rows of both factors as well: of 64 they would not fit.
+CONFIGURATIONS = {
+    80: Configuration(chunk=64, tile=32, backward_chunk=32, backward_tile=64, num_stages=2),
+    90: Configuration(chunk=64, tile=32, backward_chunk=32, backward_tile=64, num_stages=2),
+    0: Configuration(chunk=64, tile=32, backward_chunk=32, backward_tile=64, num_stages=2),
 }
-_BACKWARD = _FORWARD | {torch.bfloat16: _Tiling(32, states=_LARGE, mix=_LARGE)}
-_PASS = launch.Config(num_warps=4)
-_STEPS = launch.Config(num_warps=4)
+_WARPS = 4
 # Channels of the heads that share a program's G in _mix: narrow heads go together.
 _WIDTH = 64
 
@@ -593,8 +581,9 @@ class _Problem:
         D: Tensor | None,
         dt_bias: Tensor | None,
         step_rule: tuple[int | None, bool, float, float],
-        tiling: dict[torch.dtype, _Tiling],
         resets: Tensor | None = None,
+        *,
+        backward: bool = False,
     ) -> None:
         image = x.dim() == 5
         self.batches, self.height, self.width = (*x.shape[:3],) if image else (*x.shape[:2], 1)
@@ -610,12 +599,16 @@ class _Problem:
             D = D[:, None].expand(self.heads, self.headdim)
         self.skip = None if D is None else D.contiguous()
         chunk, self.softplus, self.low, self.high = step_rule
-        self.tiling = tiling[x.dtype]
-        longest = self.tiling.chunk if chunk is None else min(_power_of_two(chunk), self.tiling.chunk)
+        tuned = CONFIGURATIONS.get(launch.capability(x.device), CONFIGURATIONS[0])
+        longest, tile = (tuned.backward_chunk, tuned.backward_tile) if backward else (tuned.chunk, tuned.tile)
+        limit = 64 if x.dtype == torch.bfloat16 else 32
+        self.tile, self.state_tile = min(limit, tile), limit
+        self.config = launch.Config(_WARPS, tuned.num_stages)
+        longest = min(limit, longest, longest if chunk is None else _power_of_two(chunk))
         self.chunk = max(16, min(longest, _power_of_two(self.tokens)))
         self.chunks = -(-self.tokens // self.chunk)
 
-    def constants(self, tiles: _Tiles) -> dict[str, Any]:
+    def constants(self, tile: int) -> dict[str, Any]:
         """What the kernels that take tiles know at compile time."""
         # fp16 products run as TF32: as many digits, but steps and states may be beyond fp16's range. Triton's
         # interpreter has no product of bf16.
@@ -625,8 +618,8 @@ class _Problem:
             "P": self.headdim,
             "N": self.state,
             "CHUNK": self.chunk,
-            "BLOCK_P": max(16, min(tiles.headdim, _power_of_two(self.headdim))),
-            "BLOCK_N": max(16, min(tiles.state, _power_of_two(self.state))),
+            "BLOCK_P": max(16, min(tile, _power_of_two(self.headdim))),
+            "BLOCK_N": max(16, min(tile, _power_of_two(self.state))),
             "DOT": tl.bfloat16 if narrow else tl.float32,
             "PRECISION": "ieee" if self.x.dtype == torch.float32 else "tf32",
         }
@@ -645,11 +638,10 @@ class _Problem:
         state of the sequence at its begin and at its end, last is written.
         """
         states = u.new_empty((*totals.shape, self.headdim, self.state), dtype=torch.float32)
-        tiles = self.tiling.states
-        constants = self.constants(tiles)
+        constants = self.constants(self.state_tile)
         blocks = -(-self.headdim // constants["BLOCK_P"]) * -(-self.state // constants["BLOCK_N"])
         launch.run(
-            _chunk_states, (totals.numel() * blocks,), tiles.config,
+            _chunk_states, (totals.numel() * blocks,), self.config,
             *_strided(u), *_strided(v), *_strided(self.dt), self.A, self.bias, self.resets, states, totals,
             self.batches, self.height, self.width, self.chunks, self.heads, self.groups, self.directions,
             self.matrices, self.low, self.high, GRADIENT=gradient, **constants,
@@ -657,7 +649,7 @@ class _Problem:
         size = self.headdim * self.state
         block = min(1024, _power_of_two(size))
         launch.run(
-            _pass_states, (self.directions * self.batches * self.heads * -(-size // block),), _PASS,
+            _pass_states, (self.directions * self.batches * self.heads * -(-size // block),), launch.Config(_WARPS),
             states, totals, first, last, self.batches, self.chunks, self.heads, size, GRADIENT=gradient, BLOCK=block,
             UNROLL=8,
         )  # fmt: skip
@@ -683,19 +675,18 @@ class _Problem:
         """y from X and states, or (transposed) the gradient of x from dY and the states' gradients."""
         left, right = (self.B, self.C) if transposed else (self.C, self.B)
         heads = _divisor(self.heads // self.groups, max(1, _WIDTH // self.headdim))
-        tiles = self.tiling.mix
         y = None
         for axis in range(2 if self.directions == 4 else 1):
             # What the second axis adds to is kept in fp32.
             part, dtype = y, torch.float32 if self.directions == 4 and axis == 0 else self.x.dtype
             y = u.new_empty((self.batches, self.tokens, self.heads * self.headdim), dtype=dtype)
             launch.run(
-                _mix, (self.batches * self.chunks * (self.heads // heads),), tiles.config,
+                _mix, (self.batches * self.chunks * (self.heads // heads),), self.config,
                 *_strided(u), *_strided(left), *_strided(right), *_strided(self.dt), self.A, self.bias,
                 self.resets, self.skip if axis == 0 else None, states, part, gate, y_gradient, gate_gradient, y,
                 self.batches, self.height, self.width, self.chunks, self.heads, self.groups, self.low, self.high,
                 TRANSPOSED=transposed, AXIS=axis, SIDES=min(self.directions, 2), SHARED=self.matrices == 1, HEADS=heads,
-                **self.constants(tiles),
+                **self.constants(self.tile),
             )  # fmt: skip
         assert y is not None
         return y
@@ -718,8 +709,7 @@ class _Problem:
         of_x = self.mix(dy, state_gradients, transposed=True) if needs[0] else None
         if not any(needs[1:]):
             return [of_x, *itertools.repeat(None, 6)]
-        tiles = self.tiling.mix
-        constants = self.constants(tiles)
+        constants = self.constants(self.tile)
         parts = -(-self.state // constants["BLOCK_N"])
         programs = self.directions * self.batches * self.chunks * self.groups * parts
         in_group = self.heads // self.groups
@@ -734,7 +724,7 @@ class _Problem:
         of_step, of_log = (self.fp32(parts, self.batches, self.tokens, columns) for _ in range(2))
         of_D = None if self.skip is None else self.fp32(self.batches * self.chunks, self.heads, self.headdim)
         launch.run(
-            _matrix_gradients, (programs * splits,), tiles.config,
+            _matrix_gradients, (programs * splits,), self.config,
             *_strided(self.x), *_strided(dy), *_strided(self.B), *_strided(self.C), *_strided(self.dt), self.A,
             self.bias, self.resets, states, state_gradients, of_B, of_C, of_step, of_log, of_D,
             self.batches, self.height, self.width, self.chunks, self.heads, self.groups, splits, self.directions,
@@ -745,7 +735,7 @@ class _Problem:
         of_dt = self.dt.new_empty((self.batches, self.tokens, columns))
         of_A, of_bias = (self.fp32(row_blocks, columns) for _ in range(2))
         launch.run(
-            _step_gradients, (row_blocks * -(-columns // column_block),), _STEPS,
+            _step_gradients, (row_blocks * -(-columns // column_block),), launch.Config(_WARPS),
             *_strided(self.dt), self.A, self.bias, of_step, of_log, of_dt, of_A, of_bias, rows, self.tokens, columns,
             self.low, self.high, SOFTPLUS=self.softplus, PARTS=parts, ROWS=row_block, COLUMNS=column_block,
         )  # fmt: skip
@@ -800,7 +790,7 @@ def _forward_2d(
     """y (N, H, W, heads, headdim) in x's dtype."""
     if x.numel() == 0:
         return torch.empty_like(x, memory_format=torch.contiguous_format)
-    problem = _Problem(x, dt, A, B, C, _summed(D), dt_bias, (chunk_size, dt_softplus, dt_min, dt_max), _FORWARD)
+    problem = _Problem(x, dt, A, B, C, _summed(D), dt_bias, (chunk_size, dt_softplus, dt_min, dt_max))
     with launch.on(x.device):
         return problem.mix(problem.x, problem.carried(None).states).view(x.shape)
 
@@ -824,7 +814,7 @@ def _backward_2d(
     tensors = (x, dt, A, B, C, D, dt_bias)
     if x.numel() == 0:
         return _zeros(needs, tensors)
-    problem = _Problem(x, dt, A, B, C, _summed(D), dt_bias, (chunk_size, dt_softplus, dt_min, dt_max), _BACKWARD)
+    problem = _Problem(x, dt, A, B, C, _summed(D), dt_bias, (chunk_size, dt_softplus, dt_min, dt_max), backward=True)
     with launch.on(x.device):
         found = problem.gradients(problem.rows(grad), problem.carried(None), needs)
         if found[5] is not None and D is not None:
@@ -865,7 +855,7 @@ def _forward(
     with launch.on(x.device):
         final = _state_after(x, B, initial_states) if return_final_states else None
         if x.numel():
-            problem = _Problem(x, dt, A, B, C, D, dt_bias, step_rule, _FORWARD, _resets(seq_idx))
+            problem = _Problem(x, dt, A, B, C, D, dt_bias, step_rule, _resets(seq_idx))
             states = problem.carried(_contiguous(initial_states), last=final).states
             results[0] = problem.mix(problem.x, states, gate=_contiguous(z)).view(x.shape)
         if final is not None:
@@ -876,7 +866,7 @@ def _forward(
                 part = (x[:, tokens], dt[:, tokens], A, B[:, tokens], C[:, tokens])
                 ends.append(_state_after(x, B, first))
                 if part[0].numel():
-                    _Problem(*part, None, dt_bias, step_rule, _FORWARD).carried(_contiguous(first), last=ends[-1])
+                    _Problem(*part, None, dt_bias, step_rule).carried(_contiguous(first), last=ends[-1])
             results.append(torch.cat(ends))
     return results
 
@@ -909,7 +899,7 @@ def _backward(
     of_final = grads[1].contiguous() if return_final_states else None
     with launch.on(x.device):
         if x.numel():
-            problem = _Problem(x, dt, A, B, C, D, dt_bias, step_rule, _BACKWARD, _resets(seq_idx))
+            problem = _Problem(x, dt, A, B, C, D, dt_bias, step_rule, _resets(seq_idx), backward=True)
             carried = problem.carried(_contiguous(initial_states), of_final)
             dy, of_z = grads[0], None
             if z is not None:
@@ -924,7 +914,7 @@ def _backward(
             end = grads[-1][index : index + 1].contiguous()
             part = (x[:, tokens], dt[:, tokens], A, B[:, tokens], C[:, tokens], None, None, dt_bias, first)
             if part[0].numel():
-                problem = _Problem(*part[:6], dt_bias, step_rule, _BACKWARD)
+                problem = _Problem(*part[:6], dt_bias, step_rule, backward=True)
                 carried = problem.carried(_contiguous(first), end)
                 shares = _sequence_gradients(problem, torch.zeros_like(part[0]), carried, needs, part, None, end)
             else:
