@@ -521,7 +521,7 @@ class Configuration(NamedTuple):
     """How bf16 is cut. What runs in TF32 or by FMA takes at most 32 of everything."""
 
     chunk: int  # tokens of a chunk, at most
-    tile: int  # of headdim and state that a program takes at once, at most
+    tile: int  # of headdim and state that a program takes at once, at most; for states the larger of both
     # The same in backward: nothing but inputs is kept for it, so its chunks may be others.
     backward_chunk: int
     backward_tile: int
@@ -602,7 +602,7 @@ class _Problem:
         tuned = CONFIGURATIONS.get(launch.capability(x.device), CONFIGURATIONS[0])
         longest, tile = (tuned.backward_chunk, tuned.backward_tile) if backward else (tuned.chunk, tuned.tile)
         limit = 64 if x.dtype == torch.bfloat16 else 32
-        self.tile, self.state_tile = min(limit, tile), limit
+        self.tile, self.state_tile = min(limit, tile), min(limit, max(tuned.tile, tuned.backward_tile))
         self.config = launch.Config(_WARPS, tuned.num_stages)
         longest = min(limit, longest, longest if chunk is None else _power_of_two(chunk))
         self.chunk = max(16, min(longest, _power_of_two(self.tokens)))
