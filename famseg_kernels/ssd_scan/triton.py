@@ -602,7 +602,9 @@ class _Problem:
         tuned = CONFIGURATIONS.get(launch.capability(x.device), CONFIGURATIONS[0])
         longest, tile = (tuned.backward_chunk, tuned.backward_tile) if backward else (tuned.chunk, tuned.tile)
         limit = 64 if x.dtype == torch.bfloat16 else 32
-        self.tile, self.state_tile = min(limit, tile), min(limit, max(tuned.tile, tuned.backward_tile))
+        # TF32's operands are twice as wide as the fp16 they come from, which leaves `_matrix_gradients` less room.
+        self.tile = min(16 if backward and x.dtype == torch.float16 else limit, tile)
+        self.state_tile = min(limit, max(tuned.tile, tuned.backward_tile))
         self.config = launch.Config(_WARPS, tuned.num_stages)
         longest = min(limit, longest, longest if chunk is None else _power_of_two(chunk))
         self.chunk = max(16, min(longest, _power_of_two(self.tokens)))
