@@ -185,13 +185,15 @@ def _pass_states(
             exists = index < chunks
             chunk = tl.where(ascending, index, chunks - 1 - index)
             at = ((direction * batches + batch) * chunks + chunk) * heads + head
-            added = tl.load(states + at * size + element, mask=inside & exists, other=0.0)
+            # (Triton 3.9's interpreter cannot & a number with a block.)
+            here = element < tl.where(exists, size, 0)
+            added = tl.load(states + at * size + element, mask=here, other=0.0)
             through = _decay_of(tl.load(totals + at, mask=exists, other=0))
-            tl.store(states + at * size + element, state, mask=inside & exists)
+            tl.store(states + at * size + element, state, mask=here)
             state = state * through + added
         done += UNROLL
     if last is not None:
-        tl.store(last + row, state, mask=inside & (direction == 0))
+        tl.store(last + row, state, mask=element < tl.where(direction == 0, size, 0))
 
 
 # --- forward, and the gradient of x -------------------------------------------------------------------------
@@ -437,7 +439,8 @@ def _matrix_gradients(
             if of_skip is not None:
                 product = tl.sum(x_tile.to(tl.float32) * dy_tile.to(tl.float32), 0)
                 skip_at = ((batch * chunks + chunk) * heads + head) * P + p0 + p
-                tl.store(of_skip + skip_at, product, mask=p_inside & (direction == 0) & (block == 0))
+                # Once: by direction 0 and the first block of N.
+                tl.store(of_skip + skip_at, product, mask=p0 + p < tl.where(direction + block == 0, P, 0))
 
         high_sum, low_sum = _split(sums)
         between = (high_sum[:, None] - high_sum[None, :]) + (low_sum[:, None] - low_sum[None, :])
