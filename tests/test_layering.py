@@ -8,7 +8,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-BASE = ("famseg_kernels.checks", "famseg_kernels.backends", "famseg_kernels.registry", "famseg_kernels.tolerance")
+BASE = (
+    "famseg_kernels.checks",
+    "famseg_kernels.backends",
+    "famseg_kernels.launch",
+    "famseg_kernels.registry",
+    "famseg_kernels.tolerance",
+)
 ROOMS = ("strip_conv", "ssd_scan", "reassembly")
 # A file of a room may import the base and these files of its own room.
 ROOM_FILES = {

@@ -6,12 +6,21 @@ import math
 
 from torch import Tensor
 
-from famseg_kernels.registry import Operation, autocast_dtype
+from famseg_kernels.registry import Later, Operation, autocast_dtype
 from famseg_kernels.ssd_scan import cpu, reference
 from famseg_kernels.ssd_scan.spec import SCAN, SCAN_2D
 
-SCAN_OPERATION = Operation(SCAN, {"reference": reference.scan, "cpu": cpu.scan})
-SCAN_2D_OPERATION = Operation(SCAN_2D, {"reference": reference.scan_2d, "cpu": cpu.scan_2d})
+SCAN_OPERATION = Operation(
+    SCAN, {"reference": reference.scan, "cpu": cpu.scan, "triton": Later("famseg_kernels.ssd_scan.triton", "scan")}
+)
+SCAN_2D_OPERATION = Operation(
+    SCAN_2D,
+    {
+        "reference": reference.scan_2d,
+        "cpu": cpu.scan_2d,
+        "triton": Later("famseg_kernels.ssd_scan.triton", "scan_2d"),
+    },
+)
 
 
 def ssd_scan_2d(

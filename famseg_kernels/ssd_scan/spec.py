@@ -300,6 +300,7 @@ SCAN_2D_CASES = (
     _scan_2d_case("two_directions", (2, 5, 9), 2, 3, 4, 2, directions=2, skip="directions"),
     _scan_2d_case("one_direction", (1, 4, 11), 3, 5, 6, 3, directions=1, skip="none"),
     _scan_2d_case("ragged_chunks", (1, 13, 11), 2, 4, 4, chunk_size=32, dt_limit=(0.1, 1.5)),
+    _scan_2d_case("many_chunks", (1, 10, 15), 1, 2, 3, directions=2, chunk_size=1),
     _scan_2d_case("spike", (1, 9, 9), 2, 4, 4, softplus=False, spike=True),
     _scan_2d_case("one_pixel", (2, 1, 1), 2, 4, 3),
     _scan_2d_case("one_row", (1, 1, 17), 1, 2, 3, chunk_size=5),
