@@ -8,8 +8,8 @@ from famseg_kernels.reassembly import cpu, cuda, reference
 from famseg_kernels.reassembly.spec import CARAFE, REASSEMBLE
 from famseg_kernels.registry import Operation, autocast_dtype
 
-REASSEMBLE_OPERATION = Operation(REASSEMBLE, {"reference": reference.reassemble, "cpu": cpu.reassemble, "cuda": cuda})
-CARAFE_OPERATION = Operation(CARAFE, {"reference": reference.carafe, "cpu": cpu.carafe})
+REASSEMBLE_OPERATION = Operation(REASSEMBLE, {"reference": reference.reassemble, "cpu": cpu.reassemble, "cuda": cuda.reassemble})
+CARAFE_OPERATION = Operation(CARAFE, {"reference": reference.carafe, "cpu": cpu.carafe, "cuda": cuda.carafe})
 
 
 def reassemble(x: Tensor, logits: Tensor, kernel_size: int = 5, scale: int = 2, groups: int = 1) -> Tensor:
