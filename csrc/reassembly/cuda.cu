@@ -45,10 +45,9 @@ long long chunks(const Shape& s) {
 template <typename... Parameters, typename... Arguments>
 void launch_any(long long total, void* stream, void (*kernel)(Parameters...),
                 const Arguments&... arguments) {
-  constexpr int threads = 256;
-  const long long blocks = (total + threads - 1) / threads;
+  const long long blocks = (total + kPlainThreads - 1) / kPlainThreads;
   const unsigned grid = static_cast<unsigned>(blocks < (1LL << 30) ? blocks : (1LL << 30));
-  launch(dim3{grid, 1, 1}, threads, 0, stream, kernel, arguments...);
+  launch(dim3{grid, 1, 1}, kPlainThreads, 0, stream, kernel, arguments...);
 }
 
 template <typename T, bool SOFTMAX>

@@ -32,7 +32,7 @@ struct Shape {
   int kernel_size, scale, groups;
 };
 
-constexpr int kThreads = 128;
+constexpr int kThreads = 128, kPlainThreads = 256;
 // A block's pixels in the tuned kernels.
 constexpr int kTileWidth = 32, kTileHeight = 4;
 constexpr int kKernel = 5, kReach = 2, kTaps = 25, kScale = 2, kSub = 4;
@@ -114,12 +114,13 @@ __device__ void stage_x(float (*to)[kHigh][kWide], const T* x, const Shape& shap
 template <typename T, bool SOFTMAX>
 __device__ void load_weights(float (&weight)[kTaps], const T* weights, const Shape& shape,
                              const Tile& tile, int sub) {
+  // Step by step, not by 25 addresses that would take 50 registers.
+  const T* from = weights + weight_at<SOFTMAX>(shape, tile.n, tile.g, 0, sub / kScale, sub % kScale,
+                                               tile.i, tile.j);
 #pragma unroll
   for (int tap = 0; tap < kTaps; ++tap) {
-    weight[tap] = tile.inside ? widen(weights[weight_at<SOFTMAX>(shape, tile.n, tile.g, tap,
-                                                                 sub / kScale, sub % kScale, tile.i,
-                                                                 tile.j)])
-                              : 0.0f;
+    weight[tap] = tile.inside ? widen(*from) : 0.0f;
+    from += shape.h * shape.w * kSub;
   }
 }
 
@@ -143,7 +144,7 @@ __device__ inline float softmax(float (&weight)[kTaps]) {
 }
 
 template <typename T, bool SOFTMAX>
-__global__ void __launch_bounds__(kThreads, 2)
+__global__ void __launch_bounds__(kThreads, 3)
     forward_tuned(const T* __restrict__ x, const T* __restrict__ weights, T* __restrict__ y,
                   Shape shape, int splits) {
   __shared__ float staged[kStaged][kHigh][kWide];
@@ -187,7 +188,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 
 // Also writes the softmaxes' sums, for gradient_x. One block has all channels of its group.
 template <typename T, bool SOFTMAX>
-__global__ void __launch_bounds__(kThreads, 2)
+__global__ void __launch_bounds__(kThreads, 3)
     gradient_weights_tuned(const T* __restrict__ x, const T* __restrict__ weights,
                            const T* __restrict__ gradient, T* __restrict__ result,
                            float* __restrict__ sums, Shape shape) {
@@ -234,11 +235,12 @@ __global__ void __launch_bounds__(kThreads, 2)
       for (int tap = 0; tap < kTaps; ++tap) dot += weight[tap] * sum[sub][tap];
     }
     if (result == nullptr) continue;
+    T* to = result + weight_at<SOFTMAX>(shape, tile.n, tile.g, 0, sub / kScale, sub % kScale,
+                                        tile.i, tile.j);
 #pragma unroll
     for (int tap = 0; tap < kTaps; ++tap) {
-      narrow(result[weight_at<SOFTMAX>(shape, tile.n, tile.g, tap, sub / kScale, sub % kScale,
-                                       tile.i, tile.j)],
-             SOFTMAX ? weight[tap] * (sum[sub][tap] - dot) : sum[sub][tap]);
+      narrow(*to, SOFTMAX ? weight[tap] * (sum[sub][tap] - dot) : sum[sub][tap]);
+      to += shape.h * shape.w * kSub;
     }
   }
 }
@@ -246,7 +248,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 // A pixel (i, j) of x gathers from the outputs of the pixels (i - ky + r, j - kx + r) around it,
 // each with the weight of tap (ky, kx): every weight is read by one thread only.
 template <typename T, bool SOFTMAX>
-__global__ void __launch_bounds__(kThreads, 2)
+__global__ void __launch_bounds__(kThreads, 3)
     gradient_x_tuned(const T* __restrict__ weights, const float* __restrict__ sums,
                      const T* __restrict__ gradient, T* __restrict__ result, Shape shape,
                      int splits) {
@@ -314,7 +316,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 // One thread makes one output pixel of up to kChannels channels of a group. It reads its taps'
 // logits twice: for the maximum, and then for exp, normalising at the end.
 template <typename T, bool SOFTMAX>
-__global__ void __launch_bounds__(256)
+__global__ void __launch_bounds__(kPlainThreads, 2)
     forward_any(const T* __restrict__ x, const T* __restrict__ weights, T* __restrict__ y,
                 Shape shape) {
   const long long k = shape.kernel_size, s = shape.scale, reach = k / 2;
@@ -379,7 +381,7 @@ __global__ void __launch_bounds__(256)
 // One thread: all taps of one subpixel of a pixel. The softmax's gradient needs their weighted sum
 // before any of them: a first round makes it, a second makes them again.
 template <typename T, bool SOFTMAX>
-__global__ void __launch_bounds__(256)
+__global__ void __launch_bounds__(kPlainThreads, 2)
     gradient_weights_any(const T* __restrict__ x, const T* __restrict__ weights,
                          const T* __restrict__ gradient, T* __restrict__ result,
                          float* __restrict__ sums, Shape shape) {
@@ -440,7 +442,7 @@ __global__ void __launch_bounds__(256)
 
 // One thread: one pixel of up to kChannels channels of a group, gathering as gradient_x_tuned does.
 template <typename T, bool SOFTMAX>
-__global__ void __launch_bounds__(256)
+__global__ void __launch_bounds__(kPlainThreads, 2)
     gradient_x_any(const T* __restrict__ weights, const float* __restrict__ sums,
                    const T* __restrict__ gradient, T* __restrict__ result, Shape shape) {
   const long long k = shape.kernel_size, s = shape.scale, reach = k / 2;

@@ -1,6 +1,6 @@
 #include "common/cuda.h"
 // After the conversions of common/cuda.h: the kernels find them where their templates are defined.
-#include "strip_conv/kernels.cuh"
+#include "strip_conv/toeplitz.cuh"
 //
 #include "strip_conv/cuda.h"
 
@@ -43,13 +43,13 @@ bool has_tuned_sizes(const Arguments& args) {
   return true;
 }
 
-Plan plan_for(Kind kind, const Arguments& args) {
+Plan plan_for(Kind kind, bool toeplitz, const Arguments& args) {
   const Limits limits = device_limits();
   constexpr size_t reserved = 1024;  // what the driver keeps of each block's
   const int floats = static_cast<int>(limits.shared_per_block / sizeof(float));
   const int half = static_cast<int>((limits.shared_per_processor / 2 - reserved) / sizeof(float));
   Plan plan;
-  if (!make_plan(kind, args, floats, half, plan)) {
+  if (!make_plan(kind, toeplitz, args, floats, half, plan)) {
     throw std::runtime_error("this GPU's shared memory of " +
                              std::to_string(limits.shared_per_block) +
                              " bytes is too small for these kernel sizes");
@@ -58,23 +58,38 @@ Plan plan_for(Kind kind, const Arguments& args) {
 }
 
 template <typename T>
+void launch_strips_toeplitz(Kind kind, const Arguments& args, void* stream) {
+  const Plan plan = plan_for(kind, true, args);
+  const long long images = args.planes / args.channels;
+  const long long turns = (images + plan.planes - 1) / plan.planes;
+  launch(grid_of(turns * args.channels * plan.tiles_u * plan.tiles_v), plan.threads,
+         sizeof(float) * plan.slot_floats, stream,
+         kind == Kind::forward ? strips_toeplitz<T, false> : strips_toeplitz<T, true>, args, plan);
+}
+
+template <typename T>
 void launch_strips(Kind kind, const Arguments& args, void* stream) {
-  const Plan plan = plan_for(kind, args);
+  if constexpr (sizeof(T) == 2) {
+    if (has_tuned_sizes(args)) return launch_strips_toeplitz<T>(kind, args, stream);
+  }
+  const Plan plan = plan_for(kind, false, args);
   const long long groups = (args.planes + plan.planes - 1) / plan.planes;
   const dim3 grid = grid_of(groups * plan.tiles_u * plan.tiles_v);
   const unsigned threads = (plan.planes * plan.threads + 31) / 32 * 32;
   const size_t bytes = sizeof(float) * plan.slot_floats * plan.planes;
-  const bool tuned = has_tuned_sizes(args);
-  const auto kernel = kind == Kind::forward
-                          ? (tuned ? strips<T, true, false> : strips<T, false, false>)
-                          : (tuned ? strips<T, true, true> : strips<T, false, true>);
+  auto kernel = kind == Kind::forward ? strips<T, false, false> : strips<T, false, true>;
+  if constexpr (sizeof(T) == 4) {
+    if (has_tuned_sizes(args)) {
+      kernel = kind == Kind::forward ? strips<T, true, false> : strips<T, true, true>;
+    }
+  }
   launch(grid, threads, bytes, stream, kernel, args, plan);
 }
 
 template <typename T>
 void launch_weight_gradients(const Arguments& args, const CudaProblem& p,
                              const CudaGradients& gradients, float* partial, void* stream) {
-  const Plan plan = plan_for(Kind::weight_gradients, args);
+  const Plan plan = plan_for(Kind::weight_gradients, false, args);
   const long long tiles = plan.tiles_u * plan.tiles_v;
   launch(grid_of(args.planes * tiles), plan.threads, sizeof(float) * plan.slot_floats, stream,
          has_tuned_sizes(args) ? weight_gradients<T, true> : weight_gradients<T, false>, args, plan,
@@ -149,7 +164,7 @@ CudaWorkspace backward_workspace_cuda(const CudaProblem& problem, bool weights) 
   CudaWorkspace workspace = {};
   explained("strip_conv2d", [&] { return describe(problem); }, [&] {
     const Plan plan =
-        plan_for(Kind::weight_gradients, arguments_of(problem, Kind::weight_gradients));
+        plan_for(Kind::weight_gradients, false, arguments_of(problem, Kind::weight_gradients));
     const int64_t planes = problem.n * problem.c;
     workspace.middle = problem.square_size > 0 ? planes * problem.h * problem.w : 0;
     workspace.partial = planes * plan.tiles_u * plan.tiles_v * plan.partials;

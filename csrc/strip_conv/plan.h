@@ -15,6 +15,10 @@ constexpr int kStrips[3] = {7, 11, 21};
 // Taps of a weight gradient that a pass sums where the size is not known to the compiler.
 constexpr int kChunk = 8;
 constexpr int kScratch = 28;  // sums of a warp: 25 or 24, in 16-byte steps
+// Toeplitz form: the first input of eight outputs, at a kernel of 21 taps, in steps of 8; and how
+// many times 16 outputs a warp makes in a row before it starts anew elsewhere.
+constexpr int kBandLead = 12;
+constexpr int kSegment = 4;
 
 template <int VALUE>
 struct Constant {
@@ -65,7 +69,7 @@ struct Plan {
   int first_reach, second_reach;  // of the widest kernels
   // In floats, from the start of a slot.
   int square_at, first_at[kMaxBranches], second_at[kMaxBranches];
-  int z_at, z_pitch, x_at, x_pitch, t_pitch, d_at, scratch_at, slot_floats;
+  int z_at, z_pitch, x_at, x_pitch, t_pitch, t_rows, d_at, scratch_at, slot_floats;
   int partials, branch_partials;  // sums of a weight gradient, those before the branches'
 };
 
@@ -156,15 +160,57 @@ inline Plan plan_of_tile(Kind kind, const Arguments& args, int tile_u, int tile_
   return plan;
 }
 
+// The same for the Toeplitz form, all but slot_floats in 16-bit numbers. z, x and t are as wide as
+// the fragments that are read of them, pitches are odd multiples of 8.
+inline Plan plan_of_toeplitz_tile(Kind kind, const Arguments& args, int tile_u, int tile_v) {
+  const bool transposed = kind == Kind::x_gradient;
+  const int height = transposed ? args.columns : args.rows;
+  const int width = transposed ? args.rows : args.columns;
+  const int around = transposed ? 4 : 0;
+  const int core_u = round16(smaller(height, tile_u + 2 * around));
+  const int core_v = round16(smaller(width, tile_v + 2 * around));
+  const int z_rows = round16(smaller(height, core_u + 2 * kBandLead));
+
+  Plan plan = {};
+  plan.tile_u = tile_u;
+  plan.tile_v = tile_v;
+  plan.tiles_u = (height + tile_u - 1) / tile_u;
+  plan.tiles_v = (width + tile_v - 1) / tile_v;
+  plan.first_reach = plan.second_reach = kStrips[2] / 2;
+  plan.planes = 1;
+  plan.t_pitch = core_v + 8;
+  plan.t_rows = core_u + 32;
+  int x_size;
+  if (transposed) {
+    plan.z_pitch = z_rows + 8;
+    plan.x_at = (core_v + 32) * plan.z_pitch;
+    plan.x_pitch = round16(smaller(height, tile_u)) + 24;
+    x_size = (round16(smaller(width, tile_v)) + 4) * plan.x_pitch;
+  } else {
+    plan.z_pitch = core_v + 40;
+    plan.x_at = z_rows * plan.z_pitch;
+    plan.x_pitch = core_v + 56;
+    x_size = (z_rows + 4) * plan.x_pitch;
+  }
+  plan.slot_floats = (plan.x_at + larger(x_size, 3 * plan.t_rows * plan.t_pitch)) / 2;
+  const int segments_u = (core_u / 16 + kSegment - 1) / kSegment;
+  const int segments_v = (core_v / 16 + kSegment - 1) / kSegment;
+  const int tasks = larger(z_rows / 16 * segments_v, core_v / 16 * segments_u);
+  plan.threads = 32 * smaller(kThreads / 32, tasks);
+  return plan;
+}
+
 // The cheapest plan that fits: FMAs with what tiles compute twice, a quarter more where a
 // multiprocessor holds only one block, which cannot load while it computes. `floats` are what a
 // block may have of shared memory and what two blocks may have each. False: none fits.
-inline bool make_plan(Kind kind, const Arguments& args, int floats, int half_floats, Plan& best) {
+inline bool make_plan(Kind kind, bool toeplitz, const Arguments& args, int floats, int half_floats,
+                      Plan& best) {
   const int height = kind == Kind::x_gradient ? args.columns : args.rows;
   const int width = kind == Kind::x_gradient ? args.rows : args.columns;
   double lowest = 0.0;
   const auto consider = [&](int tile_u, int tile_v) {
-    const Plan plan = plan_of_tile(kind, args, tile_u, tile_v);
+    const Plan plan = toeplitz ? plan_of_toeplitz_tile(kind, args, tile_u, tile_v)
+                               : plan_of_tile(kind, args, tile_u, tile_v);
     if (plan.slot_floats > floats || plan.threads > kThreads) return;
     const double k = args.square.size;
     const double rows = smaller(height, tile_u + 2 * plan.second_reach);
@@ -188,7 +234,12 @@ inline bool make_plan(Kind kind, const Arguments& args, int floats, int half_flo
   }
   if (lowest == 0.0) consider(16, 16);
   if (lowest == 0.0) return false;
-  if (kind != Kind::weight_gradients && best.tiles_u * best.tiles_v == 1) {
+  if (toeplitz) {
+    // The matrices of a channel serve several images, as long as there are blocks for all
+    // processors several times over.
+    const long long blocks = args.planes * best.tiles_u * best.tiles_v;
+    best.planes = blocks >= 4096 ? 4 : blocks >= 2048 ? 2 : 1;
+  } else if (kind != Kind::weight_gradients && best.tiles_u * best.tiles_v == 1) {
     // Small planes share a block of some four warps.
     const int room = larger(1, half_floats / best.slot_floats);
     best.planes = larger(1, smaller(smaller(room, 128 / best.threads),
