@@ -121,10 +121,9 @@ void strip_conv2d_backward(const std::string& dtype, const Shape& shape, Address
         {pointer(row), pointer(row_bias), pointer(column), pointer(column_bias)});
   }
   py::gil_scoped_release release;
-  famseg::strip_conv::backward_cuda(problem, pointer(y_gradient), native,
-                                    static_cast<float*>(pointer(workspace.first)),
-                                    static_cast<float*>(pointer(workspace.second)),
-                                    pointer(stream));
+  famseg::strip_conv::backward_cuda(
+      problem, pointer(y_gradient), native, static_cast<float*>(pointer(workspace.first)),
+      static_cast<float*>(pointer(workspace.second)), pointer(stream));
 }
 
 // (kernel size, scale, groups)
@@ -135,8 +134,8 @@ famseg::reassembly::CudaProblem reassembly_problem(const std::string& dtype, boo
                                                    const Window& window) {
   const auto [n, c, h, w] = shape;
   const auto [kernel_size, scale, groups] = window;
-  return {dtype_named(dtype), softmax, n, c, h, w, pointer(x), pointer(weights),
-          kernel_size, scale, groups};
+  return {dtype_named(dtype), softmax,          n,           c,     h,     w,
+          pointer(x),         pointer(weights), kernel_size, scale, groups};
 }
 
 void reassembly_forward(const std::string& dtype, bool softmax, const Shape& shape, Address x,
@@ -189,10 +188,10 @@ PYBIND11_MODULE(_cuda, m) {
         py::arg("stream"),
         "shape: of x; window: (kernel size, scale, groups); weights: logits with `softmax`, else "
         "finished masks.");
-  m.def("reassembly_backward", &reassembly_backward, py::arg("dtype"), py::arg("softmax"),
-        py::arg("shape"), py::arg("x"), py::arg("weights"), py::arg("window"),
-        py::arg("y_gradient"), py::arg("x_gradient"), py::arg("weights_gradient"), py::arg("sums"),
-        py::arg("stream"),
-        "As reassembly_forward. Gradients at address 0 are not computed. sums: N groups scale^2 H W "
-        "float32 with `softmax`, else 0.");
+  m.def(
+      "reassembly_backward", &reassembly_backward, py::arg("dtype"), py::arg("softmax"),
+      py::arg("shape"), py::arg("x"), py::arg("weights"), py::arg("window"), py::arg("y_gradient"),
+      py::arg("x_gradient"), py::arg("weights_gradient"), py::arg("sums"), py::arg("stream"),
+      "As reassembly_forward. Gradients at address 0 are not computed. sums: N groups scale^2 H W "
+      "float32 with `softmax`, else 0.");
 }

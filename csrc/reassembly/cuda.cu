@@ -131,23 +131,27 @@ Shape shape_of(const CudaProblem& p) {
 
 void forward_cuda(const CudaProblem& problem, void* y, void* stream) {
   if (is_empty(problem)) return;
-  explained(name(problem), [&] { return describe(problem); }, [&] {
-    for_type(problem, [&](auto element, auto softmax) {
-      launch_forward<decltype(element), decltype(softmax)::value>(problem, shape_of(problem), y,
-                                                                  stream);
-    });
-  });
+  explained(
+      name(problem), [&] { return describe(problem); },
+      [&] {
+        for_type(problem, [&](auto element, auto softmax) {
+          launch_forward<decltype(element), decltype(softmax)::value>(problem, shape_of(problem), y,
+                                                                      stream);
+        });
+      });
 }
 
 void backward_cuda(const CudaProblem& problem, const void* y_gradient, void* x_gradient,
                    void* weights_gradient, float* sums, void* stream) {
   if (is_empty(problem)) return;
-  explained(name(problem), [&] { return describe(problem); }, [&] {
-    for_type(problem, [&](auto element, auto softmax) {
-      launch_backward<decltype(element), decltype(softmax)::value>(
-          problem, shape_of(problem), y_gradient, x_gradient, weights_gradient, sums, stream);
-    });
-  });
+  explained(
+      name(problem), [&] { return describe(problem); },
+      [&] {
+        for_type(problem, [&](auto element, auto softmax) {
+          launch_backward<decltype(element), decltype(softmax)::value>(
+              problem, shape_of(problem), y_gradient, x_gradient, weights_gradient, sums, stream);
+        });
+      });
 }
 
 }  // namespace famseg::reassembly

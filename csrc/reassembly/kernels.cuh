@@ -95,13 +95,22 @@ struct Tile {
     j = j0 + static_cast<int>(threadIdx.x) % kTileWidth;
     inside = i < shape.h && j < shape.w;
   }
+
+  // Where the plane of x of the channel `base` after the first is; y's planes are kSub times as
+  // large, this thread's outputs are `subpixel` into them.
+  __device__ long long at(const Shape& shape, long long base) const {
+    return (n * shape.c + first + base) * shape.h * shape.w;
+  }
+  __device__ long long subpixel(const Shape& shape) const {
+    return (static_cast<long long>(i) * kScale * shape.w + j) * kScale;
+  }
 };
 
-// Stages the pixels around the tile of up to kStaged channels from `channel` on, zero outside.
+// Stages the pixels around the tile of up to kStaged channels from the `base`-th on, zero outside.
 template <typename T>
 __device__ void stage_x(float (*to)[kHigh][kWide], const T* x, const Shape& shape, const Tile& tile,
-                        long long channel, int count) {
-  const T* plane = x + (tile.n * shape.c + channel) * shape.h * shape.w;
+                        long long base, int count) {
+  const T* plane = x + tile.at(shape, base);
   for (int e = static_cast<int>(threadIdx.x); e < count * kHigh * kWide; e += kThreads) {
     const int column = e % kWide, row = e / kWide % kHigh, c = e / (kWide * kHigh);
     const long long i = tile.i0 + row - kReach, j = tile.j0 + column - kReach;
@@ -160,21 +169,20 @@ __global__ void __launch_bounds__(kThreads, 3)
     const int count =
         tile.channels - base < kStaged ? static_cast<int>(tile.channels - base) : kStaged;
     __syncthreads();  // the previous channels are used up
-    stage_x(staged, x, shape, tile, tile.first + base, count);
+    stage_x(staged, x, shape, tile, base, count);
     __syncthreads();
     if (!tile.inside) continue;
+    // Pointers that step from channel to channel: addresses cost registers.
+    const float* window = &staged[0][tile.i - tile.i0][tile.j - tile.j0];
+    T* to = y + tile.at(shape, base) * kSub + tile.subpixel(shape);
     for (int c = 0; c < count; ++c) {
       float sum[kSub] = {};
 #pragma unroll
       for (int tap = 0; tap < kTaps; ++tap) {
-        const float value =
-            staged[c][tile.i - tile.i0 + tap / kKernel][tile.j - tile.j0 + tap % kKernel];
+        const float value = window[tap / kKernel * kWide + tap % kKernel];
 #pragma unroll
         for (int sub = 0; sub < kSub; ++sub) sum[sub] += weight[sub][tap] * value;
       }
-      T* to = y + ((tile.n * shape.c + tile.first + base + c) * shape.h + tile.i) * kScale *
-                      shape.w * kScale +
-              tile.j * kScale;
 #pragma unroll
       for (int dy = 0; dy < kScale; ++dy) {
         Two<T> pair;
@@ -182,6 +190,8 @@ __global__ void __launch_bounds__(kThreads, 3)
         narrow(pair.value[1], sum[dy * kScale + 1]);
         *reinterpret_cast<Two<T>*>(to + dy * shape.w * kScale) = pair;
       }
+      window += kHigh * kWide;
+      to += shape.h * shape.w * kSub;
     }
   }
 }
@@ -200,14 +210,12 @@ __global__ void __launch_bounds__(kThreads, 3)
     const int count =
         tile.channels - base < kStaged ? static_cast<int>(tile.channels - base) : kStaged;
     __syncthreads();  // the previous channels are used up
-    stage_x(staged, x, shape, tile, tile.first + base, count);
+    stage_x(staged, x, shape, tile, base, count);
     __syncthreads();
     if (!tile.inside) continue;
+    const float* window = &staged[0][tile.i - tile.i0][tile.j - tile.j0];
+    const T* from = gradient + tile.at(shape, base) * kSub + tile.subpixel(shape);
     for (int c = 0; c < count; ++c) {
-      const T* from = gradient +
-                      ((tile.n * shape.c + tile.first + base + c) * shape.h + tile.i) * kScale *
-                          shape.w * kScale +
-                      tile.j * kScale;
       float factor[kSub];
 #pragma unroll
       for (int dy = 0; dy < kScale; ++dy) {
@@ -217,11 +225,12 @@ __global__ void __launch_bounds__(kThreads, 3)
       }
 #pragma unroll
       for (int tap = 0; tap < kTaps; ++tap) {
-        const float value =
-            staged[c][tile.i - tile.i0 + tap / kKernel][tile.j - tile.j0 + tap % kKernel];
+        const float value = window[tap / kKernel * kWide + tap % kKernel];
 #pragma unroll
         for (int sub = 0; sub < kSub; ++sub) sum[sub][tap] += factor[sub] * value;
       }
+      window += kHigh * kWide;
+      from += shape.h * shape.w * kSub;
     }
   }
   if (!tile.inside) return;
@@ -266,8 +275,8 @@ __global__ void __launch_bounds__(kThreads, 3)
     for (int sub = 0; sub < kSub; ++sub) {
       weight[sub][tap] = 0.0f;
       if (!inside) continue;
-      const float value = widen(weights[weight_at<SOFTMAX>(shape, tile.n, tile.g, tap,
-                                                           sub / kScale, sub % kScale, i, j)]);
+      const float value = widen(weights[weight_at<SOFTMAX>(shape, tile.n, tile.g, tap, sub / kScale,
+                                                           sub % kScale, i, j)]);
       weight[sub][tap] =
           SOFTMAX ? expf(value - sums[sum_at(shape, tile.n, tile.g, sub, i, j)]) : value;
     }
@@ -276,8 +285,7 @@ __global__ void __launch_bounds__(kThreads, 3)
     const int count =
         tile.channels - base < kPlanes ? static_cast<int>(tile.channels - base) : kPlanes;
     __syncthreads();  // the previous channels are used up
-    const T* plane =
-        gradient + (tile.n * shape.c + tile.first + base) * shape.h * shape.w * kSub;
+    const T* plane = gradient + tile.at(shape, base) * kSub;
     for (int e = static_cast<int>(threadIdx.x); e < count * kHigh * kWide; e += kThreads) {
       const int q = e % kWide, p = e / kWide % kHigh, c = e / (kWide * kHigh);
       const long long i = tile.i0 + p - kReach, j = tile.j0 + q - kReach;
@@ -304,14 +312,13 @@ __global__ void __launch_bounds__(kThreads, 3)
 #pragma unroll
         for (int sub = 0; sub < kSub; ++sub) sum += weight[sub][tap] * four.value[sub];
       }
-      narrow(result[((tile.n * shape.c + tile.first + base + c) * shape.h + tile.i) * shape.w +
-                    tile.j],
-             sum);
+      narrow(result[tile.at(shape, base + c) + tile.i * shape.w + tile.j], sum);
     }
   }
 }
 
-// --- any size --------------------------------------------------------------------------------------
+// --- any size
+// --------------------------------------------------------------------------------------
 
 // One thread makes one output pixel of up to kChannels channels of a group. It reads its taps'
 // logits twice: for the maximum, and then for exp, normalising at the end.
@@ -433,8 +440,7 @@ __global__ void __launch_bounds__(kPlainThreads, 2)
     }
     for (long long tap = 0; tap < taps && result != nullptr; ++tap) {
       const float sum = gradient_of(tap);
-      const float weight =
-          SOFTMAX ? expf(widen(weights[at + tap * tap_stride]) - log_sum) : 1.0f;
+      const float weight = SOFTMAX ? expf(widen(weights[at + tap * tap_stride]) - log_sum) : 1.0f;
       narrow(result[at + tap * tap_stride], weight * (sum - dot));
     }
   }
@@ -472,8 +478,7 @@ __global__ void __launch_bounds__(kPlainThreads, 2)
       for (long long sub = 0; sub < s * s; ++sub) {
         const long long dy = sub / s, dx = sub % s;
         const float value = widen(weights[weight_at<SOFTMAX>(shape, n, g, tap, dy, dx, i, j)]);
-        const float weight =
-            SOFTMAX ? expf(value - sums[sum_at(shape, n, g, sub, i, j)]) : value;
+        const float weight = SOFTMAX ? expf(value - sums[sum_at(shape, n, g, sub, i, j)]) : value;
         const T* from =
             gradient + ((n * shape.c + first) * h * s + i * s + dy) * w * s + j * s + dx;
 #pragma unroll

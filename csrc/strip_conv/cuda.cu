@@ -149,50 +149,56 @@ int max_branches() {
 
 void forward_cuda(const CudaProblem& problem, void* y, void* stream) {
   if (is_empty(problem)) return;
-  explained("strip_conv2d", [&] { return describe(problem); }, [&] {
-    for_type(problem.dtype, [&](auto element) {
-      Arguments args = arguments_of(problem, Kind::forward);
-      args.in = problem.x;
-      args.out = y;
-      launch_strips<decltype(element)>(Kind::forward, args, stream);
-    });
-  });
+  explained(
+      "strip_conv2d", [&] { return describe(problem); },
+      [&] {
+        for_type(problem.dtype, [&](auto element) {
+          Arguments args = arguments_of(problem, Kind::forward);
+          args.in = problem.x;
+          args.out = y;
+          launch_strips<decltype(element)>(Kind::forward, args, stream);
+        });
+      });
 }
 
 CudaWorkspace backward_workspace_cuda(const CudaProblem& problem, bool weights) {
   if (is_empty(problem) || !weights) return {0, 0};
   CudaWorkspace workspace = {};
-  explained("strip_conv2d", [&] { return describe(problem); }, [&] {
-    const Plan plan =
-        plan_for(Kind::weight_gradients, false, arguments_of(problem, Kind::weight_gradients));
-    const int64_t planes = problem.n * problem.c;
-    workspace.middle = problem.square_size > 0 ? planes * problem.h * problem.w : 0;
-    workspace.partial = planes * plan.tiles_u * plan.tiles_v * plan.partials;
-  });
+  explained(
+      "strip_conv2d", [&] { return describe(problem); },
+      [&] {
+        const Plan plan =
+            plan_for(Kind::weight_gradients, false, arguments_of(problem, Kind::weight_gradients));
+        const int64_t planes = problem.n * problem.c;
+        workspace.middle = problem.square_size > 0 ? planes * problem.h * problem.w : 0;
+        workspace.partial = planes * plan.tiles_u * plan.tiles_v * plan.partials;
+      });
   return workspace;
 }
 
 void backward_cuda(const CudaProblem& problem, const void* y_gradient,
                    const CudaGradients& gradients, float* middle, float* partial, void* stream) {
   if (is_empty(problem)) return;
-  explained("strip_conv2d backward", [&] { return describe(problem); }, [&] {
-    for_type(problem.dtype, [&](auto element) {
-      using T = decltype(element);
-      if (gradients.x != nullptr) {
-        Arguments args = arguments_of(problem, Kind::x_gradient);
-        args.in = y_gradient;
-        args.out = gradients.x;
-        args.middle = middle;
-        launch_strips<T>(Kind::x_gradient, args, stream);
-      }
-      if (partial == nullptr) return;
-      Arguments args = arguments_of(problem, Kind::weight_gradients);
-      args.in = problem.x;
-      args.out = const_cast<void*>(y_gradient);
-      args.middle = middle;
-      launch_weight_gradients<T>(args, problem, gradients, partial, stream);
-    });
-  });
+  explained(
+      "strip_conv2d backward", [&] { return describe(problem); },
+      [&] {
+        for_type(problem.dtype, [&](auto element) {
+          using T = decltype(element);
+          if (gradients.x != nullptr) {
+            Arguments args = arguments_of(problem, Kind::x_gradient);
+            args.in = y_gradient;
+            args.out = gradients.x;
+            args.middle = middle;
+            launch_strips<T>(Kind::x_gradient, args, stream);
+          }
+          if (partial == nullptr) return;
+          Arguments args = arguments_of(problem, Kind::weight_gradients);
+          args.in = problem.x;
+          args.out = const_cast<void*>(y_gradient);
+          args.middle = middle;
+          launch_weight_gradients<T>(args, problem, gradients, partial, stream);
+        });
+      });
 }
 
 }  // namespace famseg::strip_conv

@@ -433,8 +433,7 @@ __global__ void __launch_bounds__(kThreads, 1) strips(Arguments args, Plan plan)
 
   if (!BACKWARD) {
     if (!owner) return;
-    const bool vector =
-        width % 4 == 0 && reinterpret_cast<size_t>(result) % (4 * sizeof(T)) == 0;
+    const bool vector = width % 4 == 0 && reinterpret_cast<size_t>(result) % (4 * sizeof(T)) == 0;
 #pragma unroll
     for (int r = 0; r < kOutputs; ++r) {
       if (own_u + r >= core.u1) continue;
@@ -488,7 +487,8 @@ __global__ void __launch_bounds__(kThreads, 1) strips(Arguments args, Plan plan)
   if (me.active) unstage_transposed(result, from, plan.z_pitch, out, height, me);
 }
 
-// --- gradients of weights and biases ---------------------------------------------------------------
+// --- gradients of weights and biases
+// ---------------------------------------------------------------
 //
 // Correlations with as many FMAs as the convolutions, the roles exchanged: the taps are the sums in
 // registers, a thread's outputs' gradients the factors. Each thread sums over what it owns, then
@@ -639,10 +639,10 @@ __global__ void __launch_bounds__(kThreads, 1)
   const T* x_plane = static_cast<const T*>(args.in) + me.plane * plane_size;
   const T* dy_plane = static_cast<const T*>(args.out) + me.plane * plane_size;
   const long long channel = me.plane % args.channels;
-  float* to = partial + ((me.plane / args.channels * plan.tiles_u * plan.tiles_v + me.tile) *
-                             args.channels +
-                         channel) *
-                            plan.partials;
+  float* to = partial +
+              ((me.plane / args.channels * plan.tiles_u * plan.tiles_v + me.tile) * args.channels +
+               channel) *
+                  plan.partials;
 
   // The column kernels carry dy back: mirrored.
   stage_weights<T>(shared, args, plan, channel, false, true, me);

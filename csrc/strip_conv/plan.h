@@ -19,6 +19,7 @@ constexpr int kScratch = 28;  // sums of a warp: 25 or 24, in 16-byte steps
 // many times 16 outputs a warp makes in a row before it starts anew elsewhere.
 constexpr int kBandLead = 12;
 constexpr int kSegment = 4;
+constexpr int kMatrices = kSquare + 2 * 5;  // 64 registers of 32 bits each
 
 template <int VALUE>
 struct Constant {
@@ -130,8 +131,7 @@ inline Plan plan_of_tile(Kind kind, const Arguments& args, int tile_u, int tile_
   }
 
   const int core_u = transposed ? smaller(height, tile_u + 2 * reach) : smaller(height, tile_u);
-  const int core_v =
-      transposed ? smaller(width, tile_v + 2 * reach4) : smaller(width, tile_v);
+  const int core_v = transposed ? smaller(width, tile_v + 2 * reach4) : smaller(width, tile_v);
   const int z_rows = smaller(height, core_u + 2 * plan.second_reach);
   const int z_width = round4(plan.first_reach) + round16(core_v) + round4(plan.first_reach + 1);
   plan.z_pitch = odd_pitch(z_width);
@@ -160,8 +160,8 @@ inline Plan plan_of_tile(Kind kind, const Arguments& args, int tile_u, int tile_
   return plan;
 }
 
-// The same for the Toeplitz form, all but slot_floats in 16-bit numbers. z, x and t are as wide as
-// the fragments that are read of them, pitches are odd multiples of 8.
+// The same for the Toeplitz form, all but slot_floats in 16-bit numbers from z on. z, x and t are
+// as wide as the fragments that are read of them, pitches are odd multiples of 8.
 inline Plan plan_of_toeplitz_tile(Kind kind, const Arguments& args, int tile_u, int tile_v) {
   const bool transposed = kind == Kind::x_gradient;
   const int height = transposed ? args.columns : args.rows;
@@ -192,7 +192,8 @@ inline Plan plan_of_toeplitz_tile(Kind kind, const Arguments& args, int tile_u, 
     plan.x_pitch = core_v + 56;
     x_size = (z_rows + 4) * plan.x_pitch;
   }
-  plan.slot_floats = (plan.x_at + larger(x_size, 3 * plan.t_rows * plan.t_pitch)) / 2;
+  plan.slot_floats =
+      64 * kMatrices + (plan.x_at + larger(x_size, 3 * plan.t_rows * plan.t_pitch)) / 2;
   const int segments_u = (core_u / 16 + kSegment - 1) / kSegment;
   const int segments_v = (core_v / 16 + kSegment - 1) / kSegment;
   const int tasks = larger(z_rows / 16 * segments_v, core_v / 16 * segments_u);
@@ -217,8 +218,8 @@ inline bool make_plan(Kind kind, bool toeplitz, const Arguments& args, int float
     const double columns = smaller(width, tile_v + 2 * plan.first_reach);
     const double tile = k * k * rows * columns + 2.0 * plan.first_reach * rows * tile_v +
                         2.0 * plan.second_reach * tile_u * tile_v;
-    const double cost = (tile + 1.0) * plan.tiles_u * plan.tiles_v *
-                        (plan.slot_floats > half_floats ? 1.25 : 1.0);
+    const double cost =
+        (tile + 1.0) * plan.tiles_u * plan.tiles_v * (plan.slot_floats > half_floats ? 1.25 : 1.0);
     if (lowest != 0.0 && cost >= lowest) return;
     lowest = cost;
     best = plan;

@@ -4,8 +4,9 @@
 //
 // A convolution along a line is a product with a banded Toeplitz matrix: eight neighbouring outputs
 // are 16 or 32 inputs times a 16 x 8 or 32 x 8 matrix that holds the kernel, shifted down by one
-// from column to column. The matrix is the same everywhere along the line, so each thread keeps its
-// part of all of a channel's matrices in 30 registers, built once and used for several images.
+// from column to column. The matrix is the same everywhere along the line: a channel has 15 of
+// them, 4 KB in shared memory, built once and used for several images; a stage keeps its five in
+// registers.
 //
 //   stage    inputs of 8 outputs from      m16n8k16 for 16 x 8    multiply-adds an element
 //   square   -4, for each of 5 rows        5                      80
@@ -34,38 +35,57 @@ namespace famseg::strip_conv {
 
 // A thread's part of a 16 x 8 matrix: element (k, n) is the tap that takes the input at
 // `start` + k to the output at n.
-template <typename T, int K>
-__device__ void toeplitz(unsigned (&part)[2], const T* taps, int start, bool mirrored) {
+template <typename T>
+__device__ void toeplitz(unsigned* part, const T* taps, int size, int start, bool mirrored) {
   const int lane = static_cast<int>(threadIdx.x) % 32, n = lane / 4;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     float pair[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const int tap = start + 8 * half + 2 * (lane % 4) + i - n + K / 2;
-      const bool inside = tap >= 0 && tap < K;
-      pair[i] = inside ? widen(taps[mirrored ? K - 1 - tap : tap]) : 0.0f;
+      const int tap = start + 8 * half + 2 * (lane % 4) + i - n + size / 2;
+      const bool inside = tap >= 0 && tap < size;
+      pair[i] = inside ? widen(taps[mirrored ? size - 1 - tap : tap]) : 0.0f;
     }
     part[half] = pack<T>(pair[0], pair[1]);
   }
 }
 
-// The matrices of one stage's three kernels.
-struct Bands {
-  unsigned narrow[2], middle[2][2], wide[2][2];
-
-  template <typename T>
-  __device__ void build(const void* seven, const void* eleven, const void* twenty_one,
-                        long long channel, bool mirrored) {
-    toeplitz<T, 7>(narrow, static_cast<const T*>(seven) + 7 * channel, -4, mirrored);
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int start = 16 * i - kBandLead;
-      toeplitz<T, 11>(middle[i], static_cast<const T*>(eleven) + 11 * channel, start, mirrored);
-      toeplitz<T, 21>(wide[i], static_cast<const T*>(twenty_one) + 21 * channel, start, mirrored);
+// A channel's matrices in shared memory, each as its 32 lanes' parts: five of the square's rows,
+// then for the first and the second stage one of 7 and two each of 11 and 21.
+template <typename T>
+__device__ void build_matrices(unsigned* matrices, const Arguments& args, int channel,
+                               bool mirrored) {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const int warp = static_cast<int>(threadIdx.x) / 32, warps = static_cast<int>(blockDim.x) / 32;
+  for (int f = warp; f < kMatrices; f += warps) {
+    unsigned* part = matrices + (f * 32 + lane) * 2;
+    if (f < kSquare) {
+      const T* taps = static_cast<const T*>(args.square.weight) +
+                      static_cast<long long>(channel) * kSquare * kSquare;
+      toeplitz(part, taps + (mirrored ? kSquare - 1 - f : f) * kSquare, kSquare, -4, mirrored);
+    } else {
+      const int which = (f - kSquare) % 5;
+      const Branch& branch = args.branches[(which + 1) / 2];
+      const Taps& side = f < kSquare + 5 ? branch.first : branch.second;
+      const T* taps =
+          static_cast<const T*>(side.weight) + static_cast<long long>(channel) * side.size;
+      const int start = which == 0 ? -4 : (which - 1) % 2 * 16 - kBandLead;
+      toeplitz(part, taps, side.size, start, mirrored);
     }
   }
-};
+}
+
+// This thread's parts of five matrices.
+__device__ inline void load_matrices_from(unsigned (&part)[5][2], const unsigned* matrices,
+                                          int first) {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+#pragma unroll
+  for (int f = 0; f < 5; ++f) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) part[f][i] = matrices[((first + f) * 32 + lane) * 2 + i];
+  }
+}
 
 // 16 x 16 elements from (m, k) on of a matrix in shared memory, stored by rows of m or, TRANSPOSED,
 // by rows of k. Registers 0, 1 hold k = 0..7, registers 2, 3 hold k = 8..15.
@@ -87,40 +107,53 @@ __device__ inline void between(unsigned (&middle)[4], const unsigned (&left)[4],
   middle[3] = right[1];
 }
 
-// A strip of 16 lines (m) along k: 16 outputs a step, from 48 inputs of which 16 are new.
-template <bool TRANSPOSED, typename T>
+// A strip of 16 lines (m) along k: 16 outputs a step, from 16 COUNT inputs of which 16 are new. The
+// kernels of 11 and 21 need three fragments, that of 7 two.
+template <bool TRANSPOSED, int COUNT, typename T>
 struct Sliding {
-  unsigned fragment[3][4];
+  unsigned fragment[COUNT][4];
 
   __device__ void start(const T* matrix, int pitch, int m, int k) {
-    load_fragment<TRANSPOSED>(fragment[1], matrix, pitch, m, k);
-    load_fragment<TRANSPOSED>(fragment[2], matrix, pitch, m, k + 16);
+#pragma unroll
+    for (int f = 1; f < COUNT; ++f) {
+      load_fragment<TRANSPOSED>(fragment[f], matrix, pitch, m, k + 16 * (f - 1));
+    }
   }
 
   // `k` is the place of the first output's first input.
   __device__ void step(const T* matrix, int pitch, int m, int k) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      fragment[0][i] = fragment[1][i];
-      fragment[1][i] = fragment[2][i];
+    for (int f = 1; f < COUNT; ++f) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) fragment[f - 1][i] = fragment[f][i];
     }
-    load_fragment<TRANSPOSED>(fragment[2], matrix, pitch, m, k + 32);
+    load_fragment<TRANSPOSED>(fragment[COUNT - 1], matrix, pitch, m, k + 16 * (COUNT - 1));
   }
 
   // Outputs 0..7 (half 0) or 8..15 of a kernel of 11 or 21.
-  __device__ void wide(float (&sum)[4], const unsigned (&band)[2][2], int half) const {
-    unsigned first[4], second[4];
-    between(first, fragment[0], fragment[1]);
-    between(second, fragment[1], fragment[2]);
-    multiply_add<T>(sum, half == 0 ? fragment[0] : first, band[0]);
-    multiply_add<T>(sum, half == 0 ? fragment[1] : second, band[1]);
+  __device__ void wide(float (&sum)[4], const unsigned (&left)[2], const unsigned (&right)[2],
+                       int half) const {
+    if (half == 0) {
+      multiply_add<T>(sum, fragment[0], left);
+      multiply_add<T>(sum, fragment[1], right);
+    } else {
+      unsigned first[4], second[4];
+      between(first, fragment[0], fragment[1]);
+      between(second, fragment[1], fragment[2]);
+      multiply_add<T>(sum, first, left);
+      multiply_add<T>(sum, second, right);
+    }
   }
 
   // Of the kernel of 7.
   __device__ void narrow(float (&sum)[4], const unsigned (&band)[2], int half) const {
-    unsigned first[4];
-    between(first, fragment[0], fragment[1]);
-    multiply_add<T>(sum, half == 0 ? first : fragment[1], band);
+    if (half == 0) {
+      unsigned first[4];
+      between(first, fragment[0], fragment[1]);
+      multiply_add<T>(sum, first, band);
+    } else {
+      multiply_add<T>(sum, fragment[1], band);
+    }
   }
 };
 
@@ -128,7 +161,8 @@ struct Sliding {
 template <typename T>
 __device__ void zero_rows(T* matrix, int pitch, int from, int until) {
   const int count = (until - from) * pitch;
-  for (int i = 4 * static_cast<int>(threadIdx.x); i < count; i += 4 * static_cast<int>(blockDim.x)) {
+  for (int i = 4 * static_cast<int>(threadIdx.x); i < count;
+       i += 4 * static_cast<int>(blockDim.x)) {
     Four<T> zero;
 #pragma unroll
     for (int e = 0; e < 4; ++e) narrow(zero.value[e], 0.0f);
@@ -189,15 +223,16 @@ __device__ void unstage_image(T* plane, const T* from, int pitch, int row0, int 
 // store(row, column, value, value of the next column) for every output.
 template <typename T, typename Store>
 __device__ void square_toeplitz(const T* x, int pitch, int row_tiles, int steps,
-                                const unsigned (&band)[kSquare][2], float bias,
-                                const Store& store) {
+                                const unsigned* matrices, float bias, const Store& store) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const int warp = static_cast<int>(threadIdx.x) / 32, warps = static_cast<int>(blockDim.x) / 32;
   const int segments = (steps + kSegment - 1) / kSegment;
+  unsigned band[kSquare][2];
+  load_matrices_from(band, matrices, 0);
   for (int task = warp; task < row_tiles * segments; task += warps) {
     const int row = task % row_tiles * 16, first = task / row_tiles * kSegment;
     const int last = at_most(steps, first + kSegment);
-    unsigned left[kSquare][4], right[kSquare][4], middle[4];
+    unsigned right[kSquare][4];
 #pragma unroll
     for (int ky = 0; ky < kSquare; ++ky) {
       load_fragment<false>(right[ky], x, pitch, row + ky, 16 * first);
@@ -206,11 +241,10 @@ __device__ void square_toeplitz(const T* x, int pitch, int row_tiles, int steps,
       float sum[2][4] = {{bias, bias, bias, bias}, {bias, bias, bias, bias}};
 #pragma unroll
       for (int ky = 0; ky < kSquare; ++ky) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) left[ky][i] = right[ky][i];
+        multiply_add<T>(sum[0], right[ky], band[ky]);
+        unsigned middle[4], left[4] = {right[ky][0], right[ky][1], right[ky][2], right[ky][3]};
         load_fragment<false>(right[ky], x, pitch, row + ky, 16 * step + 16);
-        between(middle, left[ky], right[ky]);
-        multiply_add<T>(sum[0], left[ky], band[ky]);
+        between(middle, left, right[ky]);
         multiply_add<T>(sum[1], middle, band[ky]);
       }
 #pragma unroll
@@ -226,7 +260,7 @@ __device__ void square_toeplitz(const T* x, int pitch, int row_tiles, int steps,
 // One block: one tile of one channel, of plan.planes images one after another. Shared memory in
 // 16-bit numbers:
 //
-//   z | x, later the three t, later (gradient) da
+//   the matrices | z | x, later the three t, later (gradient) da
 //
 // z is stored as the image is: rows u, columns v forward, rows v, columns u for the gradient.
 // 64 x 64: 13 + 41 KB, 4 warps, 4 blocks a processor of an H200; 128 x 128 in tiles of 128 x 64:
@@ -236,42 +270,21 @@ __global__ void __launch_bounds__(kThreads, 2) strips_toeplitz(Arguments args, P
   const int tiles = plan.tiles_u * plan.tiles_v;
   const long long block = static_cast<long long>(blockIdx.y) * gridDim.x + blockIdx.x;
   const int tile = static_cast<int>(block % tiles);
-  const long long channel = block / tiles % args.channels;
-  const long long images = args.planes / args.channels;
-  const long long first_image = block / tiles / args.channels * plan.planes;
-  if (first_image >= images) return;
-  const long long last_image =
-      first_image + plan.planes < images ? first_image + plan.planes : images;
+  const int channel = static_cast<int>(block / tiles % args.channels);
+  const int images = static_cast<int>(args.planes / args.channels);
+  const long long turn = block / tiles / args.channels;
+  if (turn * plan.planes >= images) return;
+  const int first_image = static_cast<int>(turn) * plan.planes;
+  const int last_image = at_most(images, first_image + plan.planes);
 
-  T* const z = static_cast<T*>(shared_memory());
+  unsigned* const matrices = static_cast<unsigned*>(shared_memory());
+  T* const z = reinterpret_cast<T*>(matrices + kMatrices * 64);
   T* const x = z + plan.x_at;
   T* const t = z + plan.x_at;
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const int warp = static_cast<int>(threadIdx.x) / 32, warps = static_cast<int>(blockDim.x) / 32;
 
-  unsigned square[kSquare][2];
-#pragma unroll
-  for (int ky = 0; ky < kSquare; ++ky) {
-    const T* taps = static_cast<const T*>(args.square.weight) + channel * kSquare * kSquare;
-    toeplitz<T, kSquare>(square[ky], taps + (BACKWARD ? kSquare - 1 - ky : ky) * kSquare, -4,
-                         BACKWARD);
-  }
-  Bands first, second;
-  const Branch(&b)[kMaxBranches] = args.branches;
-  first.template build<T>(b[0].first.weight, b[1].first.weight, b[2].first.weight, channel,
-                          BACKWARD);
-  second.template build<T>(b[0].second.weight, b[1].second.weight, b[2].second.weight, channel,
-                           BACKWARD);
-  float square_bias = 0.0f, first_bias[3] = {}, second_bias = 0.0f;
-  if (!BACKWARD) {
-    square_bias = bias_of<T>(args.square.bias, channel);
-#pragma unroll
-    for (int i = 0; i < 3; ++i) {
-      first_bias[i] = bias_of<T>(b[i].first.bias, channel);
-      second_bias += bias_of<T>(b[i].second.bias, channel);
-    }
-  }
-
+  build_matrices<T>(matrices, args, channel, BACKWARD);
   const int height = BACKWARD ? args.columns : args.rows;
   const int width = BACKWARD ? args.rows : args.columns;
   const int u = tile / plan.tiles_v * plan.tile_u, v = tile % plan.tiles_v * plan.tile_v;
@@ -282,11 +295,11 @@ __global__ void __launch_bounds__(kThreads, 2) strips_toeplitz(Arguments args, P
                        at_least(0, out.v0 - around), at_most(width, out.v1 + around)};
   const int z_u0 = at_least(0, core.u0 - kBandLead), z_u1 = at_most(height, core.u1 + kBandLead);
   const int steps_u = (core.u1 - core.u0 + 15) / 16, steps_v = (core.v1 - core.v0 + 15) / 16;
-  const int t_floats = plan.t_pitch * plan.t_rows;
+  const int t_size = plan.t_pitch * plan.t_rows;
   const long long plane_size = static_cast<long long>(args.rows) * args.columns;
 
-  for (long long image = first_image; image < last_image; ++image) {
-    const long long plane = image * args.channels + channel;
+  for (int image = first_image; image < last_image; ++image) {
+    const long long plane = static_cast<long long>(image) * args.channels + channel;
     const T* in = static_cast<const T*>(args.in) + plane * plane_size;
     T* result = static_cast<T*>(args.out) + plane * plane_size;
     const int z_tiles = (z_u1 - z_u0 + 15) / 16;
@@ -297,8 +310,8 @@ __global__ void __launch_bounds__(kThreads, 2) strips_toeplitz(Arguments args, P
                   args);
     } else {
       // Columns: 16 more on the left if there is image, 4 for the square.
-      stage_image(x, plan.x_pitch, in, z_u0 - 2, 16 * z_tiles + 4, core.v0 - 20,
-                  16 * steps_v + 48, args);
+      stage_image(x, plan.x_pitch, in, z_u0 - 2, 16 * z_tiles + 4, core.v0 - 20, 16 * steps_v + 48,
+                  args);
       zero_rows(z, plan.z_pitch, 0, 16 * z_tiles);
     }
     __syncthreads();
@@ -307,8 +320,8 @@ __global__ void __launch_bounds__(kThreads, 2) strips_toeplitz(Arguments args, P
       const int before = core.v0 > 0 ? 1 : 0, after = core.v0 + 16 * steps_v < width ? 1 : 0;
       const int v0 = core.v0 - 16 * before;
       square_toeplitz<T>(
-          x + 16 - 16 * before, plan.x_pitch, z_tiles, before + steps_v + after, square,
-          square_bias, [&](int row, int column, float left, float right) {
+          x + 16 - 16 * before, plan.x_pitch, z_tiles, before + steps_v + after, matrices,
+          bias_of<T>(args.square.bias, channel), [&](int row, int column, float left, float right) {
             const int c = v0 + column;  // zeros outside the image stay
             T* to = z + row * plan.z_pitch + c - core.v0 + kBandLead;
             if (c < core.v0 - kBandLead || c >= core.v0 + 16 * steps_v + 20 || c >= width) return;
@@ -321,13 +334,21 @@ __global__ void __launch_bounds__(kThreads, 2) strips_toeplitz(Arguments args, P
     const int t_row0 = z_u0 - core.u0 + kBandLead, t_row1 = z_u1 - core.u0 + kBandLead;
 #pragma unroll
     for (int i = 0; i < 3; ++i) {
-      zero_rows(t + i * t_floats, plan.t_pitch, 0, t_row0);
-      zero_rows(t + i * t_floats, plan.t_pitch, t_row1, plan.t_rows);
+      zero_rows(t + i * t_size, plan.t_pitch, 0, t_row0);
+      zero_rows(t + i * t_size, plan.t_pitch, t_row1, plan.t_rows);
     }
+    // Biases are read where they are needed: registers are what is scarce.
+    float bias[3] = {};
+#pragma unroll
+    for (int i = 0; i < 3; ++i) {
+      if (!BACKWARD) bias[i] = bias_of<T>(args.branches[i].first.bias, channel);
+    }
+    unsigned band[5][2];
+    load_matrices_from(band, matrices, kSquare);
     const int segments_v = (steps_v + kSegment - 1) / kSegment;
     for (int task = warp; task < z_tiles * segments_v; task += warps) {
       const int m = task % z_tiles * 16, from = task / z_tiles * kSegment;
-      Sliding<BACKWARD, T> window;
+      Sliding<BACKWARD, 3, T> window;
       window.start(z, plan.z_pitch, m, 16 * from);
       for (int step = from; step < at_most(steps_v, from + kSegment); ++step) {
         window.step(z, plan.z_pitch, m, 16 * step);
@@ -337,11 +358,11 @@ __global__ void __launch_bounds__(kThreads, 2) strips_toeplitz(Arguments args, P
 #pragma unroll
           for (int i = 0; i < 3; ++i) {
 #pragma unroll
-            for (int e = 0; e < 4; ++e) sum[i][e] = first_bias[i];
+            for (int e = 0; e < 4; ++e) sum[i][e] = bias[i];
           }
-          window.narrow(sum[0], first.narrow, half);
-          window.wide(sum[1], first.middle, half);
-          window.wide(sum[2], first.wide, half);
+          window.narrow(sum[0], band[0], half);
+          window.wide(sum[1], band[1], band[2], half);
+          window.wide(sum[2], band[3], band[4], half);
 #pragma unroll
           for (int r = 0; r < 2; ++r) {
             const int row = t_row0 + m + lane / 4 + 8 * r;
@@ -349,7 +370,7 @@ __global__ void __launch_bounds__(kThreads, 2) strips_toeplitz(Arguments args, P
             T* to = t + row * plan.t_pitch + 16 * step + 8 * half + 2 * (lane % 4);
 #pragma unroll
             for (int i = 0; i < 3; ++i) {
-              *reinterpret_cast<unsigned*>(to + i * t_floats) =
+              *reinterpret_cast<unsigned*>(to + i * t_size) =
                   pack<T>(sum[i][2 * r], sum[i][2 * r + 1]);
             }
           }
@@ -359,21 +380,30 @@ __global__ void __launch_bounds__(kThreads, 2) strips_toeplitz(Arguments args, P
     __syncthreads();
 
     // Result in place of z, by the thread that needs z there.
+    float second_bias = 0.0f;
+#pragma unroll
+    for (int i = 0; i < 3; ++i) {
+      if (!BACKWARD) second_bias += bias_of<T>(args.branches[i].second.bias, channel);
+    }
+    load_matrices_from(band, matrices, kSquare + 5);
     const int segments_u = (steps_u + kSegment - 1) / kSegment;
     for (int task = warp; task < steps_v * segments_u; task += warps) {
       const int m = task % steps_v * 16, from = task / steps_v * kSegment;
-      Sliding<true, T> window[3];
-#pragma unroll
-      for (int i = 0; i < 3; ++i) window[i].start(t + i * t_floats, plan.t_pitch, m, 16 * from);
+      Sliding<true, 2, T> of_seven;
+      Sliding<true, 3, T> of_eleven, of_twenty_one;
+      of_seven.start(t, plan.t_pitch, m, 16 * from);
+      of_eleven.start(t + t_size, plan.t_pitch, m, 16 * from);
+      of_twenty_one.start(t + 2 * t_size, plan.t_pitch, m, 16 * from);
       for (int step = from; step < at_most(steps_u, from + kSegment); ++step) {
-#pragma unroll
-        for (int i = 0; i < 3; ++i) window[i].step(t + i * t_floats, plan.t_pitch, m, 16 * step);
+        of_seven.step(t, plan.t_pitch, m, 16 * step);
+        of_eleven.step(t + t_size, plan.t_pitch, m, 16 * step);
+        of_twenty_one.step(t + 2 * t_size, plan.t_pitch, m, 16 * step);
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           float sum[4] = {second_bias, second_bias, second_bias, second_bias};
-          window[0].narrow(sum, second.narrow, half);
-          window[1].wide(sum, second.middle, half);
-          window[2].wide(sum, second.wide, half);
+          of_seven.narrow(sum, band[0], half);
+          of_eleven.wide(sum, band[1], band[2], half);
+          of_twenty_one.wide(sum, band[3], band[4], half);
 #pragma unroll
           for (int e = 0; e < 4; ++e) {
             const int at_v = core.v0 + m + lane / 4 + e / 2 * 8;
@@ -411,7 +441,7 @@ __global__ void __launch_bounds__(kThreads, 2) strips_toeplitz(Arguments args, P
       }
       __syncthreads();
       T* const to = z + (out.v0 - core.v0) * plan.z_pitch;
-      square_toeplitz<T>(x, plan.x_pitch, rows, steps, square, 0.0f,
+      square_toeplitz<T>(x, plan.x_pitch, rows, steps, matrices, 0.0f,
                          [&](int row, int column, float left, float right) {
                            if (row >= out.v1 - out.v0) return;
                            *reinterpret_cast<unsigned*>(to + row * plan.z_pitch + column) =

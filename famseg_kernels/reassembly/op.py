@@ -8,7 +8,9 @@ from famseg_kernels.reassembly import cpu, cuda, reference
 from famseg_kernels.reassembly.spec import CARAFE, REASSEMBLE
 from famseg_kernels.registry import Operation, autocast_dtype
 
-REASSEMBLE_OPERATION = Operation(REASSEMBLE, {"reference": reference.reassemble, "cpu": cpu.reassemble, "cuda": cuda.reassemble})
+REASSEMBLE_OPERATION = Operation(
+    REASSEMBLE, {"reference": reference.reassemble, "cpu": cpu.reassemble, "cuda": cuda.reassemble}
+)
 CARAFE_OPERATION = Operation(CARAFE, {"reference": reference.carafe, "cpu": cpu.carafe, "cuda": cuda.carafe})
 
 
