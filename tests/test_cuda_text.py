@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 import re
 import shutil
@@ -10,16 +11,16 @@ import subprocess
 import sys
 from pathlib import Path
 
-import emulated_cuda
 import pytest
 import torch
-from test_contract import cotangents, truth_and_eager
 
 import famseg_kernels as fk
 from famseg_kernels import tolerance
 from famseg_kernels.registry import Operation
 from famseg_kernels.strip_conv.op import OPERATION as STRIP_CONV
 from famseg_kernels.strip_conv.spec import _case as strip_case
+from tests import emulated_cuda
+from tests.test_contract import cotangents, truth_and_eager
 
 ORDERS = pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
 OPERATIONS = [operation for operation in fk.OPERATIONS if "cuda" in operation.implementations]
@@ -219,6 +220,7 @@ def inspect():
     if tool is None:
         pytest.skip("no cuobjdump, neither on PATH nor in triton")
 
+    @functools.cache  # a listing takes seconds
     def run(*options: str) -> str:
         return subprocess.run([tool, *options, str(modules[0])], capture_output=True, text=True, check=True).stdout
 

@@ -16,7 +16,7 @@
 //                         0.35 ns against 0.19 on an H200: bound by memory, in bf16 by both
 //   gradient of weights   5 E + 2 M, the same FMAs and reads
 //   gradient of x         5 E + M, the same FMAs, but 400 bytes of shared memory for each of E, for
-//                         a weight belongs to one pair of pixels: bound by that, 0.86 ns a pixel
+//                         a weight belongs to one pair of pixels: bound by that, 0.77 ns a pixel
 //
 // 100 sums leave room for two blocks of 128 threads a processor at least; shared memory, 32 KB at
 // most, for more. Lanes walk along a row of pixels, 4 or 16 bytes each: no bank conflicts.

@@ -6,10 +6,15 @@
 // must be rare: a thread makes 16 outputs of a row convolution or 4 x 16 of a column or square one
 // from registers, which reads 16 bytes of shared memory for some 25 FMAs.
 //
-//   stage           FMAs an element   16-byte reads, writes an element   wavefronts: FMA cycles
-//   square          25                60 / 64, 1 / 4                       1.2 : 1.9 of 32 lanes
-//   first, 3 sizes  39                (6 + 7 + 9 + 6) / 16, 3 / 4          2.5 : 2.4
-//   second          39                (22 + 26 + 36) / 64                  1.3 : 2.4
+// Cycles of a multiprocessor for 32 elements, where a 16-byte read of a warp takes 4:
+//
+//   stage           FMA    shared memory: reads, taps, writes
+//   square          6.3    3.8 + 1.0
+//   first, 3 sizes  9.8    6.0 + 0.8 + 3.0
+//   second          9.8    5.3 + 0.6
+//
+// 25.8 against some 21 with what is staged: FMAs are the bound if both overlap, which is what
+// several blocks a multiprocessor, or their warps between two barriers, are for.
 //
 // No bank conflicts: lanes of a warp walk along a row in steps of 16 bytes (square, second), or
 // down the rows (first), whose pitch is an odd multiple of 16 bytes.

@@ -16,7 +16,7 @@
 // 240 against 103 on FMA units that are 15 times slower: 0.5 ps an element at an H200's full rate,
 // where FMAs need 3.1 and memory 0.8. Shared memory needs more: inputs are read once for each of
 // the five rows (10 bytes an element), once along v (2), once for each branch along u (6); with
-// what is staged and written some 32 bytes, 1.1 ps. That is the bound.
+// what is staged and written some 32 bytes, 1.0 ps. That is the bound.
 //
 // Neighbouring outputs share inputs: eight new columns (or rows) come with every eight outputs, the
 // others stay in registers. The second stage runs along u with t transposed on its way into
