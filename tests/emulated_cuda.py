@@ -2,8 +2,8 @@
 
 The same kernel texts, launchers, bindings and Python as on a GPU; threads are fibers. Under AddressSanitizer:
 
-    LD_PRELOAD=$(gcc -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 FAMSEG_EMULATION_FLAGS="-g
-        -fsanitize=address" python -m pytest tests/test_cuda_text.py
+    LD_PRELOAD="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0
+        FAMSEG_EMULATION_FLAGS="-g1 -fsanitize=address" python -m pytest tests/test_cuda_text.py
 """
 
 from __future__ import annotations
@@ -49,14 +49,16 @@ def build(directory: Path) -> Emulation:
     flags = ["-std=c++17", "-O1", "-fPIC", "-Wall", "-Werror", "-Wno-unknown-pragmas", "-DFAMSEG_CUDA_ON_CPU"]
     flags += ['-DFAMSEG_CUDA_ARCHS=""', *os.environ.get("FAMSEG_EMULATION_FLAGS", "").split()]
     include = [ROOT / "csrc", pybind11_include(), sysconfig.get_paths()["include"]]
+    # A preloaded sanitizer is for Python, not for the compiler.
+    environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
     objects, compilations = [], []
     for source in SOURCES:
         objects.append(str(directory / (source.replace("/", "_") + ".o")))
         command = [COMPILER, *flags, *(f"-I{path}" for path in include), "-x", "c++", "-c", str(ROOT / source)]
-        compilations.append(subprocess.Popen([*command, "-o", objects[-1]]))
+        compilations.append(subprocess.Popen([*command, "-o", objects[-1]], env=environment))
     assert all(process.wait() == 0 for process in compilations)
     library = directory / "_cuda.so"
-    subprocess.run([COMPILER, "-shared", *flags, *objects, "-o", str(library)], check=True)
+    subprocess.run([COMPILER, "-shared", *flags, *objects, "-o", str(library)], check=True, env=environment)
     return Emulation(library)
 
 

@@ -39,7 +39,7 @@ def forward(
 ) -> Tensor:
     """y (N, C, H, W) in x's dtype and memory format."""
     args = _Arguments(x, square_weight, square_bias, row_weights, row_biases, col_weights, col_biases)
-    y = torch.empty_like(args.x)
+    y = torch.empty_like(args.x, memory_format=torch.contiguous_format)
     # The launch goes to the current device, which need not be x's.
     with torch.cuda.device(x.device):
         _native().strip_conv2d_forward(*args.native, y.data_ptr(), torch.cuda.current_stream().cuda_stream)
@@ -60,12 +60,19 @@ def backward(
     """Gradients of the flattened tensor arguments where `needs`, None elsewhere."""
     args = _Arguments(x, square_weight, square_bias, row_weights, row_biases, col_weights, col_biases)
     flat = [x, square_weight, square_bias, *row_weights, *row_biases, *col_weights, *col_biases]
-    gradients: list[Tensor | None] = [
-        torch.empty_like(tensor, memory_format=torch.contiguous_format) if need and tensor is not None else None
+    # The op's fake kernel promises the strides of empty_like; the native kernels write contiguously.
+    results = [
+        torch.empty_like(tensor) if need and tensor is not None else None
         for tensor, need in zip(flat, needs, strict=True)
     ]
+    gradients = [
+        torch.empty_like(result, memory_format=torch.contiguous_format)
+        if result is not None and not result.is_contiguous()
+        else result
+        for result in results
+    ]
     if not x.numel():  # sums over nothing
-        return [None if t is None else t.zero_() for t in gradients]
+        return [None if t is None else t.zero_() for t in results]
     grad = grad.contiguous()
     weights = any(needs[1:])
     x_gradient = gradients[0]
@@ -87,13 +94,10 @@ def backward(
             (_address(middle), _address(partial)),
             torch.cuda.current_stream().cuda_stream,
         )
-    # Strides are those of empty_like, which is what the op's fake kernel promises.
-    return [
-        gradient
-        if gradient is None or tensor is None or tensor.is_contiguous()
-        else torch.empty_like(tensor).copy_(gradient)
-        for tensor, gradient in zip(flat, gradients, strict=True)
-    ]
+    for result, gradient in zip(results, gradients, strict=True):
+        if result is not None and gradient is not None and result is not gradient:
+            result.copy_(gradient)
+    return results
 
 
 class _Arguments:
