@@ -4,7 +4,7 @@
 // Threads of a block are fibers: each runs until it waits for its block (__syncthreads) or for its
 // warp (a shuffle, a matrix instruction), then the next one does. Running them once in forward and
 // once in reverse order shows a missing barrier as a difference; a barrier that some threads miss
-// is an error. Shared memory is a heap block of exactly the size asked for, so that
+// is an error. Shared memory is a heap block of the size asked for, in 128-byte steps, so that
 // AddressSanitizer sees an access beyond it. Blocks run one after another.
 //
 // No atomics and no asynchronous copies; no timing.
