@@ -1,124 +1,260 @@
-"""CUDA kernels without a GPU: their text compiled by g++ and run by fibers, and compiled by nvcc."""
+"""CUDA kernels without a GPU: run by fibers on the CPU, and looked at in the compiled module."""
 
 from __future__ import annotations
 
 import ctypes
+import functools
+import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
-ROOT = Path(__file__).resolve().parent.parent
-COMPILER = shutil.which("g++")
-NVCC = shutil.which("nvcc")
+import famseg_kernels as fk
+from famseg_kernels import tolerance
+from famseg_kernels.registry import Operation
+from famseg_kernels.strip_conv.op import OPERATION as STRIP_CONV
+from famseg_kernels.strip_conv.spec import _case as strip_case
+from tests import emulated_cuda
+from tests.test_contract import cotangents, truth_and_eager
 
-needs_compiler = pytest.mark.skipif(COMPILER is None, reason="no g++ on PATH")
 ORDERS = pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
+OPERATIONS = [operation for operation in fk.OPERATIONS if "cuda" in operation.implementations]
+CASES = pytest.mark.parametrize(
+    ("operation", "case"),
+    [
+        pytest.param(operation, case, id=f"{operation.spec.name}-{case.name}")
+        for operation in OPERATIONS
+        for case in operation.spec.cases
+    ],
+)
+needs_emulation = pytest.mark.skipif(emulated_cuda.missing() is not None, reason=str(emulated_cuda.missing()))
 
 
 @pytest.fixture(scope="module")
-def load(tmp_path_factory: pytest.TempPathFactory):
-    """Compiles tests/cuda_text/<name>.cpp and loads it."""
-    directory = tmp_path_factory.mktemp("cuda_text")
-
-    def build(name: str) -> ctypes.CDLL:
-        library = directory / f"{name}.so"
-        if not library.exists():
-            source = ROOT / "tests" / "cuda_text" / f"{name}.cpp"
-            flags = ["-std=c++17", "-O2", "-Wall", "-Werror", "-Wno-unknown-pragmas", "-shared", "-fPIC"]
-            command = [COMPILER, *flags, f"-I{ROOT / 'csrc'}", str(source), "-o", str(library)]
-            subprocess.run(command, check=True)
-        return ctypes.CDLL(str(library))
-
-    return build
+def built(tmp_path_factory: pytest.TempPathFactory) -> emulated_cuda.Emulation:
+    return emulated_cuda.build(tmp_path_factory.mktemp("cuda_text"))
 
 
-def address(tensor: Tensor) -> ctypes.c_void_p:
-    return ctypes.c_void_p(tensor.data_ptr())
+@pytest.fixture
+def emulation(built, monkeypatch: pytest.MonkeyPatch):
+    built.install(monkeypatch)
+    yield built
+    built.configure()
 
 
-@needs_compiler
-@ORDERS
-@pytest.mark.parametrize("barrier", [True, False])
-def test_a_missing_barrier_shows(load, barrier: bool, reverse: bool) -> None:
-    values = torch.arange(256, dtype=torch.float32)
-    out = torch.empty_like(values)
-    load("barrier").reverse_blocks(address(values), address(out), 4, barrier, reverse)
-    assert torch.equal(out, values.view(4, 64).flip(1).flatten()) == barrier
+def assert_right(operation: Operation, case, dtype: torch.dtype, channels_last: bool = False) -> None:
+    """Forward and all gradients of the emulated backend obey the contract's tolerance."""
+    args = case.arguments(dtype)
+    truth, eager = truth_and_eager(operation, case, dtype)
+    if channels_last:
+        args = operation.replace(
+            args,
+            [
+                t.to(memory_format=torch.channels_last) if t is not None and t.dim() == 4 else t
+                for t in operation.flatten(args)
+            ],
+        )
+    backend = operation.implementations["cuda"]
+    y = backend.forward(*args)
+    wrong = tolerance.violation(y, eager[0][0], truth[0][0])
+    assert wrong is None, wrong
+    expected = operation.spec.fake(*args)
+    assert y.stride() == expected.stride()
+    flat = operation.flatten(args)
+    gradients = backend.backward(cotangents([y])[0], [t is not None for t in flat], *args)
+    present = [(t, gradient) for t, gradient in zip(flat, gradients, strict=True) if t is not None]
+    for (tensor, gradient), mine, right in zip(present, eager[1], truth[1], strict=True):
+        assert gradient.dtype == dtype and gradient.stride() == torch.empty_like(tensor).stride()
+        wrong = tolerance.violation(gradient, mine, right)
+        assert wrong is None, wrong
 
 
-def reassemble(x: Tensor, logits: Tensor, k: int, s: int, groups: int) -> Tensor:
-    """The definition, with every intermediate in memory."""
-    n, c, h, w = x.shape
-    weights = logits.view(n, groups, k * k, s, s, h, w).softmax(dim=2)
-    patches = F.unfold(x, k, padding=k // 2).view(n, groups, c // groups, k * k, h, w)
-    return torch.einsum("ngtyxij,ngctij->ngciyjx", weights, patches).reshape(n, c, s * h, s * w)
-
-
-def assert_close(fp32: Tensor, truth: Tensor) -> None:
-    torch.testing.assert_close(fp32.double(), truth, rtol=1e-5, atol=2e-6)
-
-
-# (N, C, H, W), kernel size, scale, groups
-CASES = [
-    ((1, 16, 5, 6), 5, 2, 1),
-    ((2, 12, 4, 3), 3, 2, 4),
-    ((1, 18, 3, 5), 7, 1, 2),
-    ((2, 3, 4, 4), 1, 3, 3),
-    ((1, 20, 1, 1), 5, 2, 1),
-    ((1, 8, 1, 1), 7, 3, 8),
-    ((3, 9, 7, 2), 3, 3, 1),
+# float16 and bfloat16 are one text: one of them in both orders.
+RUNS = [
+    (torch.float32, False),
+    (torch.float32, True),
+    (torch.bfloat16, False),
+    (torch.bfloat16, True),
+    (torch.float16, False),
 ]
 
 
-@needs_compiler
+@needs_emulation
+@pytest.mark.parametrize(
+    ("dtype", "reverse"), RUNS, ids=[f"{dtype}-{'reverse' if reverse else 'forward'}" for dtype, reverse in RUNS]
+)
+@CASES
+def test_text_obeys_the_contract(emulation, operation, case, dtype, reverse: bool) -> None:
+    emulation.configure(reverse)
+    assert_right(operation, case, dtype)
+
+
+@needs_emulation
+@CASES
+def test_text_takes_channels_last(emulation, operation, case) -> None:
+    assert_right(operation, case, torch.float32, channels_last=True)
+
+
+BANDS = [
+    strip_case("tall", (2, 1, 150, 21)),
+    strip_case("wide", (1, 2, 20, 170)),
+    strip_case("both", (1, 1, 70, 77)),
+    strip_case("other_sizes", (1, 1, 90, 37), square=3, strips=((9, 15), (1, 5))),
+    strip_case("no_square", (1, 1, 70, 70), square=None, strips=((9, 15), (3, 5))),
+]
+
+
+@needs_emulation
 @ORDERS
-@pytest.mark.parametrize(("shape", "k", "s", "groups"), CASES)
-def test_reassembly_text_matches_the_definition(load, shape, k, s, groups, reverse: bool) -> None:
-    generator = torch.Generator().manual_seed(0)
-    n, c, h, w = shape
-    x = torch.randn(shape, generator=generator)
-    logits = 3 * torch.randn((n, groups * k * k * s * s, h, w), generator=generator)
-    y = torch.full((n, c, s * h, s * w), float("nan"))
-    # Fewer threads than pixels: the kernel strides over the rest.
-    load("reassembly").reassemble_forward(
-        *map(address, (x, logits, y)), *map(ctypes.c_longlong, shape), k, s, groups, 3, 32, reverse
-    )
-    assert_close(y, reassemble(x.double(), logits.double(), k, s, groups))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kilobytes", [100, 40])
+@pytest.mark.parametrize("case", BANDS, ids=lambda case: case.name)
+def test_planes_that_do_not_fit_are_cut_into_tiles(emulation, case, kilobytes: int, dtype, reverse: bool) -> None:
+    emulation.configure(reverse, (kilobytes * 1024, (kilobytes + 1) * 1024))
+    assert_right(STRIP_CONV, case, dtype)
 
 
-@needs_compiler
-def test_reassembly_text_takes_an_empty_batch(load) -> None:
-    nothing = torch.empty(0)
-    shape = map(ctypes.c_longlong, (0, 4, 3, 3))
-    load("reassembly").reassemble_forward(*[address(nothing)] * 3, *shape, 5, 2, 1, 1, 32, False)
+@needs_emulation
+def test_an_error_names_the_operation_the_shapes_and_the_cause(emulation) -> None:
+    emulation.configure(shared=(4096, 8192))
+    args = STRIP_CONV.spec.cases[0].arguments(torch.float32)
+    with pytest.raises(RuntimeError, match=r"strip_conv2d on CUDA: .*shared memory.*x \(2, 4, 24, 20\), square 5"):
+        STRIP_CONV.implementations["cuda"].forward(*args)
 
 
-@needs_compiler
-def test_reassembly_text_survives_logits_of_minus_infinity(load) -> None:
+@needs_emulation
+def test_reassembly_text_survives_logits_of_minus_infinity(emulation) -> None:
     x = torch.randn((1, 4, 3, 3), generator=torch.Generator().manual_seed(0))
-    logits = torch.full((1, 9, 3, 3), float("-inf"))
-    logits[:, 4:] = 1.0
-    y = torch.empty_like(x)
-    shape = map(ctypes.c_longlong, x.shape)
-    load("reassembly").reassemble_forward(*map(address, (x, logits, y)), *shape, 3, 1, 1, 1, 32, False)
-    assert_close(y, reassemble(x.double(), logits.double(), 3, 1, 1))
+    for k, s in ((3, 1), (5, 2)):
+        logits = torch.full((1, k * k * s * s, 3, 3), float("-inf"))
+        logits[:, 4 * s * s :] = 1.0
+        operation = next(o for o in OPERATIONS if o.spec.name == "reassemble")
+        y = operation.implementations["cuda"].forward(x, logits, k, s, 1)
+        torch.testing.assert_close(y, operation.implementations["reference"].forward(x, logits, k, s, 1))
 
 
-@pytest.mark.skipif(NVCC is None, reason="no nvcc on PATH")
+@needs_emulation
+@pytest.mark.parametrize("barrier", [True, False])
+@ORDERS
+def test_a_missing_barrier_shows(tmp_path: Path, barrier: bool, reverse: bool) -> None:
+    source, library = Path(__file__).parent / "cuda_text" / "barrier.cpp", tmp_path / "barrier.so"
+    flags = ["-std=c++17", "-shared", "-fPIC", f"-I{emulated_cuda.ROOT / 'csrc'}"]
+    subprocess.run([emulated_cuda.COMPILER, *flags, str(source), "-o", str(library)], check=True)
+    values = torch.arange(256, dtype=torch.float32)
+    out = torch.empty_like(values)
+    functions = ctypes.CDLL(str(library))
+    pointers = [ctypes.c_void_p(t.data_ptr()) for t in (values, out)]
+    functions.reverse_blocks(*pointers, 4, barrier, reverse)
+    assert torch.equal(out, values.view(4, 64).flip(1).flatten()) == barrier
+    functions.divergent_barriers_run.restype = ctypes.c_bool
+    assert not functions.divergent_barriers_run()
+
+
+@needs_emulation
+@pytest.mark.skipif("FAMSEG_EMULATION_FLAGS" in os.environ, reason="this is the run under AddressSanitizer")
+def test_no_access_goes_beyond_its_memory() -> None:
+    """Each operation's first case, and a plane in tiles, in a process with AddressSanitizer."""
+    libraries = [
+        subprocess.run([emulated_cuda.COMPILER, f"-print-file-name={name}"], capture_output=True, text=True).stdout
+        for name in ("libasan.so", "libstdc++.so")
+    ]
+    if not all(os.path.isabs(library) for library in libraries):
+        pytest.skip("no libasan")
+    environment = {
+        **os.environ,
+        "LD_PRELOAD": " ".join(library.strip() for library in libraries),
+        "ASAN_OPTIONS": "detect_leaks=0",
+        "FAMSEG_EMULATION_FLAGS": "-g1 -fsanitize=address -Wno-error",
+    }
+    chosen = "(obeys and (mscan or famseg) or (tiles and both and 40)) and forward and (float32 or bfloat16)"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", chosen]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=emulated_cuda.ROOT)
+    assert result.returncode == 0, (result.stdout + result.stderr)[-4000:]
+    assert " passed" in result.stdout
+
+
+# --- the compiled module ------------------------------------------------------------------------------
+
+# Blocks that a multiprocessor shall hold, by what registers allow, and their threads: (threads, blocks). The launch
+# bounds in the kernels ask for them; a spill or a stack frame would be the price.
+OCCUPANCY = {
+    "strips_toeplitz": (256, 2),
+    "strips": (256, 1),
+    "weight_gradients": (256, 1),
+    "sum_partials": (256, 2),
+    "forward_tuned": (128, 3),
+    "gradient_weights_tuned": (128, 3),
+    "gradient_x_tuned": (128, 3),
+    "forward_any": (256, 2),
+    "gradient_weights_any": (256, 2),
+    "gradient_x_any": (256, 2),
+}
+REGISTERS = 65536  # of a multiprocessor, on sm_80 and sm_90
+STATIC_SHARED = 48 * 1024  # of a block, without asking for more
+
+
+def cuobjdump() -> str | None:
+    """The CUDA toolkit's, or the one that Triton brings along."""
+    if found := shutil.which("cuobjdump"):
+        return found
+    try:
+        import triton
+    except ImportError:
+        return None
+    bundled = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    return str(bundled) if bundled.exists() else None
+
+
+@pytest.fixture(scope="module")
+def inspect():
+    """Runs cuobjdump on the installed CUDA module."""
+    modules = list((emulated_cuda.ROOT / "famseg_kernels").glob("_cuda*.so"))
+    if not modules:
+        pytest.skip("the CUDA module was not built")
+    tool = cuobjdump()
+    if tool is None:
+        pytest.skip("no cuobjdump, neither on PATH nor in triton")
+
+    @functools.cache  # a listing takes seconds
+    def run(*options: str) -> str:
+        return subprocess.run([tool, *options, str(modules[0])], capture_output=True, text=True, check=True).stdout
+
+    return run
+
+
 @pytest.mark.parametrize("arch", [80, 90])
-def test_nvcc_compiles_reassembly_without_spills(arch: int, tmp_path: Path) -> None:
-    source = ROOT / "csrc" / "reassembly" / "cuda.cu"
-    flags = ["-std=c++17", "-O3", f"-arch=sm_{arch}", "-Xptxas", "-v", f"-I{ROOT / 'csrc'}"]
-    result = subprocess.run(
-        [NVCC, *flags, "-c", str(source), "-o", str(tmp_path / "cuda.o")], capture_output=True, text=True
-    )
-    assert result.returncode == 0, result.stderr
-    spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", result.stderr)
-    assert len(spills) == 3  # float, half, bfloat16
-    assert all(pair == ("0", "0") for pair in spills), result.stderr
+def test_kernels_neither_spill_nor_miss_their_occupancy(inspect, arch: int) -> None:
+    usage = inspect("--dump-resource-usage", f"--gpu-architecture=sm_{arch}")
+    pattern = r"Function (\S+):\s*REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)"
+    found = set()
+    for symbol, registers, stack, shared, local in re.findall(pattern, usage):
+        # Itanium mangling: the length of a name stands before it.
+        names = [name for name in OCCUPANCY if f"{len(name)}{name}I" in symbol]
+        assert len(names) == 1, f"{symbol}: no occupancy is stated for it"
+        found.add(names[0])
+        threads, blocks = OCCUPANCY[names[0]]
+        each = -(-int(registers) // 8) * 8  # registers are handed out in eights
+        assert (int(stack), int(local)) == (0, 0), f"{symbol}: stack frame of {stack}, local memory of {local} bytes"
+        assert each * threads * blocks <= REGISTERS, f"{symbol}: {registers} registers"
+        assert int(shared) <= STATIC_SHARED
+    assert found == set(OCCUPANCY)
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("element", ["bfloat16", "half"])
+def test_sixteen_bit_strips_are_tensor_core_instructions(inspect, element: str, arch: int) -> None:
+    listing = inspect("--dump-sass", f"--gpu-architecture=sm_{arch}")
+    functions = re.split(r"\n\s*Function : ", listing)[1:]
+    chosen = [text for text in functions if "strips_toeplitz" in text.split("\n")[0] and element in text.split("\n")[0]]
+    assert len(chosen) == 2  # forward, gradient of x
+    for text in chosen:
+        # A step of a warp: 10 products of the square's rows, 10 of the first stage, 10 of the second.
+        assert len(re.findall(r"HMMA\.16816\.F32", text)) >= 30
+        assert "LDSM.16.MT88.4" in text
+    strips = [text for text in functions if re.search(r"6stripsI", text.split("\n")[0])]
+    assert strips and not any("HMMA" in text for text in strips)

@@ -1,21 +1,36 @@
-// Lets g++ compile the text of a CUDA kernel and run it on a CPU, for tests without a GPU.
+// Lets g++ compile the text of CUDA kernels and their launchers, and run them on a CPU, for tests
+// without a GPU (tests/test_cuda_text.py); the twin of cuda_on_gpu.cuh.
 //
-// Threads of a block are fibers: each runs until __syncthreads(), then the next one does. Running
-// them once in forward and once in reverse order shows a missing barrier as a difference. Blocks
-// run one after another, so that a __shared__ variable can be a static one.
+// Threads of a block are fibers: each runs until it waits for its block (__syncthreads) or for its
+// warp (a shuffle, a matrix instruction), then the next one does. Running them once in forward and
+// once in reverse order shows a missing barrier as a difference; a barrier that some threads miss
+// is an error. Shared memory is a heap block of the size asked for, in 128-byte steps, so that
+// AddressSanitizer sees an access beyond it. Blocks run one after another.
 //
-// No warps, atomics, tensor cores or asynchronous copies.
+// No atomics and no asynchronous copies; no timing.
 #pragma once
 
 #include <math.h>
 #include <ucontext.h>
 
+#include <cstddef>
+#include <cstdlib>
 #include <functional>
 #include <memory>
+#include <stdexcept>
+#include <string>
 #include <vector>
+
+#include "common/dtype.h"
+
+#ifndef FAMSEG_ISA
+#define FAMSEG_ISA baseline
+#endif
+#include "common/half.h"
 
 #define __global__
 #define __device__
+#define __host__
 #define __restrict__
 #define __launch_bounds__(...)
 #define __shared__ static
@@ -28,60 +43,238 @@ inline thread_local dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 namespace cuda_on_cpu {
 
+enum class Waits { no, for_warp, for_block };
+
 struct Fiber {
   ucontext_t context;
   std::unique_ptr<char[]> stack;
-  dim3 index;
+  unsigned index;
+  Waits waits = Waits::no;
   bool done = false;
+};
+
+// What a lane shows the other lanes of its warp.
+struct Exchange {
+  unsigned words[8];
+  const void* address;
 };
 
 inline thread_local ucontext_t scheduler;
 inline thread_local Fiber* running = nullptr;
 inline thread_local const std::function<void()>* kernel = nullptr;
+inline thread_local std::vector<Exchange> exchanges;
+inline thread_local char* dynamic_shared = nullptr;
+// The order in which threads run between two barriers.
+inline bool reverse_order = false;
+
+inline void wait(Waits what) {
+  running->waits = what;
+  swapcontext(&running->context, &scheduler);
+}
 
 inline void run_thread() {
   (*kernel)();
   running->done = true;  // uc_link then returns to the scheduler
 }
 
+// Lets those go on for whom everybody has come; false when nobody can.
+inline bool release(std::vector<Fiber>& fibers) {
+  bool released = false, all_at_barrier = true;
+  for (size_t warp = 0; warp < fibers.size(); warp += 32) {
+    const size_t end = warp + 32 < fibers.size() ? warp + 32 : fibers.size();
+    bool all_at_warp = true;
+    for (size_t t = warp; t < end; ++t) {
+      const bool at_end = fibers[t].done;
+      all_at_warp = all_at_warp && (at_end || fibers[t].waits == Waits::for_warp);
+      all_at_barrier = all_at_barrier && (at_end || fibers[t].waits == Waits::for_block);
+    }
+    for (size_t t = warp; t < end && all_at_warp; ++t) {
+      fibers[t].waits = Waits::no;
+      released = released || !fibers[t].done;
+    }
+  }
+  for (size_t t = 0; t < fibers.size() && all_at_barrier; ++t) {
+    fibers[t].waits = Waits::no;
+    released = released || !fibers[t].done;
+  }
+  return released;
+}
+
 // Runs `body`, a call of the kernel, for every thread of the grid.
-inline void launch(dim3 grid, dim3 block, bool reverse, const std::function<void()>& body) {
-  constexpr size_t stack_bytes = 64 * 1024;
+inline void launch(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& body) {
+  constexpr size_t stack_bytes = 128 * 1024;
+  static thread_local std::vector<Fiber> pool;
+  const size_t count = size_t(block.x) * block.y * block.z;
+  if (pool.size() != count) pool = std::vector<Fiber>(count);
+  for (Fiber& fiber : pool) {
+    if (!fiber.stack) fiber.stack.reset(new char[stack_bytes]);
+  }
   gridDim = grid;
   blockDim = block;
   kernel = &body;
-  std::vector<Fiber> fibers(size_t(block.x) * block.y * block.z);
-  for (Fiber& fiber : fibers) fiber.stack.reset(new char[stack_bytes]);
+  exchanges.resize((count + 31) / 32 * 32);
   for (size_t b = 0; b < size_t(grid.x) * grid.y * grid.z; ++b) {
     blockIdx = {unsigned(b % grid.x), unsigned(b / grid.x % grid.y), unsigned(b / grid.x / grid.y)};
-    for (size_t t = 0; t < fibers.size(); ++t) {
-      Fiber& fiber = fibers[t];
+    // A new one for each block, filled with NaNs: nothing of another block can be read by mistake.
+    std::unique_ptr<char, void (*)(void*)> shared(
+        static_cast<char*>(std::aligned_alloc(128, (shared_bytes + 127) / 128 * 128)), std::free);
+    for (size_t i = 0; i < shared_bytes; ++i) shared.get()[i] = char(0xff);
+    dynamic_shared = shared.get();
+    for (size_t t = 0; t < count; ++t) {
+      Fiber& fiber = pool[t];
       fiber.done = false;
-      fiber.index = {unsigned(t % block.x), unsigned(t / block.x % block.y),
-                     unsigned(t / block.x / block.y)};
+      fiber.waits = Waits::no;
+      fiber.index = unsigned(t);
       getcontext(&fiber.context);
       fiber.context.uc_stack.ss_sp = fiber.stack.get();
       fiber.context.uc_stack.ss_size = stack_bytes;
       fiber.context.uc_link = &scheduler;
       makecontext(&fiber.context, run_thread, 0);
     }
-    // Each round takes every thread from one barrier to the next.
-    for (bool waiting = true; waiting;) {
-      waiting = false;
-      for (size_t k = 0; k < fibers.size(); ++k) {
-        Fiber& fiber = fibers[reverse ? fibers.size() - 1 - k : k];
-        if (fiber.done) continue;
+    do {
+      for (size_t k = 0; k < count; ++k) {
+        Fiber& fiber = pool[reverse_order ? count - 1 - k : k];
+        if (fiber.done || fiber.waits != Waits::no) continue;
         running = &fiber;
-        threadIdx = fiber.index;
+        threadIdx = {fiber.index % block.x, fiber.index / block.x % block.y,
+                     fiber.index / block.x / block.y};
         swapcontext(&scheduler, &fiber.context);
-        waiting = waiting || !fiber.done;
       }
+    } while (release(pool));
+    for (const Fiber& fiber : pool) {
+      if (!fiber.done) throw std::logic_error("threads wait at different barriers");
     }
   }
+}
+
+inline Exchange& mine() {
+  return exchanges[running->index];
+}
+inline const Exchange& lane(unsigned l) {
+  return exchanges[running->index / 32 * 32 + l];
 }
 
 }  // namespace cuda_on_cpu
 
 inline void __syncthreads() {
-  swapcontext(&cuda_on_cpu::running->context, &cuda_on_cpu::scheduler);
+  cuda_on_cpu::wait(cuda_on_cpu::Waits::for_block);
 }
+
+inline void __syncwarp() {
+  cuda_on_cpu::wait(cuda_on_cpu::Waits::for_warp);
+}
+
+inline float __shfl_xor_sync(unsigned, float value, unsigned mask) {
+  using namespace cuda_on_cpu;
+  mine().words[0] = famseg::baseline::bits_of(value);
+  __syncwarp();
+  const unsigned other = lane(running->index % 32 ^ mask).words[0];
+  __syncwarp();
+  return famseg::baseline::float_of(other);
+}
+
+// The few calls of the runtime that the bindings make.
+using cudaError_t = int;
+constexpr cudaError_t cudaSuccess = 0;
+constexpr int CUDART_VERSION = 0;
+inline cudaError_t cudaGetDeviceCount(int* count) {
+  *count = 1;
+  return cudaSuccess;
+}
+inline cudaError_t cudaDriverGetVersion(int* version) {
+  *version = 0;
+  return cudaSuccess;
+}
+inline cudaError_t cudaGetLastError() {
+  return cudaSuccess;
+}
+inline const char* cudaGetErrorString(cudaError_t) {
+  return "";
+}
+
+namespace famseg {
+
+using baseline::Bfloat16;
+using baseline::Float16;
+using baseline::narrow;
+using baseline::widen;
+
+inline void* shared_memory() {
+  return cuda_on_cpu::dynamic_shared;
+}
+
+// Two numbers in a register, the first in the lower half.
+template <typename T>
+unsigned pack(float first, float second) {
+  T low, high;
+  narrow(low, first);
+  narrow(high, second);
+  return low.bits | static_cast<unsigned>(high.bits) << 16;
+}
+
+template <typename T>
+float unpack(unsigned pair, int which) {
+  return widen(T{static_cast<uint16_t>(pair >> 16 * which)});
+}
+
+// ldmatrix: four 8 x 8 matrices of 16-bit numbers; lane 8 m + r has the address of row r of matrix
+// m, lane l gets elements (l / 4, 2 (l % 4)) and (l / 4, 2 (l % 4) + 1) of each, or, transposed,
+// (2 (l % 4), l / 4) and (2 (l % 4) + 1, l / 4).
+template <bool TRANSPOSED>
+void load_matrices(unsigned (&registers)[4], const void* row) {
+  using namespace cuda_on_cpu;
+  if (reinterpret_cast<size_t>(row) % 16 != 0) throw std::logic_error("ldmatrix: alignment");
+  mine().address = row;
+  __syncwarp();
+  const unsigned l = running->index % 32, slow = l / 4, fast = 2 * (l % 4);
+  for (unsigned m = 0; m < 4; ++m) {
+    unsigned pair = 0;
+    for (unsigned e = 0; e < 2; ++e) {
+      const unsigned r = TRANSPOSED ? fast + e : slow, c = TRANSPOSED ? slow : fast + e;
+      const auto* from = static_cast<const uint16_t*>(lane(8 * m + r).address);
+      pair |= static_cast<unsigned>(from[c]) << 16 * e;
+    }
+    registers[m] = pair;
+  }
+  __syncwarp();
+}
+
+// mma.sync.m16n8k16: sum (16 x 8) += a (16 x 16) b (16 x 8); which lane holds what is in the PTX
+// manual, "Matrix fragments for mma.m16n8k16 with floating point type".
+template <typename T>
+void multiply_add(float (&sum)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
+  using namespace cuda_on_cpu;
+  for (int i = 0; i < 4; ++i) mine().words[i] = a[i];
+  for (int i = 0; i < 2; ++i) mine().words[4 + i] = b[i];
+  __syncwarp();
+  const unsigned l = running->index % 32;
+  for (unsigned i = 0; i < 4; ++i) {
+    const unsigned row = l / 4, upper = i / 2, column = 2 * (l % 4) + i % 2;
+    for (unsigned k = 0; k < 16; ++k) {
+      const unsigned quad = k % 8 / 2, half = k / 8;
+      sum[i] += unpack<T>(lane(4 * row + quad).words[upper + 2 * half], k % 2) *
+                unpack<T>(lane(4 * column + quad).words[4 + half], k % 2);
+    }
+  }
+  __syncwarp();
+}
+
+// Those of an H200; tests lower them to have planes cut up.
+struct Limits {
+  size_t shared_per_block = 227 * 1024, shared_per_processor = 228 * 1024;
+};
+inline Limits simulated_limits;
+inline Limits device_limits() {
+  return simulated_limits;
+}
+
+template <typename... Parameters, typename... Arguments>
+void launch(dim3 grid, unsigned threads, size_t shared_bytes, void* /*stream*/,
+            void (*kernel)(Parameters...), const Arguments&... arguments) {
+  if (shared_bytes > device_limits().shared_per_block) {
+    throw std::runtime_error("a block wants more shared memory than there is");
+  }
+  cuda_on_cpu::launch(grid, {threads}, shared_bytes, [&] { kernel(arguments...); });
+}
+
+}  // namespace famseg

@@ -1,94 +1,157 @@
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <cuda_runtime.h>
-
-#include <stdexcept>
-#include <string>
-
+#include "common/cuda.h"
+// After the conversions of common/cuda.h: the kernels find them where their templates are defined.
+#include "reassembly/kernels.cuh"
+//
 #include "reassembly/cuda.h"
 
 namespace famseg::reassembly {
 namespace {
 
-__device__ inline float widen(float value) {
-  return value;
-}
-__device__ inline float widen(__half value) {
-  return __half2float(value);
-}
-__device__ inline float widen(__nv_bfloat16 value) {
-  return __bfloat162float(value);
-}
-__device__ inline void narrow(float& to, float from) {
-  to = from;
-}
-__device__ inline void narrow(__half& to, float from) {
-  to = __float2half_rn(from);
-}
-__device__ inline void narrow(__nv_bfloat16& to, float from) {
-  to = __float2bfloat16_rn(from);
+std::string describe(const CudaProblem& p) {
+  return "x (" + std::to_string(p.n) + ", " + std::to_string(p.c) + ", " + std::to_string(p.h) +
+         ", " + std::to_string(p.w) + "), kernel_size " + std::to_string(p.kernel_size) +
+         ", scale " + std::to_string(p.scale) + ", groups " + std::to_string(p.groups);
 }
 
-}  // namespace
-}  // namespace famseg::reassembly
-
-// After the conversions above: the kernel finds them where its template is defined.
-#include "reassembly/kernels.cuh"
-
-namespace famseg::reassembly {
-namespace {
-
-std::string describe(const Shape& s) {
-  return "x (" + std::to_string(s.n) + ", " + std::to_string(s.c) + ", " + std::to_string(s.h) +
-         ", " + std::to_string(s.w) + "), kernel_size " + std::to_string(s.kernel_size) +
-         ", scale " + std::to_string(s.scale) + ", groups " + std::to_string(s.groups);
+const char* name(const CudaProblem& p) {
+  return p.softmax ? "reassemble" : "carafe";
 }
 
-void check(cudaError_t status, const Shape& shape) {
-  if (status == cudaSuccess) return;
-  cudaGetLastError();  // takes it back, so that no later call of torch is blamed for it
-  throw std::runtime_error(
-      "reassemble on CUDA: launch failed: " + std::string(cudaGetErrorString(status)) + " (" +
-      cudaGetErrorName(status) + "); " + describe(shape));
+bool is_tuned(const Shape& s) {
+  return s.kernel_size == kKernel && s.scale == kScale;
 }
 
-template <typename T>
-void launch(const void* x, const void* logits, void* y, const Shape& shape, cudaStream_t stream) {
-  constexpr long long threads = 256;
-  const long long chunks = (shape.c / shape.groups + kChannels - 1) / kChannels;
-  const long long total =
-      shape.n * shape.groups * chunks * shape.h * shape.w * shape.scale * shape.scale;
-  if (total == 0) return;
-  // The kernel strides over what a grid of 2^30 blocks leaves; the limit is 2^31 - 1.
-  const long long blocks = (total + threads - 1) / threads;
+long long tiles(const Shape& s) {
+  return s.n * s.groups * ((s.h + kTileHeight - 1) / kTileHeight) *
+         ((s.w + kTileWidth - 1) / kTileWidth);
+}
+
+// Blocks that share a tile's channels, each reading the weights again: where there are too few
+// tiles to fill a GPU of 132 processors twice.
+int splits(const Shape& s) {
+  const long long chunks = (s.c / s.groups + kStaged - 1) / kStaged;
+  const long long wanted = (2 * 132 + tiles(s) - 1) / tiles(s);
+  const long long some = wanted < chunks ? wanted : chunks;
+  // So many that none of them has no channel.
+  const long long share = (s.c / s.groups + some - 1) / some;
+  return static_cast<int>((s.c / s.groups + share - 1) / share);
+}
+
+long long chunks(const Shape& s) {
+  return (s.c / s.groups + kChannels - 1) / kChannels;
+}
+
+// The plain kernels stride over what a grid of 2^30 blocks leaves.
+template <typename... Parameters, typename... Arguments>
+void launch_any(long long total, void* stream, void (*kernel)(Parameters...),
+                const Arguments&... arguments) {
+  const long long blocks = (total + kPlainThreads - 1) / kPlainThreads;
   const unsigned grid = static_cast<unsigned>(blocks < (1LL << 30) ? blocks : (1LL << 30));
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(grid);
-  config.blockDim = dim3(threads);
-  config.stream = stream;
-  // Not <<< >>> with cudaGetLastError: that would also report what an earlier call left behind.
-  check(cudaLaunchKernelEx(&config, reassemble_forward<T>, static_cast<const T*>(x),
-                           static_cast<const T*>(logits), static_cast<T*>(y), shape),
-        shape);
+  launch(dim3{grid, 1, 1}, kPlainThreads, 0, stream, kernel, arguments...);
 }
 
-}  // namespace
+template <typename T, bool SOFTMAX>
+void launch_forward(const CudaProblem& p, const Shape& shape, void* y, void* stream) {
+  const auto* x = static_cast<const T*>(p.x);
+  const auto* weights = static_cast<const T*>(p.weights);
+  auto* to = static_cast<T*>(y);
+  if (is_tuned(shape)) {
+    const int parts = splits(shape);
+    launch(grid_of(tiles(shape) * parts), kThreads, 0, stream, forward_tuned<T, SOFTMAX>, x,
+           weights, to, shape, parts);
+  } else {
+    const long long s2 = static_cast<long long>(p.scale) * p.scale;
+    launch_any(p.n * p.groups * chunks(shape) * p.h * p.w * s2, stream, forward_any<T, SOFTMAX>, x,
+               weights, to, shape);
+  }
+}
 
-void forward_cuda(Dtype dtype, const void* x, const void* logits, void* y, int64_t n, int64_t c,
-                  int64_t h, int64_t w, int kernel_size, int scale, int groups, void* stream) {
-  const Shape shape{n, c, h, w, kernel_size, scale, groups};
-  const auto cuda_stream = static_cast<cudaStream_t>(stream);
-  switch (dtype) {
+template <typename T, bool SOFTMAX>
+void launch_backward(const CudaProblem& p, const Shape& shape, const void* y_gradient,
+                     void* x_gradient, void* weights_gradient, float* sums, void* stream) {
+  const auto* x = static_cast<const T*>(p.x);
+  const auto* weights = static_cast<const T*>(p.weights);
+  const auto* gradient = static_cast<const T*>(y_gradient);
+  auto* to_x = static_cast<T*>(x_gradient);
+  auto* to_weights = static_cast<T*>(weights_gradient);
+  const long long s2 = static_cast<long long>(p.scale) * p.scale;
+  if (to_weights != nullptr || SOFTMAX) {  // the gradient of x needs the softmaxes' sums
+    if (is_tuned(shape)) {
+      launch(grid_of(tiles(shape)), kThreads, 0, stream, gradient_weights_tuned<T, SOFTMAX>, x,
+             weights, gradient, to_weights, sums, shape);
+    } else {
+      launch_any(p.n * p.groups * s2 * p.h * p.w, stream, gradient_weights_any<T, SOFTMAX>, x,
+                 weights, gradient, to_weights, sums, shape);
+    }
+  }
+  if (to_x == nullptr) return;
+  if (is_tuned(shape)) {
+    const int parts = splits(shape);
+    launch(grid_of(tiles(shape) * parts), kThreads, 0, stream, gradient_x_tuned<T, SOFTMAX>,
+           weights, sums, gradient, to_x, shape, parts);
+  } else {
+    launch_any(p.n * p.groups * chunks(shape) * p.h * p.w, stream, gradient_x_any<T, SOFTMAX>,
+               weights, sums, gradient, to_x, shape);
+  }
+}
+
+// Calls body with a number of the element type and with std::true_type's like for softmax.
+template <bool VALUE>
+struct Flag {
+  static constexpr bool value = VALUE;
+};
+
+template <typename Body>
+void for_type(const CudaProblem& p, const Body& body) {
+  const auto with = [&](auto element) {
+    return p.softmax ? body(element, Flag<true>()) : body(element, Flag<false>());
+  };
+  switch (p.dtype) {
     case Dtype::float32:
-      return launch<float>(x, logits, y, shape, cuda_stream);
+      return with(float());
     case Dtype::float16:
-      return launch<__half>(x, logits, y, shape, cuda_stream);
+      return with(Float16());
     case Dtype::bfloat16:
-      return launch<__nv_bfloat16>(x, logits, y, shape, cuda_stream);
+      return with(Bfloat16());
     case Dtype::float64:
       break;
   }
-  throw std::invalid_argument("reassemble on CUDA: no float64 kernel");
+  throw std::runtime_error("no float64 kernel");
+}
+
+bool is_empty(const CudaProblem& p) {
+  return p.n == 0 || p.c == 0 || p.h == 0 || p.w == 0;
+}
+
+Shape shape_of(const CudaProblem& p) {
+  return {p.n, p.c, p.h, p.w, p.kernel_size, p.scale, p.groups};
+}
+
+}  // namespace
+
+void forward_cuda(const CudaProblem& problem, void* y, void* stream) {
+  if (is_empty(problem)) return;
+  explained(
+      name(problem), [&] { return describe(problem); },
+      [&] {
+        for_type(problem, [&](auto element, auto softmax) {
+          launch_forward<decltype(element), decltype(softmax)::value>(problem, shape_of(problem), y,
+                                                                      stream);
+        });
+      });
+}
+
+void backward_cuda(const CudaProblem& problem, const void* y_gradient, void* x_gradient,
+                   void* weights_gradient, float* sums, void* stream) {
+  if (is_empty(problem)) return;
+  explained(
+      name(problem), [&] { return describe(problem); },
+      [&] {
+        for_type(problem, [&](auto element, auto softmax) {
+          launch_backward<decltype(element), decltype(softmax)::value>(
+              problem, shape_of(problem), y_gradient, x_gradient, weights_gradient, sums, stream);
+        });
+      });
 }
 
 }  // namespace famseg::reassembly

@@ -1,4 +1,7 @@
-// Launches the reassembly kernels; pointers are to device memory.
+// Launches the reassembly kernels; pointers are to device memory, tensors contiguous.
+//
+// All functions enqueue on `stream` (a cudaStream_t) of the current device and throw
+// std::runtime_error naming the operation, the shapes and the CUDA error when a call fails.
 #pragma once
 
 #include <cstdint>
@@ -7,9 +10,20 @@
 
 namespace famseg::reassembly {
 
-// Enqueues on `stream` (a cudaStream_t). Throws std::runtime_error naming the operation, the shapes
-// and the CUDA error when the launch fails; std::invalid_argument for float64.
-void forward_cuda(Dtype dtype, const void* x, const void* logits, void* y, int64_t n, int64_t c,
-                  int64_t h, int64_t w, int kernel_size, int scale, int groups, void* stream);
+struct CudaProblem {
+  Dtype dtype;   // not float64
+  bool softmax;  // weights are logits, else finished masks
+  int64_t n, c, h, w;
+  const void* x;
+  const void* weights;
+  int kernel_size, scale, groups;
+};
+
+void forward_cuda(const CudaProblem& problem, void* y, void* stream);
+
+// Gradients that are null are not computed. With `softmax`, `sums` has room for N groups s^2 H W
+// floats, the softmaxes' sums.
+void backward_cuda(const CudaProblem& problem, const void* y_gradient, void* x_gradient,
+                   void* weights_gradient, float* sums, void* stream);
 
 }  // namespace famseg::reassembly

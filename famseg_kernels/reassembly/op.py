@@ -14,7 +14,7 @@ REASSEMBLE_OPERATION = Operation(
         "reference": reference.reassemble,
         "cpu": cpu.reassemble,
         "triton": Later("famseg_kernels.reassembly.triton", "reassemble"),
-        "cuda": cuda,
+        "cuda": cuda.reassemble,
     },
 )
 CARAFE_OPERATION = Operation(
@@ -23,6 +23,7 @@ CARAFE_OPERATION = Operation(
         "reference": reference.carafe,
         "cpu": cpu.carafe,
         "triton": Later("famseg_kernels.reassembly.triton", "carafe"),
+        "cuda": cuda.carafe,
     },
 )
 

@@ -7,10 +7,13 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from famseg_kernels.registry import Later, Operation, autocast_dtype
-from famseg_kernels.strip_conv import cpu, reference
+from famseg_kernels.strip_conv import cpu, cuda, reference
 from famseg_kernels.strip_conv.spec import SPEC
 
-OPERATION = Operation(SPEC, {"reference": reference, "cpu": cpu, "triton": Later("famseg_kernels.strip_conv.triton")})
+OPERATION = Operation(
+    SPEC,
+    {"reference": reference, "cpu": cpu, "triton": Later("famseg_kernels.strip_conv.triton"), "cuda": cuda},
+)
 
 
 def strip_conv2d(

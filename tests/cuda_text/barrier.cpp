@@ -12,11 +12,28 @@ __global__ void reverse_block(const float* in, float* out) {
 
 extern "C" void reverse_blocks(const float* in, float* out, unsigned blocks, bool barrier,
                                bool reverse) {
-  cuda_on_cpu::launch({blocks}, {64}, reverse, [&] {
+  cuda_on_cpu::reverse_order = reverse;
+  cuda_on_cpu::launch({blocks}, {64}, 0, [&] {
     if (barrier) {
       reverse_block<true>(in, out);
     } else {
       reverse_block<false>(in, out);
     }
   });
+}
+
+// False: half of the threads wait for the block, the others for their warp.
+extern "C" bool divergent_barriers_run() {
+  try {
+    cuda_on_cpu::launch({1}, {64}, 0, [] {
+      if (threadIdx.x % 2 == 0) {
+        __syncthreads();
+      } else {
+        __syncwarp();
+      }
+    });
+  } catch (const std::logic_error&) {
+    return false;
+  }
+  return true;
 }

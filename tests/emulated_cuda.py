@@ -1,0 +1,88 @@
+"""The CUDA backend without a GPU: its module compiled by g++ (csrc/common/cuda_on_cpu.h), taking CPU tensors.
+
+The same kernel texts, launchers, bindings and Python as on a GPU; threads are fibers. Under AddressSanitizer:
+
+    LD_PRELOAD="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0
+        FAMSEG_EMULATION_FLAGS="-g1 -fsanitize=address -Wno-error" python -m pytest tests/test_cuda_text.py
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import importlib.util
+import os
+import shutil
+import subprocess
+import sysconfig
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+COMPILER = shutil.which("g++")
+SOURCES = (
+    "csrc/strip_conv/cuda.cu",
+    "csrc/reassembly/cuda.cu",
+    "csrc/bindings_cuda.cpp",
+    "tests/cuda_text/emulation.cpp",
+)
+# Shared memory of a block and of a multiprocessor, in bytes.
+H200 = (227 * 1024, 228 * 1024)
+
+
+def pybind11_include() -> Path | None:
+    """Where setup.py has put pybind11's headers."""
+    found = sorted(ROOT.glob("build/*/pybind11-*/pybind11/pybind11.h"))
+    return found[-1].parent.parent if found else None
+
+
+def missing() -> str | None:
+    """Why the emulation cannot be built here, or None."""
+    if COMPILER is None:
+        return "no g++ on PATH"
+    return None if pybind11_include() else "no pybind11 headers: the package was not built in this tree"
+
+
+def build(directory: Path) -> Emulation:
+    flags = ["-std=c++17", "-O1", "-fPIC", "-Wall", "-Werror", "-Wno-unknown-pragmas", "-DFAMSEG_CUDA_ON_CPU"]
+    flags += ['-DFAMSEG_CUDA_ARCHS=""', *os.environ.get("FAMSEG_EMULATION_FLAGS", "").split()]
+    include = [ROOT / "csrc", pybind11_include(), sysconfig.get_paths()["include"]]
+    # A preloaded sanitizer is for Python, not for the compiler.
+    environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
+    objects, compilations = [], []
+    for source in SOURCES:
+        objects.append(str(directory / (source.replace("/", "_") + ".o")))
+        command = [COMPILER, *flags, *(f"-I{path}" for path in include), "-x", "c++", "-c", str(ROOT / source)]
+        compilations.append(subprocess.Popen([*command, "-o", objects[-1]], env=environment))
+    assert all(process.wait() == 0 for process in compilations)
+    library = directory / "_cuda.so"
+    subprocess.run([COMPILER, "-shared", *flags, *objects, "-o", str(library)], check=True, env=environment)
+    return Emulation(library)
+
+
+class Emulation:
+    def __init__(self, library: Path) -> None:
+        spec = importlib.util.spec_from_file_location("_cuda", library)
+        assert spec is not None and spec.loader is not None
+        self.module: Any = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(self.module)
+        self._settings = ctypes.CDLL(str(library))  # the same library, its settings
+
+    def configure(self, reverse: bool = False, shared: tuple[int, int] = H200) -> None:
+        """The order in which threads run between barriers, and the GPU's shared memory."""
+        self._settings.emulate(reverse, *map(ctypes.c_size_t, shared))
+
+    def install(self, monkeypatch: Any) -> None:
+        """Backends' modules find the emulation where they look for the GPU."""
+        from famseg_kernels.reassembly import cuda as reassembly
+        from famseg_kernels.strip_conv import cuda as strip_conv
+
+        class Stream:
+            cuda_stream = 0
+
+        for backend in (reassembly, strip_conv):
+            monkeypatch.setattr(backend, "_native", lambda: self.module)
+        monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
+        monkeypatch.setattr(torch.cuda, "current_stream", Stream)
