@@ -133,7 +133,6 @@ def assert_same_rows(a: list[dict[str, float]], b: list[dict[str, float]]) -> No
 @pytest.fixture(scope="module")
 def one_process(tmp_path_factory):
     out = tmp_path_factory.mktemp("one") / "run"
-    torch.set_num_threads(1)
     assert main([*RUN, "--phases", "sgd:3", "--batch-size", "4", "--out", str(out)]) == 0
     return rows(out)
 

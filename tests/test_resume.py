@@ -152,12 +152,21 @@ def test_a_device_without_room_leaves_the_old_checkpoint(tmp_path):
 @pytest.fixture
 def copy(whole, tmp_path):
     """The finished run in another folder: nothing in it may depend on where it was."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as the run was
     shutil.copytree(whole, tmp_path / "copy")
-    return tmp_path / "copy"
+    yield tmp_path / "copy"
+    torch.set_num_threads(threads)
 
 
 def test_resuming_a_finished_run_changes_nothing(copy, whole):
     assert main(["--resume", "auto", "--out", str(copy)]) == 0
+    assert_same_run(copy, whole)
+
+
+def test_an_earlier_checkpoint_leads_to_the_same_end(copy, whole):
+    (copy / "checkpoints/last.ckpt").unlink()
+    assert main(["--resume", str(copy / "checkpoints/best.ckpt")]) == 0
     assert_same_run(copy, whole)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import signal
+import threading
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -144,7 +145,8 @@ class StopOnTerminate(L.Callback):
     """
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        signal.signal(signal.SIGTERM, interrupt)
+        if threading.current_thread() is threading.main_thread():  # only there may handlers be set
+            signal.signal(signal.SIGTERM, interrupt)
 
 
 def interrupt(signum: int, frame: FrameType | None) -> None:
