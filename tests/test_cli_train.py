@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import csv
 import json
+import sys
+from types import SimpleNamespace
 
+import lightning as L
 import numpy as np
 import pytest
 import torch
@@ -14,6 +17,8 @@ from PIL import Image
 from famseg.cli.train import main
 from famseg.data.folder import write_folder
 from famseg.data.phantom import Phantom
+from famseg.training.config import TrainConfig
+from famseg.training.module import SegmentationModule
 
 QUICK = ["--epochs", "2", "--batch-size", "4", "--image-size", "48"]
 
@@ -63,6 +68,77 @@ def test_checkpoints_hold_no_code(run):
     _, out = run
     checkpoint = torch.load(out / "checkpoints" / "last.ckpt", weights_only=True)
     assert checkpoint["config"]["model"] == "famseg_nano"
+
+
+def test_options_of_a_run_show_in_what_it_writes(tmp_path, monkeypatch):
+    """bf16, averaged weights, a shipped configuration and TensorBoard in one run."""
+    written = []
+
+    class SummaryWriter:
+        def __init__(self, folder, purge_step):
+            written.append((folder, purge_step))
+
+        def add_scalar(self, name, value, step):
+            written.append((name, step))
+
+        def flush(self):
+            pass
+
+        close = flush
+
+    # TensorBoard is an optional package.
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=SummaryWriter))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    out = tmp_path / "out"
+    options = ["--config", "sgd-step", "--epochs", "2", "--ema", "0.5", "--precision", "bf16", "--tensorboard"]
+    assert main(["--data", "phantom:8", "--image-size", "32", "--batch-size", "4", *options, "--out", str(out)]) == 0
+    rows = list(csv.DictReader((out / "metrics.csv").open()))
+    assert [row["phase"] for row in rows] == ["sgd"] * 2
+    assert written[0] == (str(out / "tensorboard"), 1)
+    assert set(written[1:]) == {(name, step) for name in rows[0].keys() - {"epoch", "phase"} for step in (1, 2)}
+    assert yaml.safe_load((out / "config.yaml").read_text())["lr_limit_max"] == 0.001
+    checkpoint = torch.load(out / "checkpoints" / "last.ckpt", weights_only=True)
+    assert {f"model.{name}" for name in checkpoint["ema"]} == checkpoint["state_dict"].keys()
+
+
+def test_gradient_clipping_bounds_a_step(tmp_path):
+    """SGD without momentum yet: the first step is at most learning rate times norm."""
+    moved = []
+    for norm in ("0", "1e-3"):
+        out = tmp_path / norm
+        options = ["--phases", "sgd:1", "--clip-norm", norm, "--weight-decay", "0"]
+        assert (
+            main(["--data", "phantom:5", "--image-size", "32", "--batch-size", "4", *options, "--out", str(out)]) == 0
+        )
+        after = torch.load(out / "checkpoints" / "last.ckpt", weights_only=True)
+        L.seed_everything(0, verbose=False)
+        before = SegmentationModule(TrainConfig())
+        rate = float(next(csv.DictReader((out / "metrics.csv").open()))["learning_rate"])
+        squares = sum((after["state_dict"][n] - p).square().sum() for n, p in before.named_parameters())
+        moved.append(squares.sqrt().item() / rate)
+    assert moved[0] > 1e-2 > 2.1e-3 > moved[1] > 0  # Nesterov: 1.9 gradients
+
+
+def test_profile_prints_and_writes_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("famseg.training.profile.profile", lambda config: f"profile of {config.model}")
+    assert main(["--profile"]) == 0
+    assert capsys.readouterr().out == "profile of famseg_nano\n"
+    assert not list(tmp_path.iterdir())
+
+
+def test_flags_go_over_the_configuration_file(tmp_path, monkeypatch):
+    (tmp_path / "mine.yaml").write_text("seed: 7\nbatch_size: 3\n")
+    seen = []
+    monkeypatch.setattr("famseg.training.profile.profile", lambda config: seen.append(config) or "")
+    for config in (["--config", str(tmp_path / "mine.yaml")], [f"--config={tmp_path / 'mine.yaml'}"]):
+        assert main(["--profile", *config, "--seed", "9"]) == 0
+        assert (seen[-1].seed, seen[-1].batch_size) == (9, 3)
+    for config in (["--config", "adam-adadelta"], ["--config=adam-adadelta"]):
+        assert main(["--profile", *config]) == 0
+        assert seen[-1].decay == "adadelta"
+    assert main(["--profile", "--compile", "--channels-last", "true", "--cache", "false"]) == 0
+    assert (seen[-1].compile, seen[-1].channels_last, seen[-1].cache) == (True, True, False)
 
 
 def test_summary_prints_and_writes_nothing(tmp_path, monkeypatch, capsys):
@@ -121,6 +197,9 @@ def test_unusable_data_end_in_one_line_and_nothing_written(folder, spoil, tmp_pa
         (["--data", "coco"], "coco"),
         (["--device", "cuda"], "cuda"),
         (["--epochs", "many"], "many"),
+        (["--config", "no-such-config"], "no-such-config"),
+        (["--precision", "fp16", "--device", "cpu"], "fp16"),
+        (["--folds", "3", "--fold", "3"], "fold"),
         (["--no-such-flag", "1"], "no-such-flag"),
     ],
 )

@@ -1,16 +1,35 @@
-"""Phases and learning rates (section 3.4, Eq. 11–12), the loss, and the checkpoint writer."""
+"""Phases and learning rates (section 3.4, Eq. 11–12), the loss, and what every setting does."""
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+import yaml
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from famseg.training.callbacks import AtomicCheckpointIO
+from famseg.data.split import k_folds
+from famseg.training.callbacks import TimeLeft
+from famseg.training.checkpoint import Checkpoints
 from famseg.training.config import ConfigError, TrainConfig
-from famseg.training.loss import segmentation_loss
-from famseg.training.schedule import Phase, fit_learning_rates, learning_rate, parse_phases, phase_at
+from famseg.training.distributed import Processes
+from famseg.training.loss import SegmentationLoss
+from famseg.training.module import SegmentationModule
+from famseg.training.profile import profile
+from famseg.training.run import Prepared, prepare
+from famseg.training.schedule import (
+    Phase,
+    fit_learning_rates,
+    format_phases,
+    learning_rate,
+    parse_phases,
+    phase_at,
+    with_adadelta,
+)
 
 
 def test_the_papers_phases():
@@ -55,32 +74,68 @@ def test_learning_rate_warms_up_then_never_rises(decay):
     assert rates[peak:] == sorted(rates[peak:], reverse=True)
 
 
-def test_loss_is_small_for_the_truth_and_large_for_its_opposite():
-    target = torch.randint(0, 3, (2, 8, 8), generator=torch.Generator().manual_seed(0))
-    right = 20.0 * torch.nn.functional.one_hot(target, 3).movedim(-1, 1).float()
-    assert segmentation_loss(right, target) < 1e-3
-    assert segmentation_loss(-right, target) > 10
+def test_with_decay_adadelta_only_adadelta_ends_the_constant_rate():
+    rates = [learning_rate(e / 4, 20, "adadelta", 1e-2, 1e-4) for e in range(81)]
+    assert rates[0] == 1e-4 and set(rates[8:]) == {1e-2}
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("adamw:150,sgd:50", "adamw:150,adadelta:50"),
+        ("sgd:200", "sgd:150,adadelta:50"),
+        ("adam:3,adadelta:2", "adam:3,adadelta:2"),
+        ("sgd:1", "adadelta:1"),
+    ],
+)
+def test_adadelta_takes_the_last_phase_or_quarter(before, after):
+    assert with_adadelta(parse_phases(before)) == parse_phases(after)
+    assert TrainConfig(phases=before, decay="adadelta").plan() == parse_phases(after)
+    assert format_phases(parse_phases(after)) == after
+
+
+def labels(*shape: int) -> torch.Tensor:
+    return torch.randint(0, 3, shape, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("terms", ["ce", "dice", "focal", "ce+dice", "focal+dice", "ce+focal+dice"])
+@pytest.mark.parametrize("weights", [None, [1.0, 3.0, 2.0]])
+def test_loss_is_small_for_the_truth_and_large_for_its_opposite(terms, weights):
+    target = labels(2, 8, 8)
+    right = 20.0 * F.one_hot(target, 3).movedim(-1, 1).float()
+    loss = SegmentationLoss(terms, weights)
+    assert loss(right, target) < 1e-3
+    assert loss(-right, target) > 0.6
+
+
+def test_pixel_terms_are_the_known_ones():
+    target, logits = labels(2, 8, 8), torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    weights = torch.tensor([1.0, 3.0, 2.0])
+    cross_entropy = SegmentationLoss("ce", weights.tolist())(logits, target)
+    torch.testing.assert_close(cross_entropy, F.cross_entropy(logits, target, weights))
+    right = logits.softmax(1).gather(1, target[:, None])[:, 0]
+    torch.testing.assert_close(SegmentationLoss("focal")(logits, target), (-((1 - right) ** 2) * right.log()).mean())
+    both = SegmentationLoss("ce+dice")(logits, target)
+    torch.testing.assert_close(both, F.cross_entropy(logits, target) + SegmentationLoss("dice")(logits, target))
+
+
+def test_dice_ignores_background_and_absent_classes():
+    target = torch.zeros(1, 4, 4, dtype=torch.long)
+    target[0, :2] = 2
+    logits = 20.0 * F.one_hot(target, 3).movedim(-1, 1).float()
+    logits[0, 1, 3, 3] = 40.0  # a false femur where there is none at all
+    assert SegmentationLoss("dice")(logits, target) < 1e-3
 
 
 def test_loss_of_an_absent_class_has_a_gradient():
     logits = torch.zeros(1, 3, 4, 4, requires_grad=True)
-    segmentation_loss(logits, torch.zeros(1, 4, 4, dtype=torch.long)).backward()
+    SegmentationLoss()(logits, torch.zeros(1, 4, 4, dtype=torch.long)).backward()
     assert torch.isfinite(logits.grad).all() and logits.grad.abs().sum() > 0
 
 
-def test_an_interrupted_write_leaves_the_old_checkpoint(tmp_path, monkeypatch):
-    path = tmp_path / "last.ckpt"
-    AtomicCheckpointIO().save_checkpoint({"epoch": 1}, path)
-
-    def full_disk(value, file):
-        file.write(b"half")
-        raise OSError("no space left on device")
-
-    monkeypatch.setattr(torch, "save", full_disk)
-    with pytest.raises(OSError, match="no space"):
-        AtomicCheckpointIO().save_checkpoint({"epoch": 2}, path)
-    assert torch.load(path, weights_only=True) == {"epoch": 1}
-    assert list(tmp_path.iterdir()) == [path]
+def test_pixels_without_any_weight_make_no_loss():
+    loss = SegmentationLoss("ce", [0.0, 1.0, 1.0])(torch.randn(1, 3, 4, 4), torch.zeros(1, 4, 4, dtype=torch.long))
+    assert loss == 0
 
 
 @pytest.mark.parametrize(
@@ -91,10 +146,201 @@ def test_an_interrupted_write_leaves_the_old_checkpoint(tmp_path, monkeypatch):
         ({"val_fraction": 1.0}, "val_fraction: expected a number between 0 and 1"),
         ({"phases": "adamw:2,sgd"}, "phases: expected OPTIMIZER:EPOCHS"),
         ({"epochs": 1}, "epochs: expected at least 2, one a phase, got 1"),
-        ({"decay": "linear"}, "decay: expected one of cos, step, got 'linear'"),
+        ({"decay": "linear"}, "decay: expected one of cos, step, adadelta, got 'linear'"),
         ({"learning_rate": 0.0}, "learning_rate: expected a positive number"),
+        ({"precision": "fp8"}, "precision: expected one of fp32, bf16, fp16, got 'fp8'"),
+        ({"loss": "ce+hinge"}, "loss: expected some of ce, focal, dice"),
+        ({"loss": "ce+ce"}, "loss: expected some of"),
+        ({"class_weights": "1,2"}, "class_weights: expected none, balanced, or 3 numbers"),
+        ({"class_weights": "1,-2,1"}, "class_weights: expected none"),
+        ({"ema": 1.0}, "ema: expected a number from 0 to below 1"),
+        ({"folds": 1}, "folds: expected 2 or more"),
+        ({"folds": 3, "fold": 3}, "fold: expected 0 to 2 with folds 3, got 3"),
+        ({"fold": 1}, "fold: expected 0 to 0 without folds"),
+        ({"devices": 0}, "devices: expected at least 1"),
+        ({"clip_norm": float("nan")}, "clip_norm: expected at least 0"),
     ],
 )
 def test_bad_settings_are_named(change, message):
     with pytest.raises(ConfigError, match=message):
         TrainConfig(**change)
+
+
+SMALL = TrainConfig(data="phantom:6", image_size=32, batch_size=2, device="cpu")
+ALONE = Processes(0, 1, 1)
+
+
+def prepared(**changes: object) -> Prepared:
+    return prepare(dataclasses.replace(SMALL, **changes), ALONE)
+
+
+def first_batch(run: Prepared) -> dict[str, torch.Tensor]:
+    return next(iter(run.train_loader))
+
+
+def optimizer(**changes: object) -> torch.optim.Optimizer:
+    return prepared(**changes).module.configure_optimizers()
+
+
+def names(run: Prepared) -> str:
+    return " ".join(type(m).__name__ for m in run.module.model.modules())
+
+
+def test_model_and_ablations():
+    nano = prepared()
+    assert "Mamba2Scan2d" in names(nano) and "Mamba2Scan2d" not in names(prepared(shortcut="identity"))
+    assert "FeatureAwareUpsample" not in names(prepared(upsample="bilinear"))
+    assert "LightHam" in names(prepared(context="lightham"))
+    parameters = [sum(p.numel() for p in prepared(**c).module.parameters()) for c in ({}, {"fusion": False})]
+    assert parameters[0] > parameters[1]
+    assert prepared(model="famseg_tiny").module.model.config.widths == (32, 64, 160, 256)
+
+
+def test_data_settings():
+    assert first_batch(prepared(image_size=48, batch_size=3))["image"].shape == (3, 1, 48, 48)
+    assert len(prepared(data="phantom:7", val_fraction=0.5).validation) == 4
+    run = prepared(folds=3, fold=2)
+    assert (run.training.indices, run.validation.indices) == k_folds(run.training.samples, 3, 2, SMALL.seed)
+    one, two = (first_batch(prepared(seed=seed))["image"] for seed in (0, 1))
+    assert not torch.equal(one, two)
+    assert torch.equal(one, first_batch(prepared())["image"])
+
+
+def test_workers_load_the_same_batches():
+    for one, other in zip(prepared(workers=0).train_loader, prepared(workers=1).train_loader, strict=True):
+        assert torch.equal(one["image"], other["image"]) and torch.equal(one["mask"], other["mask"])
+
+
+@pytest.mark.parametrize(("cache", "decoded_again"), [(True, 0), (False, 5)])
+def test_the_cache_keeps_what_was_decoded(cache, decoded_again, monkeypatch):
+    run = prepared(cache=cache)
+    reads = []
+    original = type(run.training.samples).__getitem__
+    monkeypatch.setattr(type(run.training.samples), "__getitem__", lambda s, i: reads.append(i) or original(s, i))
+    batches = [batch["index"] for batch in run.train_loader]
+    assert len(reads) == (decoded_again and sum(map(len, batches)))
+
+
+def test_optimizer_settings():
+    assert isinstance(optimizer(phases="sgd:2"), torch.optim.SGD)
+    assert type(optimizer(phases="adam:2")) is torch.optim.Adam
+    assert isinstance(optimizer(phases="adamw:2"), torch.optim.AdamW)
+    assert isinstance(optimizer(phases="adadelta:2"), torch.optim.Adadelta)
+    assert [group["weight_decay"] for group in optimizer(weight_decay=0.3).param_groups] == [0.3, 0.0]
+    rates = {"learning_rate": 0.01, "min_learning_rate": 1e-4, "lr_limit_min": 1e-6, "lr_limit_max": 0.1}
+    assert optimizer(**rates).param_groups[0]["lr"] == pytest.approx(0.01 * 2 / 64)
+    assert optimizer(**rates | {"lr_limit_max": 1e-5}).param_groups[0]["lr"] == 1e-5
+
+
+def test_learning_rates_are_fitted_to_the_batch_of_all_processes():
+    config = dataclasses.replace(SMALL, lr_limit_min=1e-6)
+    one, four = (SegmentationModule(config, processes=n).configure_optimizers() for n in (1, 4))
+    assert four.param_groups[0]["lr"] == pytest.approx(4 * one.param_groups[0]["lr"])
+
+
+def test_class_weights():
+    assert prepared().module.loss.weight is None
+    assert prepared(class_weights="1,3,2").module.loss.weight.tolist() == [1, 3, 2]
+    run = prepared(data="phantom:20", class_weights="balanced")
+    pixels = sum(np.bincount(run.training.sample(i).mask.ravel(), minlength=3) for i in range(len(run.training)))
+    assert (pixels > 0).all()
+    balanced = run.module.loss.weight.numpy() * pixels
+    np.testing.assert_allclose(balanced, np.median(pixels), rtol=1e-5)
+
+
+def test_channels_last_and_compile_keep_the_weights_and_their_names(monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compiled.append(module))
+    plain, other = prepared(), prepared(channels_last=True, compile=True)
+    assert compiled == [other.module.model]
+    stem = other.module.model.encoder.stem[3].weight
+    assert stem.is_contiguous(memory_format=torch.channels_last) and not stem.is_contiguous()
+    state, changed = plain.module.state_dict(), other.module.state_dict()
+    assert state.keys() == changed.keys() and all(torch.equal(state[name], changed[name]) for name in state)
+    image = first_batch(plain)["image"]
+    torch.testing.assert_close(plain.module.eval()(image), other.module.eval()(image))
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_the_backend_is_used(backend):
+    class Backends(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if str(function).startswith("famseg"):
+                seen.update(argument for argument in args if isinstance(argument, str))
+            return function(*args, **(kwargs or {}))
+
+    seen: set[str] = set()
+    run = prepared(backend=backend)
+    with torch.no_grad(), Backends():
+        run.module.eval()(first_batch(run)["image"])
+    assert seen == {backend}
+
+
+def test_patience_counts_epochs_without_a_better_score(tmp_path):
+    class Trainer:
+        should_stop, current_epoch, saved = False, -1, []
+
+        def save_checkpoint(self, path):
+            self.saved.append((path.stem, self.current_epoch))
+
+    trainer, checkpoints = Trainer(), Checkpoints(tmp_path, patience=2)
+    for score in (0.5, 0.4, 0.6, 0.6, float("nan")):
+        assert not trainer.should_stop
+        trainer.current_epoch += 1
+        trainer.callback_metrics = {"val_miou": torch.tensor(score)}
+        checkpoints.on_train_epoch_end(trainer, None)
+    assert trainer.should_stop
+    assert [epoch for name, epoch in trainer.saved if name == "best"] == [0, 2]
+    assert [epoch for name, epoch in trainer.saved if name == "last"] == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"precision": "fp16"}, "precision: fp16 is for GPUs"),
+        ({"backend": "cuda"}, "backend: cuda is not available"),
+        ({"device": "cuda"}, "device: cuda was asked for"),
+        ({"tensorboard": True}, "tensorboard: the package is not installed"),
+    ],
+)
+def test_what_this_machine_cannot_do_is_named(change, message, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=message):
+        prepared(**change)
+
+
+def test_shipped_configs_are_the_nine_of_table_2_and_the_text():
+    from famseg.cli.train import _CONFIGS
+
+    configs = {path.stem: TrainConfig(**yaml.safe_load(path.read_text())) for path in _CONFIGS.glob("*.yaml")}
+    plans = {name: [phase.optimizer for phase in config.plan()] for name, config in configs.items()}
+    expected = {"paper": ["adamw", "sgd"]}
+    for name in ("sgd", "adam", "adamw"):
+        expected |= {f"{name}-step": [name], f"{name}-cos": [name], f"{name}-adadelta": [name, "adadelta"]}
+    assert plans == expected
+    for name, config in configs.items():
+        assert sum(phase.epochs for phase in config.plan()) == 200
+        assert config.decay == ("cos" if name == "paper" else name.split("-")[1])
+        assert fit_learning_rates(64, config.learning_rate, config.min_learning_rate, 1e-4, 1e-3) == (1e-3, 1e-5)
+
+
+def test_time_left_is_in_proportion(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+
+    class Trainer:
+        current_epoch, max_epochs = 4, 10
+
+    clock = TimeLeft()
+    clock.on_train_start(Trainer, None)
+    assert clock.text(Trainer, 4.0) == "?"
+    now[0] += 60
+    assert clock.text(Trainer, 5.5) == "0:03:00"  # 1.5 epochs a minute, 4.5 to go
+
+
+def test_profile_names_every_part_of_a_step():
+    text = profile(SMALL, steps=1)
+    for part in ("loader", "forward", "loss", "backward", "optimizer", "step with a constant batch"):
+        assert part in text
+    assert "convolution" in text and "famseg::strip_conv2d_backward" in text

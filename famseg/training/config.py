@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from famseg.data.sample import CLASSES
 from famseg.models import MODELS
-from famseg.training.schedule import Phase, parse_phases
+from famseg.training.loss import parse_class_weights, parse_loss
+from famseg.training.schedule import Phase, parse_phases, with_adadelta
 from famseg_kernels.backends import CHOICES as BACKENDS
 
 
@@ -25,65 +27,90 @@ class TrainConfig:
 
     data: str = option("phantom", "phantom[:LENGTH], hc18:DIR, folder:DIR, or several joined by commas")
     model: str = option("famseg_nano", ", ".join(MODELS))
-    epochs: int | None = option(None, "total epochs; the phases are stretched to it")
+    epochs: int | None = option(None, "total epochs; the phases are stretched to it (on resume: the last one is)")
     phases: str = option("adamw:15,sgd:3", "optimizer:epochs, joined by commas (paper: adamw:150,sgd:50)")
-    decay: Literal["cos", "step"] = option("cos", "learning-rate decay over the run: cos or step")
-    batch_size: int = option(8, "images a step")
+    decay: Literal["cos", "step", "adadelta"] = option(
+        "cos", "how the learning rate falls: cos, step, or adadelta (constant, then Adadelta runs the last phase)"
+    )
+    decay_epochs: int | None = option(None, "epochs over which the rate decays, constant after; default: all")
+    loss: str = option("ce+dice", "ce, focal and dice, joined by +")
+    class_weights: str = option("none", f"of ce and focal: none, balanced, or {len(CLASSES)} numbers joined by commas")
+    batch_size: int = option(8, "images a step and process")
     image_size: int = option(128, "side of the square network input, px; images are letterboxed into it")
     learning_rate: float = option(0.04, "Init_lr of Eq. 11, fitted to the batch size (paper: 0.01 over 200 epochs)")
     min_learning_rate: float = option(0.0004, "Min_lr of Eq. 12, fitted to the batch size (paper: 0.0001)")
     lr_limit_max: float = option(0.01, "upper bound of Eq. 11 (paper: 0.001)")
     lr_limit_min: float = option(0.0001, "lower bound of Eq. 11 (paper: 0.0001)")
     clip_norm: float = option(1.0, "largest norm of the gradient; 0: no clipping")
-    weight_decay: float = option(0.01, "of AdamW and SGD; biases, norms and scan parameters are exempt")
+    weight_decay: float = option(0.01, "of every optimizer; biases, norms and scan parameters are exempt")
+    ema: float = option(0.0, "decay of the averaged weights that are validated and kept, like 0.999; 0: none")
+    patience: int = option(0, "stop after so many epochs without a better validation mIoU; 0: never")
     val_fraction: float = option(0.2, "part of the images held out for validation, split by subject")
-    precision: Literal["fp32", "bf16"] = option("fp32", "fp32, or bf16 autocast")
+    folds: int = option(0, "cross-validation by subject into so many folds, instead of val_fraction; 0: off")
+    fold: int = option(0, "the fold to validate on, counting from 0")
+    precision: Literal["fp32", "bf16", "fp16"] = option("fp32", "fp32, or autocast to bf16 or fp16 (GPU only)")
     device: Literal["auto", "cpu", "cuda"] = option("auto", "auto, cpu or cuda")
+    devices: int = option(1, "data-parallel processes on this machine, one a GPU; several machines: torchrun")
     backend: str = option("auto", f"famseg_kernels backend: {', '.join(BACKENDS)}")
-    workers: int = option(0, "processes that load and augment images; 0: the training process itself")
+    compile: bool = option(False, "compile the network with torch.compile")
+    channels_last: bool = option(False, "keep weights and images in channels-last memory order")
+    workers: int | None = option(
+        None,
+        "processes a device that load and augment images; 0: the training process itself; default: 0, up to 8 a GPU",
+    )
+    cache: bool = option(True, "keep decoded images in memory; false: decode again every epoch")
+    tensorboard: bool = option(False, "also write the metrics for TensorBoard, to OUT/tensorboard")
     seed: int = option(0, "of initialisation, split, augmentation and order")
     shortcut: Literal["mamba", "identity"] = option("mamba", "bottle-block shortcut: mamba or identity (ablation)")
     upsample: Literal["fam", "bilinear"] = option("fam", "decoder upsampling: fam or bilinear (ablation)")
     context: Literal["hamburger", "lightham", "none"] = option("hamburger", "hamburger, lightham or none")
     fusion: bool = option(True, "fuse encoder stages 2 and 3 in the decoder (false: ablation)")
     out: str | None = option(None, "output folder; default runs/<time>-<model>")
+    resume: str | None = option(
+        None, "auto: continue the run in OUT, if there is one; or a checkpoint to continue from"
+    )
 
     def __post_init__(self) -> None:
-        if self.model not in MODELS:
-            raise ConfigError(f"model: expected one of {', '.join(MODELS)}, got {self.model!r}")
-        if self.backend not in BACKENDS:
-            raise ConfigError(f"backend: expected one of {', '.join(BACKENDS)}, got {self.backend!r}")
-        for name in ("decay", "precision", "device", "shortcut", "upsample", "context"):
-            choices = _CHOICES[name]
-            if getattr(self, name) not in choices:
-                raise ConfigError(f"{name}: expected one of {', '.join(choices)}, got {getattr(self, name)!r}")
-        for name, minimum in (("batch_size", 1), ("image_size", 16), ("workers", 0), ("epochs", 1)):
+        self._expect("model", tuple(MODELS))
+        self._expect("backend", tuple(BACKENDS))
+        for name, hint in get_type_hints(TrainConfig).items():
+            if get_origin(hint) is Literal:
+                self._expect(name, get_args(hint))
+        minima = {
+            "batch_size": 1, "image_size": 16, "workers": 0, "epochs": 1, "decay_epochs": 1, "devices": 1, "folds": 0,
+            "patience": 0, "clip_norm": 0, "weight_decay": 0,
+        }  # fmt: skip
+        for name, minimum in minima.items():
             value = getattr(self, name)
-            if value is not None and value < minimum:
+            if value is not None and not value >= minimum:
                 raise ConfigError(f"{name}: expected at least {minimum}, got {value}")
         if not 0 < self.val_fraction < 1:
             raise ConfigError(f"val_fraction: expected a number between 0 and 1, got {self.val_fraction}")
+        if not 0 <= self.ema < 1:
+            raise ConfigError(f"ema: expected a number from 0 to below 1, got {self.ema}")
+        if self.folds == 1:
+            raise ConfigError("folds: expected 2 or more, or 0 for a single split, got 1")
+        if not 0 <= self.fold < max(self.folds, 1):
+            came = f"with folds {self.folds}" if self.folds else "without folds"
+            raise ConfigError(f"fold: expected 0 to {max(self.folds, 1) - 1} {came}, got {self.fold}")
         for name in ("learning_rate", "min_learning_rate", "lr_limit_max", "lr_limit_min"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name}: expected a positive number, got {getattr(self, name)}")
         try:
             self.plan()
+            parse_loss(self.loss)
+            parse_class_weights(self.class_weights)
         except ValueError as error:
             raise ConfigError(str(error)) from None
 
+    def _expect(self, name: str, choices: tuple[str, ...]) -> None:
+        if getattr(self, name) not in choices:
+            raise ConfigError(f"{name}: expected one of {', '.join(choices)}, got {getattr(self, name)!r}")
+
     def plan(self) -> list[Phase]:
-        """The optimizer phases, stretched to `epochs` where given."""
-        return parse_phases(self.phases, self.epochs)
+        """The optimizer phases, stretched to `epochs` where given; with decay "adadelta" they end with Adadelta."""
+        phases = parse_phases(self.phases, self.epochs)
+        return with_adadelta(phases) if self.decay == "adadelta" else phases
 
     def model_options(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in ("shortcut", "upsample", "context", "fusion")}
-
-
-_CHOICES = {
-    "decay": ("cos", "step"),
-    "precision": ("fp32", "bf16"),
-    "device": ("auto", "cpu", "cuda"),
-    "shortcut": ("mamba", "identity"),
-    "upsample": ("fam", "bilinear"),
-    "context": ("hamburger", "lightham", "none"),
-}

@@ -1,29 +1,107 @@
-"""The training loss: cross-entropy plus soft Dice."""
+"""The training loss, in two halves: sums over pixels, and the loss of those sums.
+
+The Dice of a class is a ratio of sums over the whole batch, so a mean of the losses of a batch's parts is not the loss
+of the batch. Sums can be added over the processes of a data-parallel run, and the loss is then the whole batch's.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+
+from famseg.data.sample import CLASSES
+
+TERMS = ("ce", "focal", "dice")
+_FOCUS = 2.0  # exponent of the focal loss, as Lin et al. 2017
 
 
-def segmentation_loss(logits: Tensor, target: Tensor) -> Tensor:
-    """Mean cross-entropy + (1 − mean soft Dice of the objects in the batch), in fp32.
+def parse_loss(text: str) -> tuple[str, ...]:
+    """ "ce+dice" → its terms. Raises ValueError for an unknown or repeated term."""
+    terms = tuple(text.split("+"))
+    if not set(terms) <= set(TERMS) or len(set(terms)) != len(terms):
+        raise ValueError(f"loss: expected some of {', '.join(TERMS)} joined by +, got {text!r}")
+    return terms
 
-    Background has no Dice term: it is nearly 1 from the start and would take a third of the femur's weight. Neither
-    has a class that no image of the batch contains; cross-entropy alone speaks against its false alarms.
 
-    The Dice of a class is taken over the whole batch: a femur covers 1 % of the pixels, and an image without one
-    would make its own Dice 0/0.
+def parse_class_weights(text: str) -> list[float] | None:
+    """Numbers joined by commas, one a class; None for "none" and "balanced". Raises ValueError for anything else."""
+    if text in ("none", "balanced"):
+        return None
+    try:
+        weights = [float(part) for part in text.split(",")]
+    except ValueError:
+        weights = []
+    if len(weights) != len(CLASSES) or not all(0 <= weight < float("inf") for weight in weights) or not any(weights):
+        raise ValueError(
+            f"class_weights: expected none, balanced, or {len(CLASSES)} numbers joined by commas "
+            f"({', '.join(CLASSES)}), got {text!r}"
+        )
+    return weights
+
+
+class SegmentationLoss(nn.Module):
+    """The sum of some of these terms, in fp32:
+
+    - ce: (weighted) mean cross-entropy of the pixels;
+    - focal: the same with each pixel's term times (1 − p)², which fades what is right already (Lin et al. 2017);
+    - dice: 1 − mean soft Dice of the objects in the batch. Background has no Dice term: it is nearly 1 from the start
+      and would take a third of the femur's weight. Neither has a class that no image of the batch contains; the pixel
+      terms alone speak against its false alarms. The Dice of a class is taken over the whole batch: a femur covers 1 %
+      of the pixels, and an image without one would make its own Dice 0/0.
 
     Args:
-        logits: (N, classes, H, W).
-        target: (N, H, W) int64 labels.
+        terms: as "ce+dice".
+        class_weights: one per class, of ce and focal; None: all 1.
     """
-    logits = logits.float()
-    truth = F.one_hot(target, logits.shape[1]).movedim(-1, 1).to(logits.dtype)
-    probability = logits.softmax(1)
-    overlap = (probability * truth).sum((0, 2, 3))
-    size = (probability + truth).sum((0, 2, 3))
-    present = (truth.sum((0, 2, 3)) > 0)[1:].to(logits.dtype)
-    missing = 1.0 - (2 * overlap[1:] + 1.0) / (size[1:] + 1.0)
-    return F.cross_entropy(logits, target) + (missing * present).sum() / present.sum().clamp(min=1.0)
+
+    weight: Tensor | None
+
+    def __init__(self, terms: str = "ce+dice", class_weights: Sequence[float] | None = None) -> None:
+        super().__init__()
+        self.terms = parse_loss(terms)
+        weight = None if class_weights is None else torch.tensor(class_weights, dtype=torch.float32)
+        self.register_buffer("weight", weight, persistent=False)
+
+    def sums(self, logits: Tensor, target: Tensor) -> Tensor:
+        """What `value` needs of logits (N, C, H, W) and target (N, H, W) int64, as one fp32 vector that adds up."""
+        logits = logits.float()
+        parts = []
+        if self.weight is None:
+            parts.append(logits.new_full((1,), target.numel()))
+        else:
+            parts.append(self.weight[target].sum().reshape(1))
+        if "ce" in self.terms:
+            parts.append(F.cross_entropy(logits, target, self.weight, reduction="sum").reshape(1))
+        if "focal" in self.terms:
+            entropy = F.cross_entropy(logits, target, reduction="none")
+            focal = -torch.expm1(-entropy)  # 1 − p of the true class
+            weight = 1.0 if self.weight is None else self.weight[target]
+            parts.append((weight * focal**_FOCUS * entropy).sum().reshape(1))
+        if "dice" in self.terms:
+            truth = F.one_hot(target, logits.shape[1]).movedim(-1, 1).to(logits.dtype)
+            probability = logits.softmax(1)
+            parts.append((probability * truth).sum((0, 2, 3)))
+            parts.append((probability + truth).sum((0, 2, 3)))
+            parts.append(truth.sum((0, 2, 3)))
+        return torch.cat(parts)
+
+    def value(self, sums: Tensor) -> Tensor:
+        """The loss of all the pixels in `sums`."""
+        pixels, rest = sums[0], sums[1:]
+        loss = sums.new_zeros(())
+        for term in ("ce", "focal"):
+            if term in self.terms:
+                # The weights of all pixels are 0 where a batch has only classes of weight 0.
+                loss, rest = loss + rest[0] / pixels.clamp(min=1e-12), rest[1:]
+        if "dice" in self.terms:
+            overlap, size, truth = rest.chunk(3)
+            present = (truth > 0)[1:].to(sums.dtype)
+            missing = 1.0 - (2 * overlap[1:] + 1.0) / (size[1:] + 1.0)
+            loss = loss + (missing * present).sum() / present.sum().clamp(min=1.0)
+        return loss
+
+    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
+        return self.value(self.sums(logits, target))

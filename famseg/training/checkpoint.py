@@ -1,0 +1,203 @@
+"""Checkpoints that survive an interruption, and reading one back without running any code in it.
+
+A checkpoint is written after every epoch and holds all that the next epoch depends on: weights, the optimizer of the
+current phase, averaged weights, the best score so far, the rows of metrics.csv. Order, augmentation and what the
+network draws at random are functions of (seed, epoch), so they need no state: whatever the moment of an interruption,
+the run continues from the beginning of the epoch that was interrupted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+
+from famseg.training.config import ConfigError, TrainConfig
+from famseg.training.schedule import Phase, format_phases, resized, total_epochs
+
+# What a resumed run may do otherwise: where and how fast it computes, and when it ends.
+_FREE = frozenset(
+    {
+        *("epochs", "phases", "decay_epochs", "patience", "out", "resume", "tensorboard", "workers", "cache"),
+        *("device", "devices", "batch_size", "backend", "compile", "channels_last"),
+    }
+)
+
+
+class CheckpointWriteError(OSError):
+    """A checkpoint could not be written; the previous one is untouched."""
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes beside the target and renames: an interruption or a full disk leaves the previous checkpoint whole."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        path = Path(path)
+        partial = path.with_name(path.name + ".partial")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with partial.open("wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(path)
+        except BaseException as error:
+            partial.unlink(missing_ok=True)
+            # torch reports a failed write as RuntimeError, with the reason in its context.
+            if isinstance(error, (OSError, RuntimeError)):
+                reason = next((e.strerror for e in (error, error.__context__) if isinstance(e, OSError)), None)
+                raise CheckpointWriteError(
+                    f"{path}: the checkpoint cannot be written ({reason or error}); the previous one is whole. "
+                    "Make room, then continue with --resume auto"
+                ) from error
+            raise
+
+    def load_checkpoint(
+        self, path: Any, map_location: Any | None = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        return read_checkpoint(Path(path))
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """The content of a checkpoint of famseg-train, on the CPU. Tensors and plain values only: no code is run.
+
+    Raises:
+        ConfigError: there is no such file, it is damaged, or something else wrote it.
+    """
+    remedy = "use another checkpoint of the run (checkpoints/best.ckpt) or start anew in another --out"
+    if not path.is_file():
+        raise ConfigError(f"resume: expected a checkpoint, {path} is not a file; {remedy}")
+    try:
+        # torch.load does not compare the archive's checksums: a flipped bit would be a wrong weight.
+        with zipfile.ZipFile(path) as archive:
+            if broken := archive.testzip():
+                raise zipfile.BadZipFile(f"checksum of {broken}")
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise ConfigError(f"resume: {path} cannot be read ({error.strerror}); {remedy}") from error
+    except Exception as error:  # damaged bytes raise nearly anything from inside zipfile, pickle and torch
+        reason = " ".join(str(error).split())[:80] or type(error).__name__
+        raise ConfigError(f"resume: {path} is damaged or no checkpoint ({reason}); {remedy}") from error
+    keys = {"config": dict, "state_dict": dict, "optimizer_states": list, "epoch": int, "loops": dict}
+    if not isinstance(checkpoint, dict) or any(not isinstance(checkpoint.get(k), kind) for k, kind in keys.items()):
+        raise ConfigError(f"resume: {path} was not written by famseg-train; {remedy}")
+    return checkpoint
+
+
+def checkpoint_to_resume(resume: str, out: str | None) -> Path | None:
+    """The checkpoint that `--resume` means; None where "auto" finds a run without one, or no run at all.
+
+    Raises:
+        ConfigError: "auto" without `out`, or a checkpoint outside of `out`.
+    """
+    if resume == "auto":
+        if out is None:
+            raise ConfigError("resume: auto continues the run in --out; name the folder with --out")
+        last = Path(out) / "checkpoints" / "last.ckpt"
+        return last if last.exists() else None
+    path = Path(resume)
+    if path.parent.name != "checkpoints":
+        raise ConfigError(f"resume: expected auto or RUN/checkpoints/NAME.ckpt, got {resume!r}")
+    if out is not None and Path(out).resolve() != path.resolve().parent.parent:
+        raise ConfigError(
+            f"resume: {path} belongs to the run in {path.parent.parent}, --out is {out}; leave --out away, "
+            "or copy the whole folder and continue the copy"
+        )
+    return path
+
+
+def stored_config(settings: dict[str, Any], source: Path) -> TrainConfig:
+    """The configuration that a run has written down. Raises ConfigError when it is not one of this version."""
+    known = {field.name for field in dataclasses.fields(TrainConfig)}
+    try:
+        return TrainConfig(**{name: value for name, value in settings.items() if name in known})
+    except (ConfigError, TypeError) as error:
+        raise ConfigError(f"resume: the settings in {source} cannot be used: {error}") from error
+
+
+def continued(
+    config: TrainConfig, stored: TrainConfig, epochs_done: int, processes: int, stored_processes: int
+) -> TrainConfig:
+    """`config` as the continuation of a run: its phases with what `config` adds to them.
+
+    `epochs` continues or cuts the last phase (and moves no earlier one). The learning rate of epochs beyond the first
+    plan stays at the end of its decay, unless `decay_epochs` says otherwise.
+
+    Raises:
+        ConfigError: a setting differs that the epochs done depend on; the message names it.
+    """
+    for field in dataclasses.fields(TrainConfig):
+        new, old = getattr(config, field.name), getattr(stored, field.name)
+        if field.name not in _FREE and new != old:
+            raise ConfigError(
+                f"{field.name}: the run to continue has {old!r}, got {new!r}; leave it away, or start anew in another "
+                "--out"
+            )
+    batch, old_batch = config.batch_size * processes, stored.batch_size * stored_processes
+    if batch != old_batch:
+        raise ConfigError(
+            f"batch_size: the run to continue has {old_batch} images a step ({stored.batch_size} a process), got "
+            f"{batch} ({config.batch_size} in each of {processes}); batch_size x processes must stay {old_batch}"
+        )
+    before, after = stored.plan(), config.plan()
+    if after == before:
+        return dataclasses.replace(config, phases=stored.phases, epochs=stored.epochs)
+    if config.epochs is not None and config.phases in (stored.phases, format_phases(before)):
+        after = resized(before, config.epochs)
+    if _optimizers(after)[:epochs_done] != _optimizers(before)[:epochs_done]:
+        raise ConfigError(
+            f"phases: {epochs_done} epochs of {format_phases(before)} are done, which {format_phases(after)} does not "
+            "continue; keep what is done and change what follows"
+        )
+    return dataclasses.replace(
+        config,
+        phases=format_phases(after),
+        epochs=None,
+        decay_epochs=config.decay_epochs or total_epochs(before),
+    )
+
+
+def _optimizers(phases: list[Phase]) -> list[str]:
+    return [phase.optimizer for phase in phases for _ in range(phase.epochs)]
+
+
+class Checkpoints(L.Callback):
+    """checkpoints/best.ckpt where the validation mIoU is the highest so far, checkpoints/last.ckpt after every epoch.
+
+    Lightning's ModelCheckpoint remembers absolute paths and forgets the best score when a run's folder has been moved.
+    `patience` epochs without a better score stop the run; 0: never.
+    """
+
+    def __init__(self, folder: Path, patience: int) -> None:
+        self.best = folder / "best.ckpt"
+        self.last = folder / "last.ckpt"
+        self.patience = patience
+        self.best_score = -1.0
+        self.best_epoch = -1
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self._stop_when_stale(trainer, trainer.current_epoch - 1)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        score = float(trainer.callback_metrics["val_miou"])
+        if score > self.best_score:
+            self.best_score, self.best_epoch = score, trainer.current_epoch
+            trainer.save_checkpoint(self.best)
+        trainer.save_checkpoint(self.last)
+        self._stop_when_stale(trainer, trainer.current_epoch)
+
+    def _stop_when_stale(self, trainer: L.Trainer, epoch: int) -> None:
+        if self.patience and epoch - self.best_epoch >= self.patience and self.best_epoch >= 0:
+            trainer.should_stop = True
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best_score": self.best_score, "best_epoch": self.best_epoch}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.best_score, self.best_epoch = state_dict["best_score"], state_dict["best_epoch"]
