@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar, get_type_hints
 
+import cv2
 import torch
 from jsonargparse import ActionConfigFile, ArgumentParser
 from rich.console import Console
@@ -23,16 +24,16 @@ Item = TypeVar("Item")
 def build_parser(prog: str, description: str | None, options: type, positional: Sequence[str]) -> ArgumentParser:
     """One flag per field of a dataclass with the help in its metadata, and `--config` for YAML with the same names.
 
-    Fields named in `positional` are arguments without a flag.
+    Fields named in `positional` are arguments without a flag; they are given on the command line only.
     """
     parser = ArgumentParser(prog=prog, description=description)
-    parser.add_argument("--config", action=ActionConfigFile, help="YAML file with any of the settings below")
+    parser.add_argument("--config", action=ActionConfigFile, help="YAML file with any of the flags below")
     hints = get_type_hints(options)
     for field in dataclasses.fields(options):
         several = field.default_factory is not dataclasses.MISSING
         text = field.metadata["help"]
         if field.name in positional:
-            # Optional for the parser, because the YAML file may name them; the commands ask for them.
+            # Optional for the parser: its own message about what is missing is longer than a line.
             parser.add_argument(field.name, type=str, nargs="*" if several else "?", default=None, help=text)
         else:
             parser.add_argument(
@@ -46,6 +47,9 @@ def run(prog: str, parser: ArgumentParser, arguments: Sequence[str] | None, body
 
     Anything else is a bug and ends in its traceback, exit code 1.
     """
+    cv2.utils.logging.setLogLevel(
+        cv2.utils.logging.LOG_LEVEL_SILENT
+    )  # its own remarks on damaged files; ours say what to do
     options = {name: value for name, value in vars(parser.parse_args(arguments)).items() if name != "config"}
     try:
         return body(**options)

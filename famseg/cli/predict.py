@@ -183,12 +183,15 @@ def _write(out: Path, source: Source, labels: np.ndarray) -> dict[str, Any]:
         mm = None if pixels is None or source.pixel_size is None else pixels * source.pixel_size
         row |= {f"{measure}_mm": mm, f"{measure}_px": pixels}
         if shape is None:
-            flags.append(f"{_WORDS[name]}: {'cannot be measured' if region.any() else 'not found'}")
+            if region.any():
+                flags.append(f"{_WORDS[name]}: cannot be measured")
             continue
         found = doubts(region, shape)
         flags += [f"{_WORDS[name]}: {doubt}" for doubt in found]
         value = f"{mm:.1f} mm" if mm is not None else f"{pixels:.0f} px"
         caption.append(f"{_SHORT[name]} {value}" + (f"  ({', '.join(found)})" if found else ""))
+    if not labels.any():
+        flags.append("nothing found")
     row["flags"] = "; ".join(flags)
     write_labels(out / "masks" / f"{source.path.stem}.png", labels)
     overlay = draw_overlay(source.image, labels, shapes, caption=caption or ["nothing found"])

@@ -128,6 +128,7 @@ def overlap_figure(dice: Mapping[str, Sequence[float]]) -> Figure:
         if len(values):
             share = 100 * (np.arange(len(values)) + 0.5) / len(values)
             axes.plot(share, np.sort(values), color=_CURVES[name], label=_LABELS[name], lw=1.7, marker="o", ms=2.5)
+    axes.set_xlim(0, 100)
     axes.set_ylim(-0.02, 1.02)
     axes.set_xlabel("images, %")
     axes.set_ylabel("Dice")

@@ -78,7 +78,7 @@ def _tiles(summary: Mapping[str, Any]) -> list[str]:
         scores = summary["per_image"][name]
         if scores["dice"] is not None:
             misses = f"{scores['missed']} missed, {scores['invented']} invented"
-            tiles.append(_tile(name, f"{NAMES[name]}: Dice an image", _fixed(scores["dice"]["mean"], 3), misses))
+            tiles.append(_tile(name, f"{NAMES[name]}: mean Dice", _fixed(scores["dice"]["mean"], 3), misses))
         if (errors := summary.get(f"{key}_mm")) is not None:
             value = f"{_fixed(errors['mean_absolute_error'], 1)} mm"
             bias = errors["measured_only"]["mean_error"]
