@@ -60,7 +60,11 @@ def load_network(path: str | Path) -> Network:
     if not isinstance(checkpoint, dict):
         raise DataError(foreign)
     config, states = checkpoint.get("config"), checkpoint.get("state_dict")
-    if not (isinstance(config, dict) and isinstance(states, dict) and {"model", "image_size"} <= config.keys()):
+    if not (
+        isinstance(config, dict)
+        and isinstance(states, dict)
+        and {"model", "image_size", "data", "seed"} <= config.keys()
+    ):
         raise DataError(foreign)
     weights = checkpoint.get("ema") or {
         name.removeprefix("model."): value for name, value in states.items() if name.startswith("model.")

@@ -20,7 +20,7 @@ from typing import Any, Literal
 import numpy as np
 
 from famseg.cli.command import build_parser, device_for, progress, required, run
-from famseg.data.dataset import open_data
+from famseg.data.dataset import PHANTOM_LENGTH, open_data
 from famseg.data.errors import DataError
 from famseg.data.files import empty_folder, write_atomic, write_table
 from famseg.data.sample import CLASSES, Sample
@@ -176,7 +176,7 @@ def _sources(spec: str, seed: int) -> dict[str, str]:
     for part in spec.split(","):
         scheme, _, argument = part.strip().partition(":")
         if scheme == "phantom":
-            found[f"phantom of seed {seed}"] = argument
+            found[f"phantom of seed {seed}"] = argument or str(PHANTOM_LENGTH)
         else:
             found[f"{scheme}:{os.path.realpath(argument)}"] = ""
     return found
