@@ -8,6 +8,7 @@ on rasterised shapes of known size at random positions and angles (tests/test_bi
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import cv2
 import numpy as np
@@ -20,18 +21,43 @@ MIN_AREA = 20  # pixels; below, the pixel grid decides the shape
 _TIP_GAP = 0.33
 
 
-def head_circumference(mask: np.ndarray, pixel_size: float) -> float | None:
-    """Perimeter in mm of the ellipse fitted to the largest component of a (H, W) mask.
+@dataclass(frozen=True)
+class Ellipse:
+    """A head's border, in pixels: centre (x, y), semi-axes a ≥ b, angle of a against the image's x axis."""
 
-    The ellipse is fitted to the midpoints between neighbouring pixels across the outer border. On rasterised
+    x: float
+    y: float
+    a: float
+    b: float
+    degrees: float
+
+    @property
+    def length(self) -> float:
+        """The circumference, px."""
+        return ellipse_circumference(self.a, self.b)
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A femur from tip to tip, in pixels: the ends (x, y)."""
+
+    start: tuple[float, float]
+    end: tuple[float, float]
+
+    @property
+    def length(self) -> float:
+        """From tip to tip, px."""
+        return math.dist(self.start, self.end)
+
+
+def fit_head(mask: np.ndarray) -> Ellipse | None:
+    """The ellipse of the largest component of a (H, W) mask.
+
+    It is fitted to the midpoints between neighbouring pixels across the outer border. On rasterised
     ellipses with semi-axes from 25 to 110 px, their direct least-squares fit is unbiased (0.01 px of
     circumference, sd 0.1); through the border pixels' centres it falls 2.8 px short, and half a pixel added
     to those semi-axes overshoots by 0.3 px. Midpoints exist only inside the image: the edge of the image is
     no skull, so a head cut off by it is completed by the ellipse.
-
-    Args:
-        mask: non-zero inside the head.
-        pixel_size: mm per pixel, equal along both axes.
 
     Returns:
         None when the component is smaller than `MIN_AREA` or its border does not determine an ellipse.
@@ -42,31 +68,71 @@ def head_circumference(mask: np.ndarray, pixel_size: float) -> float | None:
     border = _border_midpoints(_without_holes(head))
     if len(border) < 6:  # five would fit any ellipse
         return None
-    (x, y), axes, _ = cv2.fitEllipseDirect(border)
-    a, b = max(axes) / 2, min(axes) / 2
+    (x, y), (width, height), degrees = cv2.fitEllipseDirect(border)
+    a, b = max(width, height) / 2, min(width, height) / 2
     # A border that hardly bends (a mask that covers most of the image) fits an ellipse of any size.
     if not (np.isfinite([x, y, a, b]).all() and b > 1 and a < 2 * max(mask.shape)):
         return None
-    return ellipse_circumference(a, b) * pixel_size
+    return Ellipse(x, y, a, b, degrees if width >= height else (degrees + 90) % 180)
 
 
-def femur_length(mask: np.ndarray, pixel_size: float) -> float | None:
-    """Length in mm, tip to tip along the principal axis, of the largest component of a (H, W) mask.
-
-    Args:
-        mask: non-zero inside the femur.
-        pixel_size: mm per pixel, equal along both axes.
-
-    Returns:
-        None when the component is smaller than `MIN_AREA`.
-    """
+def fit_femur(mask: np.ndarray) -> Axis | None:
+    """The principal axis, tip to tip, of the largest component of a (H, W) mask; None below `MIN_AREA`."""
     femur = _largest_component(mask)
     if femur is None:
         return None
-    centres = np.argwhere(femur).astype(np.float64)
-    centres -= centres.mean(axis=0)
-    axis = np.linalg.eigh(centres.T @ centres).eigenvectors[:, -1]
-    return float(np.ptp(centres @ axis) + 2 * _TIP_GAP) * pixel_size
+    points = np.argwhere(femur)[:, ::-1].astype(np.float64)
+    middle = points.mean(axis=0)
+    points -= middle
+    axis = np.linalg.eigh(points.T @ points).eigenvectors[:, -1]
+    along = points @ axis
+    start, end = middle + (along.min() - _TIP_GAP) * axis, middle + (along.max() + _TIP_GAP) * axis
+    return Axis((float(start[0]), float(start[1])), (float(end[0]), float(end[1])))
+
+
+def head_circumference(mask: np.ndarray, pixel_size: float) -> float | None:
+    """Perimeter in mm of `fit_head`'s ellipse; `pixel_size` is mm per pixel, equal along both axes."""
+    ellipse = fit_head(mask)
+    return None if ellipse is None else ellipse.length * pixel_size
+
+
+def femur_length(mask: np.ndarray, pixel_size: float) -> float | None:
+    """Length in mm of `fit_femur`'s axis; `pixel_size` is mm per pixel, equal along both axes."""
+    axis = fit_femur(mask)
+    return None if axis is None else axis.length * pixel_size
+
+
+def doubts(mask: np.ndarray, shape: Ellipse | Axis) -> list[str]:
+    """Why a measurement of a (H, W) mask should be looked at before it is used; empty when nothing speaks against it.
+
+    "cut off": the object touches the edge of the image, so part of it may be outside. "in pieces": the measured
+    component holds less than 90 % of the labelled pixels. "not an ellipse": head and fitted ellipse share less than
+    90 % of their union (good masks: 0.97 and more). "not a bar": the femur is less than twice as long as it is wide.
+    """
+    found = []
+    region = np.asarray(mask) != 0
+    component = _largest_component(region)
+    assert component is not None  # there is a shape
+    if component[[0, -1]].any() or component[:, [0, -1]].any():
+        found.append("cut off")
+    if component.sum() < 0.9 * region.sum():
+        found.append("in pieces")
+    if isinstance(shape, Ellipse):
+        inside = _inside(shape, region.shape)
+        filled = _without_holes(component)
+        if (inside & filled).sum() < 0.9 * (inside | filled).sum():
+            found.append("not an ellipse")
+    elif component.sum() * 2 > shape.length**2:  # mean width = area / length
+        found.append("not a bar")
+    return found
+
+
+def _inside(ellipse: Ellipse, shape: tuple[int, ...]) -> np.ndarray:
+    """The pixels of an image whose centres an ellipse contains; (H, W) bool."""
+    rows, columns = np.ogrid[: shape[0], : shape[1]]
+    c, s = math.cos(math.radians(ellipse.degrees)), math.sin(math.radians(ellipse.degrees))
+    dx, dy = columns - ellipse.x, rows - ellipse.y
+    return ((dx * c + dy * s) / ellipse.a) ** 2 + ((dy * c - dx * s) / ellipse.b) ** 2 <= 1
 
 
 def ellipse_circumference(a: float, b: float) -> float:

@@ -1,12 +1,24 @@
-"""Overlap metrics from one confusion matrix over the whole set."""
+"""Overlap from one confusion matrix over the whole set; boundary distances and jaggedness of one mask.
+
+A measure says what it measured and nothing about what is not there: where a mask is empty it raises or is NaN, and
+the policy for missed and invented objects is written down once, in `famseg.evaluation`.
+"""
 
 from __future__ import annotations
 
 import math
-from typing import TypedDict
+from typing import NamedTuple, TypedDict
 
+import cv2
 import numpy as np
 import torch
+from scipy.ndimage import binary_erosion
+from scipy.spatial import KDTree
+
+# Jaggedness counts what a border does on arcs shorter than this many pixels. The teeth of an enlarged label map are as
+# long as its stride, 2 to 8 px in practice; anatomy bends more slowly.
+SMOOTH_WAVELENGTH = 16.0
+_MIN_BORDER = 16  # pixels; a shorter border is all corners
 
 
 class Scores(TypedDict):
@@ -14,6 +26,7 @@ class Scores(TypedDict):
 
     iou: list[float]  # per class, TP / (TP + FP + FN)
     dice: list[float]  # per class, 2 TP / (2 TP + FP + FN)
+    accuracy: list[float]  # per class, TP / (TP + FN): the part of the class that was found; NaN where never true
     miou: float  # means over the classes that occur, background included as in the paper's tables
     mdice: float
     pixel_accuracy: float
@@ -75,10 +88,80 @@ class SegmentationMetrics:
         return {
             "iou": iou,
             "dice": dice,
+            "accuracy": [_ratio(hit, t) for hit, t in zip(hits, truth, strict=True)],
             "miou": _mean(iou),
             "mdice": _mean(dice),
             "pixel_accuracy": _ratio(sum(hits), sum(truth)),
         }
+
+
+class BoundaryDistances(NamedTuple):
+    """Distances between two borders, in pixels."""
+
+    hd95: float  # the larger of the two directed 95th percentiles (Hausdorff distance without its outliers)
+    assd: float  # average symmetric surface distance: the mean over both borders' pixels
+
+
+def boundary_distances(pred: np.ndarray, target: np.ndarray) -> BoundaryDistances:
+    """HD95 and ASSD of two masks (H, W), in pixels; times the pixel size they are millimetres.
+
+    The border of a mask are its pixels with a 4-neighbour outside; outside the image counts as outside.
+
+    Raises:
+        ValueError: the shapes differ, or a mask is empty: there is no distance to nothing.
+    """
+    pred, target = np.asarray(pred, bool), np.asarray(target, bool)
+    if pred.shape != target.shape or pred.ndim != 2:
+        raise ValueError(f"pred and target: expected one shape (H, W), found {pred.shape}, {target.shape}")
+    if not (pred.any() and target.any()):
+        raise ValueError("pred and target: expected objects in both, found an empty mask; decide what a miss costs")
+    first, second = (np.argwhere(mask & ~binary_erosion(mask)) for mask in (pred, target))
+    there, back = KDTree(second).query(first)[0], KDTree(first).query(second)[0]
+    hd95 = max(np.percentile(there, 95), np.percentile(back, 95))
+    return BoundaryDistances(float(hd95), float(np.concatenate([there, back]).mean()))
+
+
+def jaggedness(mask: np.ndarray) -> float:
+    """Length of a mask's outer borders over their length without detail finer than `SMOOTH_WAVELENGTH`.
+
+    The paper claims to reduce a "jagged effect" and gives no measure of it. This one takes each outer border as a
+    closed polygon through its pixels, resampled at equal steps of arc length, and damps the harmonics whose
+    wavelength along the border is below 16 px (Butterworth gain 1 / (1 + (16 px / wavelength)⁴), which leaves a head
+    or a femur as it is). A smooth shape on a pixel grid scores about 1.06 (the grid's own steps, up to 1.08 by
+    angle); labels enlarged 2, 4, 8 times score 1.16, 1.20, 1.13. Compare with the truth's value on the same image.
+
+    Args:
+        mask: non-zero inside; (H, W).
+
+    Returns:
+        1 or more; NaN where no border is long enough to say anything.
+    """
+    contours, _ = cv2.findContours((np.asarray(mask) != 0).astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
+    rough = smooth = 0.0
+    for contour in contours:
+        points = contour[:, 0].astype(np.float64)
+        length, around = _smoothed(points)
+        if length >= _MIN_BORDER:
+            rough += length
+            smooth += around
+    return rough / smooth if smooth else math.nan
+
+
+def _smoothed(points: np.ndarray) -> tuple[float, float]:
+    """Length of a closed polygon (K, 2), and its length without short waves."""
+    closed = np.concatenate([points, points[:1]])
+    steps = np.hypot(*np.diff(closed, axis=0).T)
+    length = float(steps.sum())
+    if length < _MIN_BORDER:
+        return length, length
+    count = 4 * math.ceil(length)  # four samples a pixel: the polygon's own corners survive the resampling
+    at = np.linspace(0, length, count, endpoint=False)
+    arc = np.concatenate([[0.0], np.cumsum(steps)])
+    curve = np.interp(at, arc, closed[:, 0]) + 1j * np.interp(at, arc, closed[:, 1])
+    frequency = np.fft.fftfreq(count, length / count)  # waves a pixel
+    gain = 1 / (1 + (SMOOTH_WAVELENGTH * frequency) ** 4)
+    filtered = np.fft.ifft(np.fft.fft(curve) * gain)
+    return length, float(np.abs(np.diff(filtered, append=filtered[:1])).sum())
 
 
 def _labels(labels: torch.Tensor | np.ndarray, name: str) -> torch.Tensor:

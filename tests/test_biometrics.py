@@ -8,7 +8,15 @@ import numpy as np
 import pytest
 from scipy.special import ellipe
 
-from famseg.biometrics import MIN_AREA, ellipse_circumference, femur_length, head_circumference
+from famseg.biometrics import (
+    MIN_AREA,
+    doubts,
+    ellipse_circumference,
+    femur_length,
+    fit_femur,
+    fit_head,
+    head_circumference,
+)
 from famseg.data.hc18 import HC18
 from famseg.data.phantom import Phantom
 
@@ -121,6 +129,8 @@ def test_phantom_masks_give_the_phantoms_millimetres() -> None:
             heads.append((measured - sample.head_circumference) / sample.pixel_size)
     assert len(heads) > 10
     assert len(femurs) > 10
+    for errors in (heads, femurs):
+        assert np.median(np.abs(errors)) <= 1
     assert abs(np.mean(heads)) < 0.2
     assert abs(np.mean(femurs)) < 0.3
 
@@ -140,3 +150,31 @@ def test_hc18_masks_exceed_the_table_by_its_known_bias() -> None:
     ]
     assert np.mean(errors) == pytest.approx(1.45, abs=0.25)
     assert np.std(errors) < 0.8
+
+
+@pytest.mark.parametrize("angle", [0.0, 0.4, 1.2, 1.57, 2.0, 3.0])
+def test_the_fits_lie_where_the_shapes_are(angle: float) -> None:
+    head = fit_head(ellipse(200, 90, 110, 70, 50, angle))
+    assert (head.x, head.y, head.a, head.b) == pytest.approx((90, 110, 70, 50), abs=0.1)
+    assert abs(np.sin(np.radians(head.degrees) - angle)) < 0.01
+    femur = fit_femur(bar(200, 90, 110, 80, 5, angle))
+    tips = sorted(
+        [(90 - 40 * np.cos(angle), 110 - 40 * np.sin(angle)), (90 + 40 * np.cos(angle), 110 + 40 * np.sin(angle))]
+    )
+    found = sorted([femur.start, femur.end])
+    np.testing.assert_allclose(found, tips, atol=1)
+
+
+def test_doubts_are_raised_and_only_with_reason() -> None:
+    good = ellipse(120, 60, 60, 40, 30, 0.3)
+    assert doubts(good, fit_head(good)) == []
+    cut = good[:, 25:]
+    assert doubts(cut, fit_head(cut)) == ["cut off"]
+    pieces = good.copy()
+    pieces[5:35, 100:118] = True
+    assert doubts(pieces, fit_head(pieces)) == ["in pieces"]
+    dented = good & ~ellipse(120, 60, 95, 35, 22, 0.0)
+    assert doubts(dented, fit_head(dented)) == ["not an ellipse"]
+    femur, blob = bar(120, 60, 60, 60, 4, 0.7), ellipse(120, 60, 60, 20, 18, 0.0)
+    assert doubts(femur, fit_femur(femur)) == []
+    assert doubts(blob, fit_femur(blob)) == ["not a bar"]

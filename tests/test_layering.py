@@ -28,7 +28,17 @@ ROOM_FILES = {
     "layer": ("spec", "op"),
 }
 # Parts of famseg, each may import the earlier ones (and famseg_kernels).
-FAMSEG = ("data", "metrics", "biometrics", "models", "reporting", "training", "cli")
+FAMSEG = (
+    "data",
+    "metrics",
+    "biometrics",
+    "models",
+    "reporting",
+    "inference",
+    "evaluation",
+    "training",
+    "cli",
+)
 
 
 def imports(path: Path) -> set[str]:

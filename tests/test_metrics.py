@@ -1,18 +1,24 @@
-"""The confusion matrix against two independent implementations and its own definitions."""
+"""Overlap and boundary measures against independent implementations and their own definitions."""
 
 from __future__ import annotations
 
 import math
 
+import cv2
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from monai.metrics import ConfusionMatrixMetric
-from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score, MulticlassJaccardIndex
+from monai.metrics import ConfusionMatrixMetric, compute_average_surface_distance, compute_hausdorff_distance
+from torchmetrics.classification import (
+    MulticlassAccuracy,
+    MulticlassF1Score,
+    MulticlassJaccardIndex,
+    MulticlassRecall,
+)
 
-from famseg.metrics import SegmentationMetrics
+from famseg.metrics import SegmentationMetrics, boundary_distances, jaggedness
 
 
 def masks(seed: int, shape: tuple[int, ...], classes: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -109,3 +115,78 @@ def test_wrong_arguments_are_refused() -> None:
         metrics.update(labels - 1, labels)
     with pytest.raises(ValueError, match="num_classes"):
         SegmentationMetrics(1)
+
+
+def test_class_accuracy_agrees_with_torchmetrics() -> None:
+    pred, truth = masks(3, (30, 40), [0, 1, 2])
+    metrics = SegmentationMetrics(3)
+    metrics.update(pred, truth)
+    theirs = MulticlassRecall(num_classes=3, average="none")(pred, truth)
+    assert metrics.compute()["accuracy"] == pytest.approx(theirs.tolist(), abs=1e-6)
+
+
+def blobs(seed: int, shape: tuple[int, int] = (40, 56)) -> np.ndarray:
+    """A random mask of a few smooth pieces, some at the edge of the image."""
+    noise = cv2.GaussianBlur(np.random.default_rng(seed).standard_normal(shape).astype(np.float32), (0, 0), 4)
+    return noise > np.quantile(noise, 0.7)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_boundary_distances_agree_with_monai(seed: int) -> None:
+    pred, truth = blobs(seed), blobs(seed + 100)
+    found = boundary_distances(pred, truth)
+    pair = [torch.from_numpy(mask)[None, None].float() for mask in (pred, truth)]
+    hd95 = compute_hausdorff_distance(*pair, include_background=True, percentile=95)
+    assd = compute_average_surface_distance(*pair, include_background=True, symmetric=True)
+    assert found.hd95 == pytest.approx(float(hd95), abs=1e-4)
+    assert found.assd == pytest.approx(float(assd), abs=1e-4)
+
+
+def test_boundary_distances_of_a_shift_are_the_shift() -> None:
+    mask = np.zeros((60, 60), bool)
+    mask[20:40, 10:50] = True
+    assert boundary_distances(mask, mask) == (0, 0)
+    found = boundary_distances(np.roll(mask, 5, axis=0), mask)
+    assert found.hd95 == 5
+    assert 2 < found.assd < 5  # the short sides lie on each other
+    for empty in ((mask, ~mask & mask), (~mask & mask, mask)):
+        with pytest.raises(ValueError, match="empty mask"):
+            boundary_distances(*empty)
+    with pytest.raises(ValueError, match="one shape"):
+        boundary_distances(mask, mask[1:])
+
+
+def ellipse(size: int, a: float, b: float, angle: float, shift: float) -> np.ndarray:
+    rows, columns = np.mgrid[:size, :size]
+    dx, dy = columns - size / 2 - shift, rows - size / 2
+    u, v = dx * np.cos(angle) + dy * np.sin(angle), dy * np.cos(angle) - dx * np.sin(angle)
+    return (u / a) ** 2 + (v / b) ** 2 <= 1
+
+
+@pytest.mark.parametrize(("a", "b"), [(100, 75), (50, 40), (20, 15)])
+def test_jaggedness_sees_the_teeth_of_a_coarse_grid_and_not_the_shape(a: float, b: float) -> None:
+    for k in range(4):
+        angle, shift = 0.4 * k, 0.3 * k
+        fine = jaggedness(ellipse(256, a, b, angle, shift))
+        assert 1.04 < fine < 1.1
+        for stride in (2, 4):
+            coarse = ellipse(256 // stride, a / stride, b / stride, angle, shift / stride)
+            assert jaggedness(np.kron(coarse, np.ones((stride, stride)))) > fine + 0.03
+
+
+def test_jaggedness_of_known_teeth() -> None:
+    """Teeth 2 px wide and 2 px high every 4 px on one side of a bar: each adds 2√2 px to the line of pixel centres."""
+    bar = np.zeros((60, 420), np.uint8)
+    bar[20:40, 10:410] = 1
+    length = 2 * 399 + 2 * 19
+    assert jaggedness(bar) == pytest.approx(1, abs=0.01)
+    for start in range(10, 410, 4):
+        bar[18:20, start : start + 2] = 1
+    assert jaggedness(bar) == pytest.approx(1 + 100 * 2 * math.sqrt(2) / length, rel=0.02)
+
+
+def test_jaggedness_of_nothing_is_nan() -> None:
+    speck = np.zeros((20, 20), bool)
+    assert math.isnan(jaggedness(speck))
+    speck[4:7, 4:7] = True
+    assert math.isnan(jaggedness(speck))

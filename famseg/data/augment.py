@@ -83,7 +83,7 @@ def letterbox_scale(height: int, width: int, image_size: int | tuple[int, int]) 
 def letterbox(image: np.ndarray, image_size: int | tuple[int, int], interpolation: int) -> np.ndarray:
     """Scale (H, W) to fit `image_size` and centre it on black; shrinking with INTER_LINEAR averages areas."""
     (height, width), (target_height, target_width) = image.shape, _height_width(image_size)
-    top, left, inner_height, inner_width = _window(height, width, (target_height, target_width))
+    top, left, inner_height, inner_width = letterbox_window(height, width, (target_height, target_width))
     if interpolation == cv2.INTER_LINEAR and inner_height < height:
         interpolation = cv2.INTER_AREA  # linear would skip source pixels: speckle would alias
     canvas = np.zeros((target_height, target_width), image.dtype)
@@ -94,7 +94,7 @@ def letterbox(image: np.ndarray, image_size: int | tuple[int, int], interpolatio
 
 def undo_letterbox(mask: np.ndarray, height: int, width: int) -> np.ndarray:
     """Labels (h, w) of the network's picture back on the (height, width) source image (nearest neighbour)."""
-    top, left, inner_height, inner_width = _window(height, width, mask.shape)
+    top, left, inner_height, inner_width = letterbox_window(height, width, mask.shape)
     inner = np.ascontiguousarray(mask[top : top + inner_height, left : left + inner_width])
     return cv2.resize(inner, (width, height), interpolation=cv2.INTER_NEAREST_EXACT)
 
@@ -104,7 +104,7 @@ def normalise(image: np.ndarray) -> np.ndarray:
     return (image.astype(np.float32) * np.float32(1 / 255) - np.float32(MEAN)) * np.float32(1 / STD)
 
 
-def _window(height: int, width: int, size: tuple[int, ...]) -> tuple[int, int, int, int]:
+def letterbox_window(height: int, width: int, size: tuple[int, ...]) -> tuple[int, int, int, int]:
     """Where a letterboxed (height, width) image lies: top, left, height, width."""
     target_height, target_width = size[0], size[1]
     scale = letterbox_scale(height, width, (target_height, target_width))

@@ -17,15 +17,21 @@ from pathlib import Path
 from PIL import Image
 
 from famseg.data.errors import DataError
-from famseg.data.files import positive, read_grey, read_labels, read_table, require_same_size, write_atomic
+from famseg.data.files import (
+    positive,
+    read_grey,
+    read_labels,
+    read_table,
+    require_same_size,
+    write_atomic,
+    write_labels,
+)
 from famseg.data.sample import CLASSES, Sample
 
 TABLE = "pixel_size.csv"
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
 _FILENAME, _SUBJECT, _PIXEL_SIZE = "filename", "subject", "pixel_size_mm"
 _FEMUR_LENGTH, _CIRCUMFERENCE = "femur_length_mm", "head_circumference_mm"
-# Viewers show palette masks in the paper's colours (femur red, head green); readers see the indices.
-_PALETTE = [0, 0, 0, 255, 0, 0, 0, 255, 0]
 
 
 @dataclass(frozen=True)
@@ -103,9 +109,7 @@ def write_folder(samples: Iterable[Sample], directory: str | os.PathLike[str]) -
         filename = f"{sample.name}.png"
         if not sample.name or Path(filename).name != filename or (root / "images" / filename).exists():
             raise DataError(f"{root}: cannot write the sample '{sample.name}': its name is not a new file name")
-        mask = Image.fromarray(sample.mask)
-        mask.putpalette(_PALETTE)
-        write_atomic(root / "masks" / filename, _png(mask))
+        write_labels(root / "masks" / filename, sample.mask)
         write_atomic(root / "images" / filename, _png(Image.fromarray(sample.image)))
         lengths = (sample.pixel_size, sample.femur_length, sample.head_circumference)
         rows.writerow([filename, sample.subject, *("" if mm is None else repr(float(mm)) for mm in lengths)])

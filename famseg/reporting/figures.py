@@ -1,4 +1,4 @@
-"""Figures of a training run: how it went, and what the network sees."""
+"""Figures: how a training run went, how well it measures, and what the network sees."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -49,6 +50,11 @@ def plot_history(rows: Sequence[Mapping[str, object]], path: str | os.PathLike[s
     Raises:
         ValueError: there are no rows.
     """
+    _save(history_figure(rows), path)
+
+
+def history_figure(rows: Sequence[Mapping[str, object]]) -> Figure:
+    """The figure of `plot_history`."""
     if not rows:
         raise ValueError("rows: expected at least one epoch, found none")
     figure = Figure(figsize=(10.5, 4.2), dpi=_DPI, layout="constrained", facecolor="white")
@@ -67,7 +73,85 @@ def plot_history(rows: Sequence[Mapping[str, object]], path: str | os.PathLike[s
     _curve(iou, rows, "val_miou", "mean", _INK, linestyle="--")
     _finish(iou, rows, "Validation IoU", "IoU")
     iou.set_ylim(-0.02, 1.02)
-    _save(figure, path)
+    return figure
+
+
+def agreement_figure(title: str, name: str, true: Sequence[float], measured: Sequence[float]) -> Figure:
+    """Bland–Altman plot: difference against mean, with bias and 95 % limits of agreement (mean ± 1.96 sd).
+
+    Args:
+        title: what is measured.
+        name: class name, which gives the colour.
+        true, measured: values in mm, in pairs.
+
+    Raises:
+        ValueError: there are no values, or not in pairs.
+    """
+    truth, found = np.asarray(true, float), np.asarray(measured, float)
+    if not len(truth) or truth.shape != found.shape:
+        raise ValueError(f"true and measured: expected pairs of values, found {len(truth)} and {len(found)}")
+    difference = found - truth
+    bias = float(difference.mean())
+    levels = [(bias, f"bias {bias:+.1f}", "-")]
+    if len(difference) > 1:
+        spread = 1.96 * float(difference.std(ddof=1))
+        levels += [(level, f"{level:+.1f}", "--") for level in (bias - spread, bias + spread)]
+
+    figure, axes = _panel(f"{title}, {len(truth)} measured")
+    axes.axhline(0, color=_INK, lw=0.8)
+    axes.scatter((found + truth) / 2, difference, s=22, color=_CURVES[name], alpha=0.75, lw=0, zorder=3)
+    for level, label, style in levels:
+        axes.axhline(level, color=_FAINT, lw=1.2, ls=style)
+        place = (1.01, level)
+        axes.annotate(label, place, xycoords=("axes fraction", "data"), fontsize=8.5, color=_FAINT, va="center")
+    # Room for the lines also where all errors are alike.
+    reach = 1.12 * max(float(np.abs(difference).max()), *(abs(level) for level, _, _ in levels), 0.5)
+    axes.set_ylim(-reach, reach)
+    axes.set_xlabel("mean of measured and true, mm")
+    axes.set_ylabel("measured − true, mm")
+    return figure
+
+
+def overlap_figure(dice: Mapping[str, Sequence[float]]) -> Figure:
+    """Every image's Dice, sorted, one curve a class: how many images are worse than a value can be read off.
+
+    Args:
+        dice: class name → values in [0, 1], missed and invented objects as 0.
+
+    Raises:
+        ValueError: there is no class with values.
+    """
+    if not any(len(values) for values in dice.values()):
+        raise ValueError("dice: expected at least one class with values")
+    figure, axes = _panel("Dice of every image, sorted")
+    for name, values in dice.items():
+        if len(values):
+            share = 100 * (np.arange(len(values)) + 0.5) / len(values)
+            axes.plot(share, np.sort(values), color=_CURVES[name], label=_LABELS[name], lw=1.7, marker="o", ms=2.5)
+    axes.set_xlim(0, 100)
+    axes.set_ylim(-0.02, 1.02)
+    axes.set_xlabel("images, %")
+    axes.set_ylabel("Dice")
+    axes.legend(frameon=False, fontsize=9, loc="lower right")
+    return figure
+
+
+def _panel(title: str) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(5.25, 4.0), dpi=_DPI, layout="constrained", facecolor="white")
+    axes = figure.subplots()
+    axes.set_title(title, loc="left", fontsize=11, color=_INK)
+    axes.grid(color=_GRID, lw=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def svg(figure: Figure) -> bytes:
+    """The figure as SVG: sharp at any zoom, text selectable; the same figure gives the same bytes."""
+    content = io.BytesIO()
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "famseg", "font.family": "sans-serif"}):
+        figure.savefig(content, format="svg", metadata={"Date": None})
+    return content.getvalue()
 
 
 def plot_overlays(items: Iterable[OverlayItem], path: str | os.PathLike[str]) -> None:

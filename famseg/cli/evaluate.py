@@ -1,0 +1,254 @@
+"""famseg-evaluate: score a trained network on labelled images; writes metrics.json, per_image.csv and report.html.
+
+Without --data it takes the images that were held out in training. Images the network was trained on are scored only
+when --split all says so.
+"""
+
+from __future__ import annotations
+
+import csv
+import importlib.metadata
+import json
+import os
+import sys
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from famseg.cli.command import build_parser, device_for, progress, required, run
+from famseg.data.dataset import PHANTOM_LENGTH, open_data
+from famseg.data.errors import DataError
+from famseg.data.files import empty_folder, write_atomic, write_table
+from famseg.data.sample import CLASSES, Sample
+from famseg.evaluation import FITS, LENGTHS, Evaluation, ImageScore, held_out
+from famseg.inference import Network, load_network, predict
+from famseg.reporting.overlay import draw_overlay
+from famseg.reporting.page import NAMES, Picture, report
+from famseg.training.config import option
+from famseg_kernels.backends import CHOICES as BACKENDS
+
+PROG = "famseg-evaluate"
+_WORST, _TYPICAL, _BEST = 6, 4, 4  # pictures in the report
+
+
+@dataclass(frozen=True)
+class Options:
+    checkpoint: str | None = option(None, "a run's checkpoints/best.ckpt")
+    data: str | None = option(
+        None, "phantom[:LENGTH], hc18:DIR, folder:DIR, or several joined by commas; default: the training data"
+    )
+    out: str | None = option(None, "new or empty folder for metrics.json, per_image.csv and report.html")
+    split: Literal["auto", "val", "all"] = option(
+        "auto",
+        "val: the part held out in training; all: every image; auto: val of the training data, all of other data",
+    )
+    data_seed: int | None = option(None, "seed of phantom images; default: the training run's, that is, its own images")
+    flips: bool = option(False, "average over the image and its mirror image (twice the time)")
+    batch_size: int = option(8, "images a step")
+    device: Literal["auto", "cpu", "cuda"] = option("auto", "auto, cpu or cuda")
+    backend: str = option("auto", f"famseg_kernels backend: {', '.join(BACKENDS)}")
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which images are scored, and in words."""
+
+    samples: Sequence[Sample]
+    indices: list[int]
+    spec: str
+    split: str
+    words: str
+    notes: list[str]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit code: 0 done, 2 bad usage or input with one clear line, 130 interrupted."""
+    parser = build_parser(PROG, __doc__, Options, positional=("checkpoint",))
+    return run(PROG, parser, arguments, lambda **options: _evaluate(Options(**options)))
+
+
+def _evaluate(options: Options) -> int:
+    required("checkpoint", options.checkpoint, f"{PROG} runs/NAME/checkpoints/best.ckpt --out DIR")
+    required("out", options.out, "--out DIR")
+    assert options.checkpoint is not None and options.out is not None
+    device = device_for(options.device, options.backend)
+    out = empty_folder(Path(options.out))
+    network = load_network(options.checkpoint)
+    selection = select(network, options.data, options.split, options.data_seed)
+    print(f"scoring {selection.words}", flush=True)
+
+    evaluation = Evaluation()
+    pending: deque[Sample] = deque()
+
+    def images() -> Iterator[np.ndarray]:
+        for index in progress(selection.indices):
+            pending.append(selection.samples[index])
+            yield pending[-1].image
+
+    labels = predict(
+        network,
+        images(),
+        batch_size=options.batch_size,
+        flips=options.flips,
+        device=device,
+        backend=options.backend,
+    )
+    for found in labels:
+        evaluation.add(pending.popleft(), found)
+
+    summary = {
+        **evaluation.summary(),
+        "data": selection.spec,
+        "split": selection.split,
+        "checkpoint": str(network.path),
+        "model": network.config["model"],
+        "parameters": network.parameters,
+        "epoch": network.epoch,
+        "image_size": network.image_size,
+        "flips": options.flips,
+        "versions": {name: importlib.metadata.version(name) for name in ("famseg", "torch")},
+    }
+    write_atomic(out / "metrics.json", (json.dumps(summary, indent=2, allow_nan=False) + "\n").encode())
+    rows = [image.row() for image in evaluation.images]
+    write_table(out / "per_image.csv", rows)
+    page = report(
+        title=f"{network.config['model']}: {selection.spec}",
+        subtitle=f"Scored {selection.words}.",
+        facts=(
+            f"{network.path}, {network.parameters / 1e6:.2f} M parameters, epoch {network.epoch}, "
+            f"network input {network.image_size} px" + (", averaged with the mirror image" if options.flips else "")
+        ),
+        notes=selection.notes,
+        summary=summary,
+        rows=rows,
+        pictures=_pictures(selection, evaluation),
+        history=_history(network.path),
+        version=summary["versions"]["famseg"],
+    )
+    write_atomic(out / "report.html", page.encode())
+    print(_line(summary))
+    print(f"report: {out / 'report.html'}")
+    return 0
+
+
+def select(network: Network, spec: str | None, split: str, data_seed: int | None) -> Selection:
+    """The images to score. Raises DataError where it would be unclear whether the network has trained on them."""
+    trained_on = network.config["data"]
+    own_seed = network.config["seed"]
+    spec, seed = spec or trained_on, own_seed if data_seed is None else data_seed
+    shared = _sources(spec, seed).keys() & _sources(trained_on, own_seed).keys()
+    same = _sources(spec, seed) == _sources(trained_on, own_seed)
+    if split == "auto" and shared and not same:
+        raise DataError(
+            f"data '{spec}' is part of the training data '{trained_on}': give the same --data as in training to score "
+            "its held-out part, or --split all to score training images too"
+        )
+    if split == "val" and not same:
+        raise DataError(f"split: val needs the training data '{trained_on}', got '{spec}'; use --split all")
+    if split == "auto":
+        split = "val" if same else "all"
+    samples = open_data(spec, image_size=network.image_size, seed=seed)
+    indices = held_out(samples, network.config) if split == "val" else list(range(len(samples)))
+    known = getattr(samples, "subjects", None)
+    subjects = len({known[i] for i in indices} if known is not None else {samples[i].subject for i in indices})
+    words = f"{len(indices)} images of {subjects} subjects"
+    notes = []
+    if split == "val":
+        words += f", held out in training from {len(samples)} images ({spec})"
+    else:
+        words += f", all of {spec}"
+    if split == "all" and shared:
+        notes.append("These images include those the network was trained on: the numbers are too good.")
+    if any(part.strip().split(":")[0] == "phantom" for part in spec.split(",")):
+        notes.append(
+            "Synthetic images: the phantom is a simulation. Its numbers compare networks and say nothing of a clinic."
+        )
+    return Selection(samples, indices, spec, split, words, notes)
+
+
+def _sources(spec: str, seed: int) -> dict[str, str]:
+    """What identifies each source of a data specification, and the rest of its definition."""
+    found = {}
+    for part in spec.split(","):
+        scheme, _, argument = part.strip().partition(":")
+        if scheme == "phantom":
+            found[f"phantom of seed {seed}"] = argument or str(PHANTOM_LENGTH)
+        else:
+            found[f"{scheme}:{os.path.realpath(argument)}"] = ""
+    return found
+
+
+def _pictures(selection: Selection, evaluation: Evaluation) -> dict[str, list[Picture]]:
+    """The worst, typical and best images; all of them where they are few."""
+    order = evaluation.ranking()
+    if len(order) <= _WORST + _TYPICAL + _BEST:
+        groups = {"All, worst first": order}
+    else:
+        middle = (len(order) - _TYPICAL) // 2
+        groups = {
+            "Worst": order[:_WORST],
+            "Typical": order[middle : middle + _TYPICAL],
+            "Best": order[: -_BEST - 1 : -1],
+        }
+    return {
+        heading: [_picture(selection.samples[selection.indices[i]], evaluation, i) for i in positions]
+        for heading, positions in groups.items()
+    }
+
+
+def _picture(sample: Sample, evaluation: Evaluation, position: int) -> Picture:
+    labels, score = evaluation.labels(position), evaluation.images[position]
+    shapes = {name: FITS[name](labels == CLASSES.index(name)) for name in LENGTHS}
+    overlay = draw_overlay(sample.image, labels, shapes, truth=sample.mask)
+    doubts = [f"{name}: {doubt}" for name, length in score.lengths.items() for doubt in length.doubts]
+    return Picture(sample.name, sample.image, overlay, _remarks(score), doubts)
+
+
+def _remarks(score: ImageScore) -> list[str]:
+    remarks = []
+    for name in LENGTHS:
+        found = score.objects[name]
+        if found.state == "absent":
+            continue
+        words = f"Dice {found.dice:.3f}" if found.state == "found" else found.state
+        length = score.lengths.get(name)
+        if length is not None and length.measured is not None:
+            words += f", {length.measured:.1f} mm"
+            if length.truth is not None:
+                words += f" (true {length.truth:.1f}, {length.error:+.1f})"
+        remarks.append(f"{NAMES[name]}: {words}")
+    return remarks or ["nothing there, nothing found"]
+
+
+def _history(checkpoint: Path) -> list[dict[str, str]]:
+    """The run's metrics.csv, where it lies beside the checkpoint or one folder up."""
+    for folder in (checkpoint.parent, checkpoint.parent.parent):
+        path = folder / "metrics.csv"
+        if path.is_file():
+            with path.open(newline="", encoding="utf-8") as file:
+                rows = list(csv.DictReader(file))
+            if rows and {"epoch", "train_loss"} <= rows[0].keys():
+                return rows
+    return []
+
+
+def _line(summary: dict[str, Any]) -> str:
+    parts = [f"mIoU {summary['miou']:.3f}"]
+    for name, measure in LENGTHS.items():
+        scores, errors = summary["per_image"][name], summary.get(f"{measure}_mm")
+        if scores["dice"] is not None:
+            parts.append(
+                f"{NAMES[name]} Dice {scores['dice']['mean']:.3f} "
+                f"({scores['missed']} missed, {scores['invented']} invented)"
+            )
+        if errors is not None:
+            parts.append(f"{measure.replace('_', ' ')} mean absolute error {errors['mean_absolute_error']:.2f} mm")
+    return "; ".join(parts)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,204 @@
+"""famseg-predict: masks, overlays and millimetres of ultrasound images.
+
+Reads PNG, JPEG, BMP, TIFF (grey or colour, 8 or 16 bit) and, with pydicom installed, DICOM. Writes to DIR
+masks/NAME.png (0 background, 1 femur, 2 head, at the image's own size), overlays/NAME.png and biometrics.csv.
+
+Exit code: 0 all images done, 1 some could not be read and were skipped, 2 none could or bad usage, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import cv2
+import numpy as np
+
+from famseg.biometrics import Axis, Ellipse, doubts
+from famseg.cli.command import build_parser, device_for, progress, required, run
+from famseg.data.errors import DataError
+from famseg.data.files import (
+    IMAGE_SUFFIXES,
+    empty_folder,
+    positive,
+    read_image,
+    read_table,
+    write_atomic,
+    write_labels,
+    write_table,
+)
+from famseg.data.sample import CLASSES
+from famseg.evaluation import FITS, LENGTHS
+from famseg.inference import load_network, predict
+from famseg.reporting.overlay import draw_overlay
+from famseg.training.config import ConfigError, option
+from famseg_kernels.backends import CHOICES as BACKENDS
+
+PROG = "famseg-predict"
+_WORDS = {"FB": "head", "FL": "femur"}
+_SHORT = {"FB": "HC", "FL": "FL"}
+
+
+@dataclass(frozen=True)
+class Options:
+    checkpoint: str | None = option(None, "a run's checkpoints/best.ckpt")
+    images: list[str] = field(default_factory=list, metadata={"help": "image files, and folders of image files"})
+    out: str | None = option(None, "new or empty folder for masks/, overlays/ and biometrics.csv")
+    pixel_size: str | None = option(
+        None, "mm per pixel of all images, or a CSV file with columns filename,pixel_size_mm; default: DICOM's own"
+    )
+    flips: bool = option(False, "average over the image and its mirror image (twice the time)")
+    batch_size: int = option(8, "images a step")
+    device: Literal["auto", "cpu", "cuda"] = option("auto", "auto, cpu or cuda")
+    backend: str = option("auto", f"famseg_kernels backend: {', '.join(BACKENDS)}")
+
+
+@dataclass(frozen=True)
+class Source:
+    """One image that could be read."""
+
+    path: Path
+    image: np.ndarray  # (H, W) uint8
+    pixel_size: float | None  # mm
+    pixel_size_from: str  # "given", "file" or ""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit code as in the module's description."""
+    parser = build_parser(PROG, __doc__, Options, positional=("checkpoint", "images"))
+    return run(PROG, parser, arguments, lambda **options: _predict(Options(**options)))
+
+
+def _predict(options: Options) -> int:
+    required("checkpoint", options.checkpoint, f"{PROG} runs/NAME/checkpoints/best.ckpt IMAGES... --out DIR")
+    required("images", options.images, f"{PROG} CHECKPOINT scan.png folder/ --out DIR")
+    required("out", options.out, "--out DIR")
+    assert options.checkpoint is not None and options.out is not None
+    device = device_for(options.device, options.backend)
+    pixel_size = _pixel_sizes(options.pixel_size)
+    out = empty_folder(Path(options.out))
+    paths = _files(options.images)
+    network = load_network(options.checkpoint)
+
+    skipped = 0
+    pending: deque[Source] = deque()
+
+    def images() -> Iterator[np.ndarray]:
+        nonlocal skipped
+        for path in progress(paths):
+            try:
+                pending.append(_read(path, pixel_size))
+            except DataError as error:
+                print(f"{PROG}: skipped: {error}", file=sys.stderr, flush=True)
+                skipped += 1
+            else:
+                yield pending[-1].image
+
+    rows: list[dict[str, Any]] = []
+    labels = predict(
+        network,
+        images(),
+        batch_size=options.batch_size,
+        flips=options.flips,
+        device=device,
+        backend=options.backend,
+    )
+    try:
+        for found in labels:
+            rows.append(_write(out, pending.popleft(), found))
+    finally:  # also when interrupted: the table has a line for every mask
+        if rows:
+            write_table(out / "biometrics.csv", rows)
+    print(f"{len(rows)} of {len(paths)} images done; results in {out}" if rows else f"none of {len(paths)} images done")
+    return (1 if rows else 2) if skipped else 0
+
+
+def _files(inputs: Sequence[str]) -> list[Path]:
+    """Every file once, folders listed by name. Raises DataError where results would overwrite each other."""
+    paths: list[Path] = []
+    for name in inputs:
+        path = Path(name)
+        if path.is_dir():
+            inside = sorted(file for file in path.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
+            if not inside:
+                raise DataError(f"{path}: expected images ({', '.join(IMAGE_SUFFIXES)}), found none in this folder")
+            paths += inside
+        else:
+            paths.append(path)
+    paths = list(dict.fromkeys(paths))
+    seen: dict[str, Path] = {}
+    for path in paths:
+        other = seen.setdefault(path.stem, path)
+        if other is not path:
+            raise DataError(f"{path}: would overwrite the results of {other}; give them separately, each its own --out")
+    return paths
+
+
+def _pixel_sizes(text: str | None) -> Callable[[Path], float | None]:
+    """The given mm per pixel of an image file, None where it was not given."""
+    if text is None:
+        return lambda path: None
+    if text.lower().endswith(".csv"):
+        table = Path(text)
+        rows = {row["filename"]: row["pixel_size_mm"] for row in read_table(table, ("filename", "pixel_size_mm"))}
+        sizes = {name: positive(cell, table, name, "pixel_size_mm") for name, cell in rows.items() if cell}
+        return lambda path: sizes.get(path.name, sizes.get(path.stem))
+    try:
+        size = float(text)
+    except ValueError:
+        size = 0.0
+    if not 0 < size < np.inf:
+        raise ConfigError(f"pixel_size: expected a positive number of mm or a CSV file, got {text!r}")
+    return lambda path: size
+
+
+def _read(path: Path, given: Callable[[Path], float | None]) -> Source:
+    image, own = read_image(path)
+    if (size := given(path)) is not None:
+        return Source(path, image, size, "given")
+    return Source(path, image, own, "" if own is None else "file")
+
+
+def _write(out: Path, source: Source, labels: np.ndarray) -> dict[str, Any]:
+    """Write one image's mask and overlay; its line of biometrics.csv."""
+    height, width = labels.shape
+    row: dict[str, Any] = {
+        "file": str(source.path),
+        "width": width,
+        "height": height,
+        "pixel_size_mm": source.pixel_size,
+        "pixel_size_from": source.pixel_size_from,
+    }
+    flags = [] if source.pixel_size is not None else ["no pixel size"]
+    shapes: dict[str, Ellipse | Axis | None] = {}
+    caption = []
+    for name, measure in LENGTHS.items():
+        region = labels == CLASSES.index(name)
+        shape = shapes[name] = FITS[name](region)
+        pixels = None if shape is None else shape.length
+        mm = None if pixels is None or source.pixel_size is None else pixels * source.pixel_size
+        row |= {f"{measure}_mm": mm, f"{measure}_px": pixels}
+        if shape is None:
+            if region.any():
+                flags.append(f"{_WORDS[name]}: cannot be measured")
+            continue
+        found = doubts(region, shape)
+        flags += [f"{_WORDS[name]}: {doubt}" for doubt in found]
+        value = f"{mm:.1f} mm" if mm is not None else f"{pixels:.0f} px"
+        caption.append(f"{_SHORT[name]} {value}" + (f"  ({', '.join(found)})" if found else ""))
+    if not labels.any():
+        flags.append("nothing found")
+    row["flags"] = "; ".join(flags)
+    write_labels(out / "masks" / f"{source.path.stem}.png", labels)
+    overlay = draw_overlay(source.image, labels, shapes, caption=caption or ["nothing found"])
+    picture = cv2.imencode(".png", overlay[..., ::-1])[1].tobytes()
+    write_atomic(out / "overlays" / f"{source.path.stem}.png", picture)
+    return row
+
+
+if __name__ == "__main__":
+    sys.exit(main())

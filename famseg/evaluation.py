@@ -1,0 +1,307 @@
+"""How good label maps are: per image, over a set, in pixels and in millimetres.
+
+What a miss costs is decided here, once, and never by leaving something out:
+
+- *missed* (there, not found) and *invented* (found, not there) objects have IoU and Dice 0, and HD95 and ASSD the
+  image's diagonal, the largest distance there is. They count in every mean over images.
+- *absent* (neither there nor found) is right; it has no overlap and no distance, and is counted, not averaged.
+- A head or femur that cannot be measured counts as measured 0 mm in the mean errors. The same errors over the measured
+  ones alone stand beside them, with their number, because bias and limits of agreement describe an instrument.
+- A value that exists for no image is null, and no mean contains it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import cv2
+import numpy as np
+
+from famseg import biometrics
+from famseg.data.sample import CLASSES, Sample
+from famseg.data.split import k_folds, split_by_subject
+from famseg.metrics import SegmentationMetrics, boundary_distances, jaggedness
+
+OBJECTS = CLASSES[1:]
+# The measure of each object, as the fields of Sample are called.
+LENGTHS = {"FB": "head_circumference", "FL": "femur_length"}
+FITS = {"FB": biometrics.fit_head, "FL": biometrics.fit_femur}
+
+
+@dataclass(frozen=True)
+class ObjectScore:
+    """One object in one image; lengths in pixels; None where there is nothing to say (see the policy above)."""
+
+    state: Literal["found", "missed", "invented", "absent"]
+    iou: float | None = None
+    dice: float | None = None
+    hd95: float | None = None
+    assd: float | None = None
+    jaggedness: float | None = None
+    jaggedness_truth: float | None = None
+
+
+@dataclass(frozen=True)
+class LengthScore:
+    """One measurement in one image, in mm."""
+
+    truth: float | None = None  # None: the object is not there
+    truth_from: str = ""  # "given" with the data, or measured on the true "mask"
+    measured: float | None = None  # None: not found, or it cannot be measured
+    doubts: tuple[str, ...] = ()
+
+    @property
+    def error(self) -> float | None:
+        return None if self.truth is None or self.measured is None else self.measured - self.truth
+
+
+@dataclass(frozen=True)
+class ImageScore:
+    """Everything about one image."""
+
+    name: str
+    subject: str
+    height: int
+    width: int
+    pixel_size: float | None  # mm
+    objects: Mapping[str, ObjectScore]
+    lengths: Mapping[str, LengthScore]  # by object; empty without a pixel size
+
+    @property
+    def mean_iou(self) -> float:
+        """Over the objects that are there or were found; 1 where rightly nothing was found."""
+        values = [score.iou for score in self.objects.values() if score.iou is not None]
+        return sum(values) / len(values) if values else 1.0
+
+    def row(self) -> dict[str, Any]:
+        """A line of per_image.csv."""
+        line: dict[str, Any] = {
+            "name": self.name,
+            "subject": self.subject,
+            "height": self.height,
+            "width": self.width,
+            "pixel_size_mm": self.pixel_size,
+            "mean_iou": self.mean_iou,
+        }
+        for name, score in self.objects.items():
+            line |= {
+                f"{name}_state": score.state,
+                f"{name}_iou": score.iou,
+                f"{name}_dice": score.dice,
+                f"{name}_hd95_px": score.hd95,
+                f"{name}_assd_px": score.assd,
+                f"{name}_hd95_mm": _times(score.hd95, self.pixel_size),
+                f"{name}_assd_mm": _times(score.assd, self.pixel_size),
+                f"{name}_jaggedness": score.jaggedness,
+                f"{name}_jaggedness_truth": score.jaggedness_truth,
+            }
+        for name, measure in LENGTHS.items():
+            length = self.lengths.get(name, LengthScore())
+            line |= {
+                f"{measure}_mm": length.measured,
+                f"{measure}_truth_mm": length.truth,
+                f"{measure}_truth_from": length.truth_from,
+                f"{measure}_error_mm": length.error,
+                f"{measure}_doubts": "; ".join(length.doubts),
+            }
+        return line
+
+
+class Evaluation:
+    """Scores of label maps, gathered image by image; keeps the label maps (as PNG, a few kB each) for pictures."""
+
+    def __init__(self) -> None:
+        self.images: list[ImageScore] = []
+        self._overlap = SegmentationMetrics(len(CLASSES))
+        self._labels: list[np.ndarray] = []
+
+    def add(self, sample: Sample, labels: np.ndarray) -> None:
+        """Score `labels` (H, W), at the sample's own size, against its mask."""
+        self._overlap.update(labels, sample.mask)
+        self.images.append(score_image(sample, labels))
+        self._labels.append(cv2.imencode(".png", labels)[1])
+
+    def labels(self, position: int) -> np.ndarray:
+        """The label map of the image added as number `position`."""
+        labels = cv2.imdecode(self._labels[position], cv2.IMREAD_UNCHANGED)
+        assert labels is not None  # encoded by `add`
+        return labels
+
+    def ranking(self) -> list[int]:
+        """Positions from the worst to the best image, by `mean_iou`; the order of ties is that of their names."""
+        return sorted(range(len(self.images)), key=lambda i: (self.images[i].mean_iou, self.images[i].name))
+
+    def summary(self) -> dict[str, Any]:
+        """The content of metrics.json, ready for JSON: what has no value is None.
+
+        `miou`, `iou`, `dice`, `class_accuracy`, `pixel_accuracy` are of all pixels of all images taken together, as in
+        the paper's tables; `per_image` are statistics over images, as in HC18's; `head_circumference_mm` and
+        `femur_length_mm` are errors, measured minus true.
+        """
+        pooled = self._overlap.compute()
+        results: dict[str, Any] = {
+            "images": len(self.images),
+            "subjects": len({image.subject for image in self.images}),
+            "miou": pooled["miou"],
+            "mdice": pooled["mdice"],
+            "iou": dict(zip(CLASSES, pooled["iou"], strict=True)),
+            "dice": dict(zip(CLASSES, pooled["dice"], strict=True)),
+            "class_accuracy": dict(zip(CLASSES, pooled["accuracy"], strict=True)),
+            "pixel_accuracy": pooled["pixel_accuracy"],
+            "per_image": {name: self._over_images(name) for name in OBJECTS},
+        }
+        for name, measure in LENGTHS.items():
+            lengths = [image.lengths[name] for image in self.images if name in image.lengths]
+            if any(length.truth is not None for length in lengths):
+                results[f"{measure}_mm"] = _length_errors(lengths)
+        return _without_nan(results)
+
+    def _over_images(self, name: str) -> dict[str, Any]:
+        scores = [image.objects[name] for image in self.images]
+        states = [score.state for score in scores]
+        mm = [
+            {
+                "hd95": _times(image.objects[name].hd95, image.pixel_size),
+                "assd": _times(image.objects[name].assd, image.pixel_size),
+            }
+            for image in self.images
+        ]
+        return {
+            **{state: states.count(state) for state in ("found", "missed", "invented", "absent")},
+            "iou": _statistics(score.iou for score in scores),
+            "dice": _statistics(score.dice for score in scores),
+            "hd95_px": _statistics(score.hd95 for score in scores),
+            "assd_px": _statistics(score.assd for score in scores),
+            "hd95_mm": _statistics(values["hd95"] for values in mm),
+            "assd_mm": _statistics(values["assd"] for values in mm),
+            "jaggedness": _statistics(score.jaggedness for score in scores),
+            "jaggedness_truth": _statistics(score.jaggedness_truth for score in scores),
+        }
+
+
+def evaluate(samples: Iterable[Sample], predictions: Iterable[np.ndarray]) -> Evaluation:
+    """Score label maps, each at its sample's own size, against the samples' masks."""
+    evaluation = Evaluation()
+    for sample, labels in zip(samples, predictions, strict=True):
+        evaluation.add(sample, labels)
+    return evaluation
+
+
+def score_image(sample: Sample, labels: np.ndarray) -> ImageScore:
+    """Everything about one label map (H, W) at the sample's own size."""
+    objects, lengths = {}, {}
+    for label, name in enumerate(CLASSES):
+        if name not in OBJECTS:
+            continue
+        truth, found = sample.mask == label, labels == label
+        objects[name] = _score_object(truth, found)
+        if sample.pixel_size is not None:
+            lengths[name] = _score_length(name, truth, found, getattr(sample, LENGTHS[name]), sample.pixel_size)
+    height, width = sample.image.shape
+    return ImageScore(sample.name, sample.subject, height, width, sample.pixel_size, objects, lengths)
+
+
+def held_out(samples: Sequence[Sample], config: Mapping[str, Any]) -> list[int]:
+    """The validation part of a training run's data: the same split as the run made, from its settings.
+
+    Raises:
+        DataError: the data can no longer be split that way.
+    """
+    if config.get("folds"):
+        return k_folds(samples, config["folds"], config["fold"], config["seed"])[1]
+    return split_by_subject(samples, config["val_fraction"], config["seed"])[1]
+
+
+def _score_object(truth: np.ndarray, found: np.ndarray) -> ObjectScore:
+    there, predicted = bool(truth.any()), bool(found.any())
+    if not (there or predicted):
+        return ObjectScore("absent")
+    rough = _value(jaggedness(found)) if predicted else None
+    rough_truth = _value(jaggedness(truth)) if there else None
+    if not (there and predicted):
+        worst = math.hypot(*truth.shape)
+        return ObjectScore("missed" if there else "invented", 0.0, 0.0, worst, worst, rough, rough_truth)
+    both, either = int((truth & found).sum()), int((truth | found).sum())
+    distances = boundary_distances(found, truth)
+    return ObjectScore(
+        "found", both / either, 2 * both / (both + either), distances.hd95, distances.assd, rough, rough_truth
+    )
+
+
+def _score_length(
+    name: str, truth: np.ndarray, found: np.ndarray, given: float | None, pixel_size: float
+) -> LengthScore:
+    fit = FITS[name]
+    source = "given"
+    if given is None and (shape := fit(truth)) is not None:
+        given, source = shape.length * pixel_size, "mask"
+    shape = fit(found)
+    return LengthScore(
+        truth=given,
+        truth_from="" if given is None else source,
+        measured=None if shape is None else shape.length * pixel_size,
+        doubts=() if shape is None else tuple(biometrics.doubts(found, shape)),
+    )
+
+
+def _length_errors(lengths: Sequence[LengthScore]) -> dict[str, Any]:
+    """Errors measured − true in mm: DF (mean), its spread, ADF (mean absolute); a miss counts as measured 0 mm."""
+    there = [length for length in lengths if length.truth is not None]
+    every = np.array([(length.measured or 0.0) - (length.truth or 0.0) for length in there])
+    errors = np.array([length.error for length in there if length.error is not None], float)
+    return {
+        "images": len(there),
+        "measured": len(errors),
+        "missed": len(there) - len(errors),
+        "invented": sum(length.truth is None and length.measured is not None for length in lengths),
+        "truth_from_mask": sum(length.truth_from == "mask" for length in there),
+        **_errors(every),
+        "measured_only": _errors(errors) | {"limits_of_agreement": _limits(errors)},
+    }
+
+
+def _errors(errors: np.ndarray) -> dict[str, Any]:
+    return {
+        "mean_error": float(errors.mean()) if len(errors) else None,
+        "sd_error": float(errors.std(ddof=1)) if len(errors) > 1 else None,
+        "mean_absolute_error": float(np.abs(errors).mean()) if len(errors) else None,
+        "median_absolute_error": float(np.median(np.abs(errors))) if len(errors) else None,
+    }
+
+
+def _limits(errors: np.ndarray) -> list[float] | None:
+    """Bland and Altman's 95 % limits of agreement: mean ± 1.96 sample standard deviations."""
+    if len(errors) < 2:
+        return None
+    mean, spread = errors.mean(), 1.96 * errors.std(ddof=1)
+    return [float(mean - spread), float(mean + spread)]
+
+
+def _statistics(values: Iterable[float | None]) -> dict[str, Any] | None:
+    present = np.array([value for value in values if value is not None])
+    if not len(present):
+        return None
+    return {
+        "count": len(present),
+        "mean": float(present.mean()),
+        "sd": float(present.std(ddof=1)) if len(present) > 1 else None,
+        "median": float(np.median(present)),
+    }
+
+
+def _times(value: float | None, factor: float | None) -> float | None:
+    return None if value is None or factor is None else value * factor
+
+
+def _value(number: float) -> float | None:
+    return None if math.isnan(number) else number
+
+
+def _without_nan(value: Any) -> Any:
+    """JSON has no NaN: what has no value is null."""
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    return None if isinstance(value, float) and math.isnan(value) else value

@@ -1,0 +1,119 @@
+"""A trained network from its checkpoint, and label maps of images of any size.
+
+The network sees every image letterboxed to its own square size. Its *logits*, not its labels, are brought back to the
+image's pixels before the class is chosen: enlarged labels would show the teeth of the network's grid.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from famseg.data.augment import letterbox, letterbox_window, normalise
+from famseg.data.errors import DataError
+from famseg.data.sample import CLASSES
+from famseg.models import FAMSegConfig, create_model
+from famseg_kernels.backends import requesting
+
+
+@dataclass(frozen=True)
+class Network:
+    """A trained model and what must be known to use it."""
+
+    model: nn.Module  # (N, 1, h, w) normalised → logits (N, classes, h, w); in evaluation mode
+    config: dict[str, Any]  # the training run's settings
+    epoch: int  # epochs trained
+    image_size: int  # side of the square input, px
+    path: Path
+
+    @property
+    def parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+
+def load_network(path: str | Path) -> Network:
+    """The network of a famseg-train checkpoint, on the CPU; averaged weights where the run kept them.
+
+    Nothing in the file is executed (`weights_only`).
+
+    Raises:
+        DataError: the file is missing, damaged, or not a checkpoint of this network.
+    """
+    path = Path(path)
+    foreign = f"{path}: is not a checkpoint of famseg-train; give a run's checkpoints/best.ckpt"
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); give a run's checkpoints/best.ckpt") from error
+    except Exception as error:  # the unpickler raises whatever damaged bytes make it stumble over
+        raise DataError(f"{path}: is damaged or no checkpoint (torch cannot load it); copy it again") from error
+    if not isinstance(checkpoint, dict):
+        raise DataError(foreign)
+    config, states = checkpoint.get("config"), checkpoint.get("state_dict")
+    if not (
+        isinstance(config, dict)
+        and isinstance(states, dict)
+        and {"model", "image_size", "data", "seed"} <= config.keys()
+    ):
+        raise DataError(foreign)
+    weights = checkpoint.get("ema") or {
+        name.removeprefix("model."): value for name, value in states.items() if name.startswith("model.")
+    }
+    known = {field.name for field in dataclasses.fields(FAMSegConfig)}
+    try:
+        model = create_model(config["model"], len(CLASSES), **{name: config[name] for name in known & config.keys()})
+        model.load_state_dict(weights)
+    except (ValueError, TypeError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()
+        raise DataError(f"{path}: was made by another version of this network ({reason[0]})") from error
+    return Network(model.eval(), config, int(checkpoint.get("epoch", -1)) + 1, int(config["image_size"]), path)
+
+
+def predict(
+    network: Network,
+    images: Iterable[np.ndarray],
+    *,
+    batch_size: int = 8,
+    flips: bool = False,
+    device: str = "cpu",
+    backend: str = "auto",
+) -> Iterator[np.ndarray]:
+    """Label maps (H, W) uint8 of images (H, W) uint8, each at its own size, in order.
+
+    Only one batch of images is held at a time. Always in fp32, whatever the network was trained in: the same labels on
+    every device, up to rounding.
+
+    Args:
+        flips: average the logits of the image and its mirror image (left–right), at twice the cost.
+        device: "cpu" or "cuda".
+        backend: of famseg_kernels.
+    """
+    model = network.model.to(device)
+    images = iter(images)
+    while batch := list(itertools.islice(images, batch_size)):
+        boxed = [normalise(letterbox(image, network.image_size, cv2.INTER_LINEAR)) for image in batch]
+        x = torch.from_numpy(np.stack(boxed)[:, None]).to(device)
+        with torch.inference_mode(), requesting(backend):
+            logits = model(x)
+            if flips:
+                logits = (logits + model(x.flip(3)).flip(3)) / 2
+        for image, own in zip(batch, logits, strict=True):
+            yield labels_at(own, *image.shape)
+
+
+def labels_at(logits: Tensor, height: int, width: int) -> np.ndarray:
+    """Logits (classes, h, w) of a letterboxed image to labels (height, width) uint8 of that image."""
+    top, left, inner_height, inner_width = letterbox_window(height, width, logits.shape[1:])
+    inner = logits[None, :, top : top + inner_height, left : left + inner_width]
+    full = F.interpolate(inner, (height, width), mode="bilinear", align_corners=False)
+    return full[0].argmax(0).to(torch.uint8).cpu().numpy()

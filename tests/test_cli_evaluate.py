@@ -1,0 +1,125 @@
+"""famseg-evaluate from the outside: what it writes, which images it takes, and how it refuses."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from famseg.cli.evaluate import main
+from famseg.data.folder import write_folder
+from famseg.data.phantom import Phantom
+from famseg.data.split import split_by_subject
+from tests.checkpoints import write_checkpoint
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run's folder: checkpoint and metrics.csv."""
+    folder = tmp_path_factory.mktemp("run")
+    write_checkpoint(folder / "checkpoints" / "best.ckpt", data="phantom:10", val_fraction=0.3, seed=3)
+    (folder / "metrics.csv").write_text("epoch,phase,train_loss,val_miou\n1,adamw,1.5,0.2\n2,sgd,1.2,0.3\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def checkpoint(run: Path) -> str:
+    return str(run / "checkpoints" / "best.ckpt")
+
+
+@pytest.fixture(scope="module")
+def result(checkpoint: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("evaluation") / "out"
+    assert main([checkpoint, "--out", str(out), "--batch-size", "2"]) == 0
+    return out
+
+
+def rows(out: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader((out / "per_image.csv").open()))
+
+
+def test_it_writes_scores_a_table_and_a_page(result: Path) -> None:
+    assert {path.name for path in result.iterdir()} == {"metrics.json", "per_image.csv", "report.html"}
+    summary = json.loads((result / "metrics.json").read_text())
+    assert summary["images"] == len(rows(result)) == 3
+    assert set(summary["iou"]) == {"background", "FL", "FB"}
+    page = (result / "report.html").read_text()
+    assert "Synthetic images" in page
+    assert "Training" in page  # metrics.csv lies above the checkpoint
+
+
+def test_by_default_it_takes_what_was_held_out_in_training(result: Path) -> None:
+    held_out = split_by_subject(Phantom(10, (32, 32), 3), 0.3, 3)[1]
+    assert [row["name"] for row in rows(result)] == [f"phantom_3_{index:06d}" for index in held_out]
+
+
+def test_all_images_are_taken_of_other_data_or_when_asked_for(checkpoint: str, tmp_path: Path) -> None:
+    write_folder([Phantom(3, (40, 48), seed=9)[i] for i in range(3)], tmp_path / "data")
+    assert main([checkpoint, "--data", f"folder:{tmp_path / 'data'}", "--out", str(tmp_path / "a")]) == 0
+    assert len(rows(tmp_path / "a")) == 3
+    assert main([checkpoint, "--data", "phantom:4", "--data-seed", "9", "--out", str(tmp_path / "b")]) == 0
+    assert rows(tmp_path / "b")[0]["name"] == "phantom_9_000000"
+    assert main([checkpoint, "--split", "all", "--out", str(tmp_path / "c"), "--flips", "true"]) == 0
+    assert len(rows(tmp_path / "c")) == 10
+    assert "too good" in (tmp_path / "c" / "report.html").read_text()
+
+
+def test_settings_come_from_yaml_under_the_same_names(checkpoint: str, tmp_path: Path, result: Path) -> None:
+    settings = {"out": str(tmp_path / "out"), "batch_size": 2, "split": "val"}
+    (tmp_path / "evaluate.yaml").write_text(yaml.safe_dump(settings))
+    assert main([checkpoint, "--config", str(tmp_path / "evaluate.yaml")]) == 0
+    assert (tmp_path / "out" / "per_image.csv").read_bytes() == (result / "per_image.csv").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["{out}/none.ckpt"], "none.ckpt"),
+        ([], "checkpoint: is missing"),
+        (["{checkpoint}", "--data", "phantom:7"], "part of the training data"),
+        (["{checkpoint}", "--data", "phantom:10,folder:/nowhere"], "part of the training data"),
+        (["{checkpoint}", "--data", "folder:/nowhere"], "/nowhere"),
+        (["{checkpoint}", "--data", "phantom:4", "--data-seed", "9", "--split", "val"], "needs the training data"),
+        (["{checkpoint}", "--backend", "abacus"], "abacus"),
+        (["{checkpoint}", "--split", "most"], "most"),
+        (["{checkpoint}", "--batch-size", "many"], "many"),
+    ],
+)
+def test_bad_usage_is_one_line_and_exit_code_2(
+    arguments: list[str], words: str, checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = [argument.format(out=tmp_path, checkpoint=checkpoint) for argument in arguments]
+    try:
+        code = main([*given, "--out", str(tmp_path / "out")])
+    except SystemExit as stop:  # the argument parser's own way out
+        code = stop.code
+    message = capsys.readouterr().err
+    assert code == 2
+    assert words in message
+    assert "Traceback" not in message
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_used_output_folder_is_refused(checkpoint: str, result: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([checkpoint, "--out", str(result)]) == 2
+    assert "choose another" in capsys.readouterr().err
+
+
+def test_an_interrupt_is_exit_code_130(checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("famseg.cli.evaluate.predict", interrupt)
+    assert main([checkpoint, "--out", str(tmp_path / "out")]) == 130
+
+
+def test_help_explains_every_flag(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    for flag in ("checkpoint", "--data", "--out", "--split", "--data-seed", "--flips", "--batch-size", "--device"):
+        assert flag in text

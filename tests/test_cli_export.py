@@ -1,0 +1,99 @@
+"""famseg-export from the outside: files that run without this library and agree with the network at two input sizes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+
+from famseg.cli import export as command
+from famseg.cli.export import export_program, main
+from famseg.data.augment import MEAN, STD
+from famseg.inference import load_network
+from tests.checkpoints import write_checkpoint
+
+# All three ops at one size; at the other, where the scan needs several chunks, a network that traces in less time.
+NETWORKS = {32: {}, 48: {"upsample": "bilinear", "context": "none"}}
+
+
+def agree(run, network, size: int) -> None:
+    for batch in (1, 2, 5):
+        x = torch.randn(batch, 1, size, size, generator=torch.Generator().manual_seed(batch))
+        with torch.no_grad():
+            expected = network.model(x).numpy()
+        np.testing.assert_allclose(run(x), expected, atol=1e-4 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("size", NETWORKS)
+def test_onnx_agrees_with_the_network(size: int, tmp_path: Path) -> None:
+    checkpoint = write_checkpoint(tmp_path / "best.ckpt", image_size=32, **NETWORKS[size])
+    assert main([str(checkpoint), "--image-size", str(size)]) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"best.ckpt", "best.onnx"}
+    session = onnxruntime.InferenceSession(str(tmp_path / "best.onnx"), providers=["CPUExecutionProvider"])
+    agree(lambda x: session.run(["logits"], {"image": x.numpy()})[0], load_network(checkpoint), size)
+    about = json.loads(session.get_modelmeta().custom_metadata_map["famseg"])
+    assert about["classes"] == ["background", "FL", "FB"]
+    assert (about["image_size"], about["mean"], about["std"]) == (size, MEAN, STD)
+
+
+def test_pt2_agrees_with_the_network_and_holds_no_op_of_this_library(tmp_path: Path) -> None:
+    checkpoint = write_checkpoint(tmp_path / "best.ckpt", image_size=32, **NETWORKS[48])
+    assert main([str(checkpoint), "--format", "pt2", "--out", str(tmp_path / "net.pt2")]) == 0
+    extra = {"famseg": ""}
+    program = torch.export.load(str(tmp_path / "net.pt2"), extra_files=extra)
+    assert json.loads(extra["famseg"])["image_size"] == 32
+    assert "famseg" not in {str(node.target).split(".")[0] for node in program.graph.nodes}
+    module = program.module()
+    agree(lambda x: module(x).detach().numpy(), load_network(checkpoint), 32)
+
+
+def test_a_file_that_disagrees_is_never_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = write_checkpoint(tmp_path / "best.ckpt", shortcut="identity", upsample="bilinear", context="none")
+
+    def spoilt(network, size):
+        program = export_program(network, size)
+        program.state_dict["classifier.bias"] = torch.nn.Parameter(network.model.classifier.bias + 1.0)
+        return program
+
+    monkeypatch.setattr(command, "export_program", spoilt)
+    with pytest.raises(RuntimeError, match="was not written"):
+        main([str(checkpoint), "--format", "pt2"])
+    assert [path.name for path in tmp_path.iterdir()] == ["best.ckpt"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "checkpoint: is missing"),
+        (["{folder}/none.ckpt"], "none.ckpt"),
+        (["{checkpoint}", "--image-size", "8"], "image_size"),
+        (["{checkpoint}", "--out", "{folder}/none/net.onnx"], "folder does not exist"),
+        (["{checkpoint}", "--out", "{folder}"], "is a folder"),
+        (["{checkpoint}", "--format", "coreml"], "coreml"),
+    ],
+)
+def test_bad_usage_is_one_line_and_exit_code_2(
+    arguments: list[str], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = write_checkpoint(tmp_path / "best.ckpt")
+    try:
+        code = main([a.format(folder=tmp_path, checkpoint=checkpoint) for a in arguments])
+    except SystemExit as stop:  # the argument parser's own way out
+        code = stop.code
+    message = capsys.readouterr().err
+    assert code == 2
+    assert words in message
+    assert [path.name for path in tmp_path.iterdir()] == ["best.ckpt"]
+
+
+def test_without_onnx_the_message_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = write_checkpoint(tmp_path / "best.ckpt")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert main([str(checkpoint)]) == 2
+    assert "pip install 'famseg[onnx]'" in capsys.readouterr().err
