@@ -196,9 +196,9 @@ class Operation:
         skipped: dict[str, str] = {}
         for name in backends.BACKENDS:
             if name == "triton" and backends.TRITON_INTERPRETS:
-                reason: str | None = "its interpreter is for tests only"
-            else:
-                reason = self.refusal(name, args, method)
+                skipped[name] = "its interpreter is for tests only"
+                continue
+            reason = self.refusal(name, args, method)
             if reason is None:
                 log.debug("%s.%s: %s (skipped: %s)", self.spec.name, method, name, skipped)
                 return self.implementations[name]
