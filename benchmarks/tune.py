@@ -31,6 +31,16 @@ CANDIDATES: dict[str, tuple[str, dict[str, tuple[int, ...]]]] = {
         "famseg_kernels.strip_conv.triton",
         {"frame": (64, 128), "steps": (4, 8), "rows_per_warp": (8, 16, 32), "num_stages": (1, 2, 3)},
     ),
+    "ssd_scan_2d": (
+        "famseg_kernels.ssd_scan.triton",
+        {
+            "chunk": (32, 64),
+            "tile": (32, 64),
+            "backward_chunk": (32, 64),
+            "backward_tile": (32, 64),
+            "num_stages": (1, 2, 3),
+        },
+    ),
     "reassemble": (
         "famseg_kernels.reassembly.triton",
         {"channels": (64, 128, 256), "rows": (1, 4, 8), "num_warps": (4, 8), "num_stages": (1, 2, 3)},

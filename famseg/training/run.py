@@ -7,11 +7,10 @@ import importlib.metadata
 import importlib.util
 import json
 import logging
-import math
 import os
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,14 +23,14 @@ import yaml
 from lightning.pytorch.strategies import DDPStrategy
 from torch.utils.data import DataLoader, Sampler, SequentialSampler
 
-from famseg import biometrics
-from famseg.data.augment import eval_transform, train_transform, undo_letterbox
+from famseg.data.augment import eval_transform, train_transform
 from famseg.data.dataset import SegmentationDataset, open_data
 from famseg.data.errors import DataError
 from famseg.data.files import write_atomic
-from famseg.data.sample import CLASSES, Sample
+from famseg.data.sample import CLASSES
 from famseg.data.split import k_folds, split_by_subject
-from famseg.metrics import SegmentationMetrics
+from famseg.evaluation import evaluate
+from famseg.inference import Network, predict
 from famseg.reporting.figures import plot_history, plot_overlays
 from famseg.training.callbacks import EpochLine, MetricsTable, ProgressBar, StopOnTerminate, TimeLeft
 from famseg.training.checkpoint import (
@@ -224,13 +223,16 @@ def train(config: TrainConfig) -> Path | None:
     table.write()  # where the last sitting ended between its checkpoint and the table
 
     checkpoint = read_checkpoint(checkpoints.best)
-    module.ema = {}
     weights = checkpoint.get("ema") or {n.removeprefix("model."): t for n, t in checkpoint["state_dict"].items()}
     module.model.load_state_dict(weights)
-    loader: DataLoader[Any] = DataLoader(run.validation, run.val_loader.batch_sampler.batch_size)  # type: ignore[union-attr]
-    predictions = list(predict(module, loader, torch.device(run.accelerator)))
+    network = Network(
+        module.model.eval(), dataclasses.asdict(config), checkpoint["epoch"] + 1, config.image_size, checkpoints.best
+    )
+    held_out = [run.validation.sample(position) for position in range(len(run.validation))]
+    labels = predict(network, (s.image for s in held_out), device=run.accelerator, backend=config.backend)
+    evaluation = evaluate(held_out, labels)
     results = {
-        **validation_scores(run.validation, predictions),
+        **evaluation.summary(),
         "best_epoch": checkpoint["epoch"] + 1,
         "epochs": trainer.current_epoch,
         "data": config.data,
@@ -242,9 +244,12 @@ def train(config: TrainConfig) -> Path | None:
         "train_seconds": round(table.seconds, 1),
         "versions": {name: importlib.metadata.version(name) for name in ("famseg", "torch", "lightning")},
     }
-    write_atomic(out / "metrics.json", (json.dumps(_without_nan(results), indent=2) + "\n").encode())
+    write_atomic(out / "metrics.json", (json.dumps(results, indent=2) + "\n").encode())
     plot_history(table.rows, out / "figures" / "loss.png")
-    plot_overlays(overlay_items(run.validation, predictions), out / "figures" / "overlays.png")
+    worst_to_best = evaluation.ranking()
+    spread = np.linspace(0, len(held_out) - 1, min(_OVERLAYS, len(held_out))).round().astype(int)
+    shown = [(held_out[i], evaluation.labels(i)) for i in (worst_to_best[place] for place in spread)]
+    plot_overlays([(s.name, s.image, s.mask, found) for s, found in shown], out / "figures" / "overlays.png")
     return out
 
 
@@ -264,86 +269,6 @@ def _resumed(config: TrainConfig, processes: Processes) -> tuple[TrainConfig, Pa
         stored = stored_config(yaml.safe_load(written.read_text()), written)
         config = continued(config, stored, 0, processes.count, processes.count)
     return config, None
-
-
-@torch.no_grad()
-def predict(module: SegmentationModule, loader: DataLoader[Any], device: torch.device) -> Iterator[np.ndarray]:
-    """Label maps (h, w) uint8 at the network's size, one an image, in the loader's order."""
-    module.eval().to(device)
-    with torch.autocast(device.type, torch.bfloat16, enabled=module.config.precision == "bf16"):
-        for batch in loader:
-            yield from module(batch["image"].to(device)).argmax(1).to(torch.uint8).cpu().numpy()
-
-
-def validation_scores(validation: SegmentationDataset, predictions: Sequence[np.ndarray]) -> dict[str, Any]:
-    """Overlap scores at the network's size, and errors of the measurements in mm at the images' own size."""
-    metrics = SegmentationMetrics(len(CLASSES))
-    errors: dict[str, list[float]] = {"head_circumference": [], "femur_length": []}
-    missed = dict.fromkeys(errors, 0)
-    for position, labels in enumerate(predictions):
-        metrics.update(labels, validation[position]["mask"])
-        sample = validation.sample(position)
-        if sample.pixel_size is None:
-            continue
-        full = undo_letterbox(labels, *sample.image.shape)
-        for name, label, measure in (
-            ("head_circumference", 2, biometrics.head_circumference),
-            ("femur_length", 1, biometrics.femur_length),
-        ):
-            truth = getattr(sample, name)
-            if truth is None:
-                continue
-            found = measure(full == label, sample.pixel_size)
-            if found is None:
-                missed[name] += 1
-            else:
-                errors[name].append(found - truth)
-    scores = metrics.compute()
-    results: dict[str, Any] = {
-        "miou": scores["miou"],
-        "iou": dict(zip(CLASSES, scores["iou"], strict=True)),
-        "dice": dict(zip(CLASSES, scores["dice"], strict=True)),
-        "pixel_accuracy": scores["pixel_accuracy"],
-    }
-    for name, values in errors.items():
-        if values or missed[name]:
-            results[f"{name}_mm"] = {
-                "measured": len(values),
-                "missed": missed[name],
-                "mean_error": float(np.mean(values)) if values else math.nan,
-                "sd_error": float(np.std(values)) if values else math.nan,
-                "mean_absolute_error": float(np.mean(np.abs(values))) if values else math.nan,
-            }
-    return results
-
-
-def overlay_items(
-    validation: SegmentationDataset, predictions: Sequence[np.ndarray]
-) -> list[tuple[str, np.ndarray, np.ndarray, np.ndarray]]:
-    """Images for the overlay figure, spread evenly from the worst to the best foreground IoU."""
-    scored = []
-    for position, labels in enumerate(predictions):
-        metrics = SegmentationMetrics(len(CLASSES))
-        metrics.update(labels, validation[position]["mask"])
-        foreground = [iou for iou in metrics.compute()["iou"][1:] if not math.isnan(iou)]
-        scored.append((float(np.mean(foreground)) if foreground else 1.0, position))
-    scored.sort()
-    chosen = np.unique(np.linspace(0, len(scored) - 1, min(_OVERLAYS, len(scored))).round().astype(int))
-    items = []
-    for place in chosen:
-        position = scored[place][1]
-        sample: Sample = validation.sample(position)
-        full = undo_letterbox(predictions[position], *sample.image.shape)
-        items.append((sample.name, sample.image, sample.mask, full))
-    return items
-
-
-def _balanced(frequency: np.ndarray) -> list[float]:
-    """Median-frequency balancing (Eigen and Fergus 2015): a class that never occurs in training counts as the rest."""
-    present = frequency > 0
-    weights = np.ones(len(frequency))
-    weights[present] = np.median(frequency[present]) / frequency[present]
-    return weights.tolist()
 
 
 def _accelerator(config: TrainConfig, processes: Processes) -> str:
@@ -381,11 +306,12 @@ def _output_folder(config: TrainConfig, processes: Processes) -> Path:
     return out
 
 
-def _without_nan(value: Any) -> Any:
-    """JSON has no NaN: what has no value is null."""
-    if isinstance(value, dict):
-        return {key: _without_nan(item) for key, item in value.items()}
-    return None if isinstance(value, float) and math.isnan(value) else value
+def _balanced(frequency: np.ndarray) -> list[float]:
+    """Median-frequency balancing (Eigen and Fergus 2015): a class that never occurs in training counts as the rest."""
+    present = frequency > 0
+    weights = np.ones(len(frequency))
+    weights[present] = np.median(frequency[present]) / frequency[present]
+    return weights.tolist()
 
 
 def _quiet() -> None:
