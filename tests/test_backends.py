@@ -107,3 +107,24 @@ def test_the_module_prints_what_this_machine_can_do():
     run = subprocess.run([sys.executable, "-m", "famseg_kernels"], capture_output=True, text=True, check=True)
     for word in ("torch", "CPU", "GPU", *backends.BACKENDS):
         assert word in run.stdout
+
+
+class Filtered(torch.utils.data.Dataset):
+    """A data set that runs every kernel in its workers."""
+
+    def __len__(self):
+        return len(fk.OPERATIONS)
+
+    def __getitem__(self, index):
+        operation = fk.OPERATIONS[index]
+        result = operation.packet(*operation.spec.cases[0].arguments(torch.float32), "cpu")
+        return result[0] if isinstance(result, list) else result
+
+
+def test_kernels_run_in_forked_data_workers_after_threads_were_used():
+    if (reason := fk.available_backends()["cpu"]) != "ok":
+        pytest.skip(reason)
+    here = [Filtered()[i] for i in range(len(Filtered()))]  # starts the OpenMP threads that a fork does not inherit
+    loader = torch.utils.data.DataLoader(Filtered(), None, num_workers=2, multiprocessing_context="fork", timeout=60)
+    for mine, theirs in zip(here, loader, strict=True):
+        assert torch.equal(mine, theirs)
