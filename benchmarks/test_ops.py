@@ -22,6 +22,8 @@ ROWS = [
 def test_speed(operation, backend, case, backward, benchmark, request):
     if not request.config.getoption("--benchmark") and case.name != "small":
         pytest.skip("timed with --benchmark")
+    if (reason := fk.available_backends()[backend]) != "ok":
+        pytest.skip(reason)
     device = "cuda" if backend in ("cuda", "triton") else "cpu"
     args = case.arguments(torch.float32, device)
     if (reason := gate.refusal(operation, backend, args, backward)) is not None:
