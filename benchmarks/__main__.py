@@ -42,6 +42,7 @@ class Contestant:
     ours: bool
     run: Callable[..., Any]
     layout: torch.memory_format = torch.contiguous_format
+    threads: int | None = None  # None: as many as torch has
 
 
 def main() -> int:
@@ -198,7 +199,8 @@ def contestants(
             run = functools.partial(run_backend, operation, backend)
             yield Contestant(f"famseg {backend}{suffix(layout)}", True, run, layout)
         if backend == "cpu" and torch.get_num_threads() > 1:
-            yield Contestant("famseg cpu, one thread", True, functools.partial(run_on_one_thread, operation))
+            run = functools.partial(run_backend, operation, backend)
+            yield Contestant("famseg cpu, one thread", True, run, threads=1)
     for peer in () if options.only_ours else PEERS[operation.spec.name]:
         if (reason := peer.missing(options.device)) is not None:
             if options.device == "cuda":
@@ -215,15 +217,6 @@ def contestants(
 
 def run_backend(operation: Operation, backend: str, *args: Any) -> Any:
     return operation.packet(*args, backend)
-
-
-def run_on_one_thread(operation: Operation, *args: Any) -> Any:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        return operation.packet(*args, "cpu")
-    finally:
-        torch.set_num_threads(threads)
 
 
 def prepare(
@@ -261,8 +254,17 @@ def prepare(
         result = result[0] if isinstance(result, (list, tuple)) else result
         return torch.autograd.grad(result, leaves, grad, allow_unused=True)
 
-    call(0)
-    return call, first.detach()
+    def call_on_threads(number: int) -> Any:
+        torch.set_num_threads(contestant.threads)
+        try:
+            return call(number)
+        finally:
+            torch.set_num_threads(threads)
+
+    threads = torch.get_num_threads()
+    chosen = call if contestant.threads is None else call_on_threads
+    chosen(0)
+    return chosen, first.detach()
 
 
 def copied(value: Any) -> Any:
