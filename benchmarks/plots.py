@@ -31,7 +31,10 @@ def bars(rows: list[dict[str, Any]], path: Path) -> None:
     axis.invert_yaxis()
     axis.set_xscale("log")
     axis.axvline(1.0, color="black", lw=0.8)
-    axis.set_xlabel("times faster than the best peer (eager and compiled, NCHW and channels_last)")
+    compiled = {row["dtype"] for row in rows if row["contestant"].startswith("compiled")}
+    eager_only = [dtype for dtype in dict.fromkeys(row["dtype"] for row in rows) if dtype not in compiled]
+    note = f"; {', '.join(eager_only)}: eager peers only" if eager_only else ""
+    axis.set_xlabel(f"times faster than the best peer, either's better layout (eager and compiled{note})", fontsize=9)
     axis.set_title(f"{rows[0]['device']}, {rows[0]['threads']} threads, torch {rows[0]['torch']}", fontsize=10)
     axis.legend(loc="lower right", fontsize=8)
     figure.savefig(path, dpi=130)
