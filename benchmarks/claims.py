@@ -1,8 +1,8 @@
 """`python -m benchmarks.claims`: the paper's cost claims (Eq. 1–5), counted and timed on this machine.
 
 Every count is made by the formula (`fk.flops.eq1` … `eq5`), by torch's FlopCounterMode on plain convolutions, and by
-FlopCounterMode on our operation. Then what the saving is worth in time, ours and torch's, in one run. `--write` replaces the generated
-part of docs/claims.md.
+FlopCounterMode on our operation. Then what the saving is worth in time, ours and torch's, in one run. `--write`
+replaces the generated part of docs/claims.md.
 """
 
 from __future__ import annotations

@@ -7,8 +7,8 @@
 // In NCHW lanes are pixels of x: a vector of x serves all output pixels above it, and a vector of
 // weights several channels. In NHWC the forward's lanes are channels: a weight is spread over a
 // vector, every load is aligned, and nothing is turned over. (The same loop for NCHW, turning x and
-// y over on their way, was at least 13 % slower than lanes of pixels.) The backward's lanes are always
-// pixels, because the gradient of the weights is a sum over channels.
+// y over on their way, was at least 13 % slower than lanes of pixels.) The backward's lanes are
+// always pixels, because the gradient of the weights is a sum over channels.
 
 #include "reassembly/planes.h"
 
