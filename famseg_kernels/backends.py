@@ -9,6 +9,7 @@ import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -26,6 +27,16 @@ def native_module(name: str) -> tuple[object | None, str]:
         return None, f"famseg_kernels.{name} was not built; {_REMEDY[name]}"
     except ImportError as error:
         return None, f"famseg_kernels.{name} does not load: {error}; {_REMEDY[name]}"
+
+
+def native(name: str) -> Any:
+    """The native module `famseg_kernels.<name>`, of which the registry has found out that it is there."""
+    return native_module(name)[0]
+
+
+def address(t: torch.Tensor | None) -> int:
+    """Where t's elements lie, as the native modules take it; 0 for none."""
+    return 0 if t is None else t.data_ptr()
 
 
 _REMEDY = {

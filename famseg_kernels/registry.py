@@ -228,7 +228,31 @@ class Operation:
                 results = self._differentiate(implementation.forward, grads, needs, args)
             else:
                 results = implementation.backward(grads if self._returns_list else grads[0], needs, *args)
-        return [result for result, needed in zip(results, needs, strict=True) if needed]
+        return self.promised_gradients(results, grads, needs, args)
+
+    def promised_gradients(
+        self, results: Sequence[Tensor | None], grads: Sequence[Tensor], needs: Sequence[bool], args: Sequence[Any]
+    ) -> list[Tensor]:
+        """The gradients that are needed, as the fake kernel promises them: dtype and strides of empty_like, own memory.
+
+        A backend may return any dtype and strides, the same tensor twice, an incoming gradient, or None for zeros.
+        """
+        flat = self.flatten(args)
+        taken = {_storage(t) for t in (*grads, *flat) if t is not None}
+        found = []
+        for tensor, result, need in zip(flat, results, needs, strict=True):
+            if not need or tensor is None:
+                continue
+            if result is None:
+                found.append(torch.zeros_like(tensor))
+            elif result.dtype != tensor.dtype or _storage(result) in taken:
+                found.append(torch.empty_like(tensor).copy_(result))
+            elif tensor.is_contiguous() and result.stride() == tensor.stride():
+                found.append(result)
+            else:
+                found.append(_laid_out(result, torch.empty_like(tensor)))
+            taken.add(_storage(found[-1]))
+        return found
 
     def _differentiate(
         self, forward: Callable[..., Any], grads: list[Tensor], needs: list[bool], args: Sequence[Any]
@@ -242,13 +266,7 @@ class Operation:
             outputs = outputs if self._returns_list else [outputs]
             used = [(output, grad) for output, grad in zip(outputs, grads, strict=True) if output.requires_grad]
             results = iter(torch.autograd.grad([o for o, _ in used], wanted, [g for _, g in used], allow_unused=True))
-        found = []
-        for tensor, need in zip(flat, needs, strict=True):
-            result = next(results) if need else None
-            if need:
-                result = torch.zeros_like(tensor) if result is None else torch.empty_like(tensor).copy_(result)
-            found.append(result)
-        return found
+        return [next(results) if need else None for need in needs]
 
     def _fake_forward(self, *args: Any) -> Any:
         return self.spec.fake(*args[:-1])
@@ -352,6 +370,10 @@ def _recording() -> Iterator[None]:
 
 def _laid_out(result: Tensor, like: Tensor) -> Tensor:
     return result if result.stride() == like.stride() else like.copy_(result)
+
+
+def _storage(t: Tensor) -> int:
+    return t.untyped_storage().data_ptr()
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:

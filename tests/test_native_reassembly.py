@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from famseg_kernels import tolerance
+from famseg_kernels import backends, tolerance
 from famseg_kernels.reassembly import cpu, reference
 from tests.native import DTYPES, ISAS, NATIVE, needs_native
 
@@ -40,7 +40,7 @@ CASES = {
 
 @pytest.fixture(autouse=True)
 def module_under_test(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "_native", lambda: NATIVE)
+    monkeypatch.setattr(backends, "native", lambda _: NATIVE)
 
 
 @pytest.fixture(params=ISAS)

@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from famseg_kernels import tolerance
-from famseg_kernels.ssd_scan import cpu, reference
+from famseg_kernels import backends, tolerance
+from famseg_kernels.ssd_scan import cpu, op, reference
 from tests.native import DTYPES, ISAS, NATIVE, needs_native
 
 pytestmark = needs_native
@@ -44,7 +44,7 @@ SEQUENCES = {
 
 @pytest.fixture(autouse=True)
 def module_under_test(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "_native", lambda: NATIVE)
+    monkeypatch.setattr(backends, "native", lambda _: NATIVE)
 
 
 @pytest.fixture(params=ISAS)
@@ -136,15 +136,11 @@ def run_native(operation: Any, args: list[Any]) -> tuple[list[Tensor], list[Tens
     results = operation.forward(*args)
     several = isinstance(results, list)
     results = results if several else [results]
-    tensors = [a for a in args if a is None or isinstance(a, Tensor)]
-    if operation is cpu.scan_2d:
-        tensors = tensors[:7]
-    else:
-        tensors = args[:11]
-    needs = [t is not None and t.is_floating_point() for t in tensors]
+    registered = op.SCAN_2D_OPERATION if operation is cpu.scan_2d else op.SCAN_OPERATION
+    needs = [t is not None and t.is_floating_point() for t in registered.flatten(args)]
     grads = cotangents(results)
     found = operation.backward(grads if several else grads[0], needs, *args)
-    return results, [g for g, need in zip(found, needs, strict=True) if need]
+    return results, registered.promised_gradients(found, grads, needs, args)
 
 
 def assert_as_exact_as_torch(name: str, args: list[Any]) -> None:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from types import SimpleNamespace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from famseg_kernels import backends, checks
+from famseg_kernels.reassembly import spec
 
 
 def _forward(softmax: bool, x: Tensor, weights: Tensor, kernel_size: int, scale: int, groups: int) -> Tensor:
@@ -17,7 +16,7 @@ def _forward(softmax: bool, x: Tensor, weights: Tensor, kernel_size: int, scale:
     n, c, h, w = x.shape
     x, weights = _dense(x), _dense(weights)
     y = torch.empty((n, c, scale * h, scale * w), dtype=x.dtype, memory_format=checks.image_format(x))
-    _native().reassembly_forward(
+    backends.native("_cpu").reassembly_forward(
         checks.dtype_name(x),
         softmax,
         tuple(x.shape),
@@ -48,7 +47,7 @@ def _backward(
         torch.empty_like(t, memory_format=checks.image_format(t)) if need else None
         for t, need in zip(sources, needs, strict=True)
     ]
-    _native().reassembly_backward(
+    backends.native("_cpu").reassembly_backward(
         checks.dtype_name(x),
         softmax,
         tuple(x.shape),
@@ -57,14 +56,10 @@ def _backward(
         (_channels_last(sources[0]), _channels_last(sources[1])),
         (kernel_size, scale, groups),
         grad.data_ptr(),
-        *(0 if gradient is None else gradient.data_ptr() for gradient in gradients),
+        *(backends.address(gradient) for gradient in gradients),
         torch.get_num_threads(),
     )
-    # Strides are those of empty_like, which is what the op's fake kernel promises.
-    return [
-        gradient if gradient is None or t is source else torch.empty_like(t).copy_(gradient)
-        for t, source, gradient in zip((x, weights), sources, gradients, strict=True)
-    ]
+    return gradients
 
 
 def _dense(t: Tensor) -> Tensor:
@@ -76,36 +71,4 @@ def _channels_last(t: Tensor) -> bool:
     return checks.image_format(t) == torch.channels_last
 
 
-def _native() -> Any:
-    """The native module; the registry has asked for it before."""
-    return backends.native_module("_cpu")[0]
-
-
-def _reassemble(x: Tensor, logits: Tensor, kernel_size: int, scale: int, groups: int) -> Tensor:
-    return _forward(True, x, logits, kernel_size, scale, groups)
-
-
-def _reassemble_backward(
-    grad: Tensor, needs: Sequence[bool], x: Tensor, logits: Tensor, kernel_size: int, scale: int, groups: int
-) -> list[Tensor | None]:
-    return _backward(True, grad, needs, x, logits, kernel_size, scale, groups)
-
-
-def _carafe(features: Tensor, masks: Tensor, kernel_size: int, group_size: int, scale_factor: int) -> Tensor:
-    return _forward(False, features, masks, kernel_size, scale_factor, group_size)
-
-
-def _carafe_backward(
-    grad: Tensor,
-    needs: Sequence[bool],
-    features: Tensor,
-    masks: Tensor,
-    kernel_size: int,
-    group_size: int,
-    scale_factor: int,
-) -> list[Tensor | None]:
-    return _backward(False, grad, needs, features, masks, kernel_size, scale_factor, group_size)
-
-
-reassemble = SimpleNamespace(forward=_reassemble, backward=_reassemble_backward)
-carafe = SimpleNamespace(forward=_carafe, backward=_carafe_backward)
+reassemble, carafe = spec.operations(_forward, _backward)

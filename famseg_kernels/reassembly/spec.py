@@ -7,6 +7,7 @@ encoder's logits as they are; `carafe` takes finished masks with mmcv's meaning 
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 from torch import Tensor
@@ -75,6 +76,30 @@ def bytes_reassemble(x: Tensor, logits: Tensor, kernel_size: int, scale: int, gr
 def bytes_carafe(features: Tensor, masks: Tensor, kernel_size: int, group_size: int, scale_factor: int) -> int:
     """Bytes to move: features and masks in, y (s² times features) out."""
     return bytes_reassemble(features, masks, kernel_size, scale_factor, group_size)
+
+
+def operations(
+    forward: Callable[..., Tensor],
+    backward: Callable[..., list[Tensor | None]],
+    unsupported: Callable[..., str | None] = lambda *_: None,
+) -> tuple[SimpleNamespace, SimpleNamespace]:
+    """A backend's `reassemble` and `carafe`, from functions of both.
+
+    They take x, weights (logits or masks), kernel size, scale and groups, in this order; forward and backward first of
+    all whether the weights are logits (that need a softmax).
+    """
+
+    def one(softmax: bool) -> SimpleNamespace:
+        def ordered(x: Tensor, weights: Tensor, kernel_size: int, *rest: int) -> tuple[Any, ...]:
+            return x, weights, kernel_size, *(rest if softmax else reversed(rest))
+
+        return SimpleNamespace(
+            forward=lambda *args: forward(softmax, *ordered(*args)),
+            backward=lambda grad, needs, *args: backward(softmax, grad, needs, *ordered(*args)),
+            unsupported=lambda *args: unsupported(*ordered(*args)),
+        )
+
+    return one(True), one(False)
 
 
 _SHAPES: dict[str, tuple[tuple[int, int, int, int], int, int, int]] = {

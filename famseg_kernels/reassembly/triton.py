@@ -27,7 +27,6 @@ x, y and dy are taken with any strides (channels_last is as good as contiguous h
 from __future__ import annotations
 
 from collections.abc import Sequence
-from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
@@ -36,6 +35,7 @@ import triton.language as tl
 from torch import Tensor
 
 from famseg_kernels import backends, checks, launch
+from famseg_kernels.reassembly import spec
 
 # --- the kernels -----------------------------------------------------------------------------------------------
 
@@ -386,7 +386,7 @@ class _Plan:
 # --- the backend -------------------------------------------------------------------------------------------------
 
 
-def _unsupported(x: Tensor, kernel_size: int, scale: int) -> str | None:
+def _unsupported(x: Tensor, weights: Tensor, kernel_size: int, scale: int, groups: int) -> str | None:
     if x.dtype == torch.float64:
         return "its kernels compute in fp32, x is float64"
     # Every tap's weight of a block's results is held in registers at once.
@@ -437,13 +437,12 @@ def _run_backward(
     groups: int,
 ) -> list[Tensor | None]:
     """Gradients of x and of the logits or masks where `needs`, None elsewhere."""
-    dx, dw = (torch.empty_like(t) if need else None for t, need in zip((x, weights), needs, strict=True))
+    dense = weights.contiguous()
+    dx, dw = (torch.empty_like(t) if need else None for t, need in zip((x, dense), needs, strict=True))
     if not x.numel():  # weights may have elements although there are no channels to sum over
         return [dx, None if dw is None else dw.zero_()]
     n, _, h, w = x.shape
     plan = _Plan(x, kernel_size, scale, groups, softmax)
-    dense = weights.contiguous()
-    written = torch.empty_like(dense) if dw is not None and not dw.is_contiguous() else dw
     stats = torch.empty((n, groups, 2, scale**2, h, w), dtype=torch.float32, device=x.device) if softmax else dense
     # The weights' gradient sums over channels, 64 at a time: more would not share anything more.
     channels = min(plan.c_block, 64)
@@ -457,7 +456,7 @@ def _run_backward(
                 x,
                 dense,
                 stats,
-                written,
+                dw,
                 plan.channels,
                 groups,
                 h,
@@ -490,46 +489,7 @@ def _run_backward(
                 ROWS=plan.rows,
                 **plan.constants,
             )
-    if dw is not None and written is not None and written is not dw:
-        dw.copy_(written)
     return [dx, dw]
 
 
-def _reassemble(x: Tensor, logits: Tensor, kernel_size: int, scale: int, groups: int) -> Tensor:
-    return _run_forward(True, x, logits, kernel_size, scale, groups)
-
-
-def _reassemble_backward(
-    grad: Tensor, needs: Sequence[bool], x: Tensor, logits: Tensor, kernel_size: int, scale: int, groups: int
-) -> list[Tensor | None]:
-    return _run_backward(True, grad, needs, x, logits, kernel_size, scale, groups)
-
-
-def _carafe(features: Tensor, masks: Tensor, kernel_size: int, group_size: int, scale_factor: int) -> Tensor:
-    return _run_forward(False, features, masks, kernel_size, scale_factor, group_size)
-
-
-def _carafe_backward(
-    grad: Tensor,
-    needs: Sequence[bool],
-    features: Tensor,
-    masks: Tensor,
-    kernel_size: int,
-    group_size: int,
-    scale_factor: int,
-) -> list[Tensor | None]:
-    return _run_backward(False, grad, needs, features, masks, kernel_size, scale_factor, group_size)
-
-
-def _reassemble_unsupported(x: Tensor, logits: Tensor, kernel_size: int, scale: int, groups: int) -> str | None:
-    return _unsupported(x, kernel_size, scale)
-
-
-def _carafe_unsupported(
-    features: Tensor, masks: Tensor, kernel_size: int, group_size: int, scale_factor: int
-) -> str | None:
-    return _unsupported(features, kernel_size, scale_factor)
-
-
-reassemble = SimpleNamespace(forward=_reassemble, backward=_reassemble_backward, unsupported=_reassemble_unsupported)
-carafe = SimpleNamespace(forward=_carafe, backward=_carafe_backward, unsupported=_carafe_unsupported)
+reassemble, carafe = spec.operations(_run_forward, _run_backward, _unsupported)

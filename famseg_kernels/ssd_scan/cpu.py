@@ -5,7 +5,6 @@ To the kernels a sequence is an image of one column, scanned in one direction.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from famseg_kernels import backends, checks
+from famseg_kernels.ssd_scan import spec
 
 # --- the image ----------------------------------------------------------------------------------------
 
@@ -60,7 +60,7 @@ def _backward_2d(
     *found, of_D, _, of_bias, _ = problem.backward(step, grad, None, needs)
     if of_D is not None and D is not None and D.dim() == 2:
         of_D = of_D.expand_as(D)
-    return [_like(g, t) for g, t in zip([*found, of_D, of_bias], (x, dt, A, B, C, D, dt_bias), strict=True)]
+    return [*found, of_D, of_bias]
 
 
 # --- the sequence -------------------------------------------------------------------------------------
@@ -92,7 +92,7 @@ def _forward(
     if return_varlen_states:
         parts = [
             _sequence(x[:, tokens], dt[:, tokens], A, B[:, tokens], C[:, tokens], None, None, dt_bias, first, None)
-            for tokens, first in _packed(cu_seqlens, initial_states)
+            for tokens, first in spec.packed(cu_seqlens, initial_states)
         ]
         results.append(torch.cat([part.forward(step, True)[1] for part in parts]))
     return results
@@ -124,7 +124,7 @@ def _backward(
     problem = _sequence(x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx)
     found = problem.backward(step, grads[0], grads[1] if return_final_states else None, needs[:9])
     if return_varlen_states:
-        for index, (tokens, first) in enumerate(_packed(cu_seqlens, initial_states)):
+        for index, (tokens, first) in enumerate(spec.packed(cu_seqlens, initial_states)):
             wanted = [*needs[:5], False, False, needs[7], needs[8] and first is not None]
             part = _sequence(
                 x[:, tokens], dt[:, tokens], A, B[:, tokens], C[:, tokens], None, None, dt_bias, first, None
@@ -135,14 +135,7 @@ def _backward(
                 whole = found[place]
                 if share is not None and whole is not None:
                     (whole[:, tokens] if place in (0, 1, 3, 4) else whole).add_(share)
-    originals = (x, dt, A, B, C, D, z, dt_bias, initial_states)
-    return [*(_like(g, t) for g, t in zip(found, originals, strict=True)), None, None]
-
-
-def _packed(cu_seqlens: Tensor | None, initial_states: Tensor | None) -> list[tuple[slice, Tensor | None]]:
-    """The tokens of each packed sequence, and the initial state where it starts the row."""
-    bounds = [] if cu_seqlens is None else cu_seqlens.tolist()
-    return [(slice(start, end), initial_states if start == 0 else None) for start, end in itertools.pairwise(bounds)]
+    return [*found, None, None]
 
 
 def _sequence(
@@ -157,11 +150,7 @@ def _sequence(
     initial_states: Tensor | None,
     seq_idx: Tensor | None,
 ) -> _Problem:
-    resets = None
-    if seq_idx is not None:
-        before = torch.nn.functional.pad(seq_idx, (1, 0))[:, :-1]
-        resets = seq_idx != before
-    return _Problem(x, dt, A, B, C, D, z, dt_bias, initial_states, resets)
+    return _Problem(x, dt, A, B, C, D, z, dt_bias, initial_states, spec.resets(seq_idx))
 
 
 # --- both ---------------------------------------------------------------------------------------------
@@ -217,7 +206,9 @@ class _Problem:
         """[y] or [y, final states]."""
         y = torch.empty_like(self._x, memory_format=torch.contiguous_format)
         states = self._x.new_empty(self._state_shape, dtype=self._wide) if wants_states else None
-        _native().ssd_scan_forward(*self._arguments(step), y.data_ptr(), _address(states), torch.get_num_threads())
+        backends.native("_cpu").ssd_scan_forward(
+            *self._arguments(step), y.data_ptr(), backends.address(states), torch.get_num_threads()
+        )
         return [y] if states is None else [y, states]
 
     def backward(
@@ -233,11 +224,11 @@ class _Problem:
             torch.empty_like(t) if need and t is not None else None for t, need in zip(tensors, needs, strict=True)
         ]
         grad, states_grad = (None if g is None else g.contiguous() for g in (grad, states_grad))
-        _native().ssd_scan_backward(
+        backends.native("_cpu").ssd_scan_backward(
             *self._arguments(step),
-            _address(grad),
-            _address(states_grad),
-            tuple(_address(g) for g in found),
+            backends.address(grad),
+            backends.address(states_grad),
+            tuple(backends.address(g) for g in found),
             torch.get_num_threads(),
         )
         if (of_skip := found[5]) is not None and self._skip_per_head:
@@ -246,26 +237,7 @@ class _Problem:
 
     def _arguments(self, step: tuple[int | None, bool, float, float]) -> tuple[Any, ...]:
         chunk, *rule = step
-        return self._dtype, self._shape, tuple(rule), chunk or 0, tuple(_address(t) for t in self._tensors)
-
-
-def _like(gradient: Tensor | None, tensor: Tensor | None) -> Tensor | None:
-    """In the dtype and layout of empty_like(tensor), which is what the op's fake kernel promises."""
-    if gradient is None or tensor is None:
-        return None
-    like = torch.empty_like(tensor)
-    if gradient.dtype == tensor.dtype and gradient.stride() == like.stride():
-        return gradient
-    return like.copy_(gradient)
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
-def _native() -> Any:
-    """The native module; the registry has asked for it before."""
-    return backends.native_module("_cpu")[0]
+        return self._dtype, self._shape, tuple(rule), chunk or 0, tuple(backends.address(t) for t in self._tensors)
 
 
 scan = SimpleNamespace(forward=_forward, backward=_backward)

@@ -6,13 +6,14 @@ products (arXiv 2405.21060, section 6), so that the reference can train a networ
 
 from __future__ import annotations
 
-from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from famseg_kernels.ssd_scan import spec
 
 # exp(-110) is 0 in fp32 (and 1e-48 in fp64): clamping a step's log-decay here changes nothing, but keeps one huge dt
 # from swallowing the digits of its neighbours in a sum.
@@ -139,10 +140,8 @@ def _scan(
     if return_varlen_states:
         # Each packed sequence by itself: its own tokens, and the initial state where it starts the row.
         states = []
-        assert cu_seqlens is not None  # checked by the spec
-        for start, end in pairwise(cu_seqlens.tolist()):
-            px, pdt, pB, pC = (t[:, start:end] for t in (x, step, B, C))
-            first = initial if start == 0 else None
+        for tokens, first in spec.packed(cu_seqlens, initial):
+            px, pdt, pB, pC = (t[:, tokens] for t in (x, step, B, C))
             states.append(_chunked(px, pdt, A, pB, pC, first, None, chunk_size)[1])
         results.append(torch.cat(states))
     return results
@@ -150,10 +149,10 @@ def _scan(
 
 def _segments(seq_idx: Tensor | None) -> Tensor | None:
     """Ids that grow by one wherever seq_idx changes, 0 where the initial state holds (seq_idx 0 from the start)."""
-    if seq_idx is None:
+    resets = spec.resets(seq_idx)
+    if resets is None:
         return None
-    before = F.pad(seq_idx, (1, 0))[:, :-1]
-    return (seq_idx != before).cumsum(1)
+    return resets.cumsum(1)
 
 
 def _scan_2d(

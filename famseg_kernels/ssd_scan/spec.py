@@ -6,11 +6,13 @@ mamba_chunk_scan_combined, and over an image in one, two or four directions (FAM
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from famseg_kernels import checks
@@ -150,6 +152,17 @@ def _check_options(chunk_size: int | None, dt_min: float, dt_max: float) -> None
 
 def _wide(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def resets(seq_idx: Tensor | None) -> Tensor | None:
+    """Where a sequence starts anew: where seq_idx changes, 0 before the first token."""
+    return None if seq_idx is None else seq_idx != F.pad(seq_idx, (1, 0))[:, :-1]
+
+
+def packed(cu_seqlens: Tensor | None, initial_states: Tensor | None) -> list[tuple[slice, Tensor | None]]:
+    """The tokens of each packed sequence, and the initial state where it starts the row."""
+    bounds = [] if cu_seqlens is None else cu_seqlens.tolist()
+    return [(slice(start, end), initial_states if start == 0 else None) for start, end in itertools.pairwise(bounds)]
 
 
 def fake_scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, *rest: Any) -> list[Tensor]:

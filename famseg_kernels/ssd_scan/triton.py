@@ -40,6 +40,7 @@ import triton.language as tl
 from torch import Tensor
 
 from famseg_kernels import backends, launch
+from famseg_kernels.ssd_scan import spec
 
 # --- steps and decays -----------------------------------------------------------------------------------
 
@@ -759,15 +760,6 @@ def _strided(t: Tensor) -> tuple[Tensor, int, int]:
     return t, t.stride(0), t.stride(1)
 
 
-def _like(gradient: Tensor, tensor: Tensor) -> Tensor:
-    """In the shape, dtype and layout of empty_like(tensor), which is what the op's fake kernel promises."""
-    gradient = gradient.reshape(tensor.shape)
-    like = torch.empty_like(tensor)
-    if gradient.dtype == tensor.dtype and gradient.stride() == like.stride():
-        return gradient
-    return like.copy_(gradient)
-
-
 def _zeros(needs: Sequence[bool], tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
     return [torch.zeros_like(t) if need and t is not None else None for need, t in zip(needs, tensors, strict=True)]
 
@@ -824,7 +816,7 @@ def _backward_2d(
         found = problem.gradients(problem.rows(grad), problem.carried(None), needs)
         if found[5] is not None and D is not None:
             found[5] = found[5].sum(1).expand(D.shape)
-    return [None if g is None or t is None else _like(g, t) for g, t in zip(found, tensors, strict=True)]
+    return [None if g is None or t is None else g.reshape(t.shape) for g, t in zip(found, tensors, strict=True)]
 
 
 def _summed(D: Tensor | None) -> Tensor | None:
@@ -860,14 +852,14 @@ def _forward(
     with launch.on(x.device):
         final = _state_after(x, B, initial_states) if return_final_states else None
         if x.numel():
-            problem = _Problem(x, dt, A, B, C, D, dt_bias, step_rule, _resets(seq_idx))
+            problem = _Problem(x, dt, A, B, C, D, dt_bias, step_rule, _markers(seq_idx))
             states = problem.carried(_contiguous(initial_states), last=final).states
             results[0] = problem.mix(problem.x, states, gate=_contiguous(z)).view(x.shape)
         if final is not None:
             results.append(final)
         if return_varlen_states:
             ends = []
-            for tokens, first in _packed(cu_seqlens, initial_states):
+            for tokens, first in spec.packed(cu_seqlens, initial_states):
                 part = (x[:, tokens], dt[:, tokens], A, B[:, tokens], C[:, tokens])
                 ends.append(_state_after(x, B, first))
                 if part[0].numel():
@@ -904,7 +896,7 @@ def _backward(
     of_final = grads[1].contiguous() if return_final_states else None
     with launch.on(x.device):
         if x.numel():
-            problem = _Problem(x, dt, A, B, C, D, dt_bias, step_rule, _resets(seq_idx), backward=True)
+            problem = _Problem(x, dt, A, B, C, D, dt_bias, step_rule, _markers(seq_idx), backward=True)
             carried = problem.carried(_contiguous(initial_states), of_final)
             dy, of_z = grads[0], None
             if z is not None:
@@ -914,8 +906,10 @@ def _backward(
                 )
             found = _sequence_gradients(problem, dy, carried, needs, tensors, of_z, of_final)
         elif found[8] is not None and of_final is not None:
-            found[8] = of_final
-        for index, (tokens, first) in enumerate(_packed(cu_seqlens, initial_states) if return_varlen_states else ()):
+            found[8] = of_final.clone()  # the packed sequences' shares are added to it
+        for index, (tokens, first) in enumerate(
+            spec.packed(cu_seqlens, initial_states) if return_varlen_states else ()
+        ):
             end = grads[-1][index : index + 1].contiguous()
             part = (x[:, tokens], dt[:, tokens], A, B[:, tokens], C[:, tokens], None, None, dt_bias, first)
             if part[0].numel():
@@ -929,7 +923,7 @@ def _backward(
                 whole = found[place]
                 if share is not None and whole is not None:
                     (whole[:, tokens] if place in (0, 1, 3, 4) else whole).add_(share)
-    return [*(None if g is None or t is None else _like(g, t) for g, t in zip(found, tensors, strict=True)), None, None]
+    return [*found, None, None]
 
 
 def _sequence_gradients(
@@ -954,23 +948,15 @@ def _sequence_gradients(
     ]
 
 
+def _markers(seq_idx: Tensor | None) -> Tensor | None:
+    resets = spec.resets(seq_idx)
+    return None if resets is None else resets.int()
+
+
 def _state_after(x: Tensor, B: Tensor, initial: Tensor | None) -> Tensor:
     """Room for final states, filled as they are where there is no token: with the initial ones."""
     states = x.new_zeros((x.shape[0], *x.shape[2:], B.shape[3]), dtype=torch.float32)
     return states if initial is None else states.copy_(initial)
-
-
-def _resets(seq_idx: Tensor | None) -> Tensor | None:
-    """Where a sequence starts anew: where seq_idx changes, 0 before the first token."""
-    if seq_idx is None:
-        return None
-    return (seq_idx != torch.nn.functional.pad(seq_idx, (1, 0))[:, :-1]).int()
-
-
-def _packed(cu_seqlens: Tensor | None, initial_states: Tensor | None) -> list[tuple[slice, Tensor | None]]:
-    """The tokens of each packed sequence, and the initial state where it starts the row."""
-    bounds = [] if cu_seqlens is None else cu_seqlens.tolist()
-    return [(slice(start, end), initial_states if start == 0 else None) for start, end in itertools.pairwise(bounds)]
 
 
 scan = SimpleNamespace(forward=_forward, backward=_backward, unsupported=unsupported)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from famseg_kernels import checks
+from famseg_kernels import backends, checks
 from famseg_kernels.registry import Case, Spec
 
 MAX_KERNEL = 63
@@ -89,6 +89,55 @@ def moved_bytes(x: Tensor, *rest: Any) -> int:
     """Bytes to move: x in, y out, each weight and bias once."""
     flat = [t for item in rest for t in (item if isinstance(item, (list, tuple)) else [item]) if t is not None]
     return x.element_size() * (2 * x.numel() + sum(t.numel() for t in flat))
+
+
+class Arguments:
+    """A call's tensors as the native modules take them: weights and biases contiguous, x as it lies.
+
+    Keep it until the native call is over (on a GPU: until its kernels are enqueued, since the caching allocator hands
+    memory on in the order of the stream): `native` holds addresses only.
+    """
+
+    def __init__(
+        self,
+        x: Tensor,
+        square_weight: Tensor | None,
+        square_bias: Tensor | None,
+        row_weights: Sequence[Tensor],
+        row_biases: Sequence[Tensor | None],
+        col_weights: Sequence[Tensor],
+        col_biases: Sequence[Tensor | None],
+    ) -> None:
+        given = [square_weight, square_bias, *row_weights, *row_biases, *col_weights, *col_biases]
+        self._tensors = [x, *(None if t is None else t.contiguous() for t in given)]
+        square, bias, branches = self.grouped(self._tensors)[1:]
+        size = 0 if square_weight is None else square_weight.shape[-1]
+        self.native = (
+            checks.dtype_name(x),
+            tuple(x.shape),
+            x.data_ptr(),
+            (square, bias, size),
+            [
+                (row, row_bias, row_weight.shape[3], col, col_bias, col_weight.shape[2])
+                for (row, row_bias, col, col_bias), row_weight, col_weight in zip(
+                    branches, row_weights, col_weights, strict=True
+                )
+            ],
+        )
+
+    def gradients(self, needs: Sequence[bool]) -> list[Tensor | None]:
+        """Room for the gradients of the flattened arguments that need one, laid out as these are."""
+        return [
+            torch.empty_like(t) if need and t is not None else None
+            for t, need in zip(self._tensors, needs, strict=True)
+        ]
+
+    @staticmethod
+    def grouped(flat: Sequence[Tensor | None]) -> tuple[int, int, int, list[tuple[int, ...]]]:
+        """Addresses of x, square weight and bias, and of each branch's row weight and bias, column weight and bias."""
+        x, square, bias, *sides = (backends.address(t) for t in flat)
+        count = len(sides) // 4
+        return x, square, bias, [tuple(sides[i::count]) for i in range(count)]
 
 
 def _case(

@@ -386,9 +386,8 @@ def backward(
     col_biases: Sequence[Tensor | None],
 ) -> list[Tensor | None]:
     """Gradients of the flattened tensor arguments where `needs`, None elsewhere. Recomputes `a`, saves nothing."""
-    flat = [x, square_weight, square_bias, *row_weights, *row_biases, *col_weights, *col_biases]
     with launch.on(x.device):
-        found = _gradients(
+        return _gradients(
             grad.contiguous(),
             needs,
             x.contiguous(),
@@ -397,17 +396,6 @@ def backward(
             _dense(row_biases),
             _dense(col_weights),
         )
-        return [
-            None if t is None or gradient is None or not need else _laid_out_like(t, gradient, grad)
-            for t, need, gradient in zip(flat, needs, found, strict=True)
-        ]
-
-
-def _laid_out_like(t: Tensor, gradient: Tensor, grad: Tensor) -> Tensor:
-    """`gradient` in t's dtype and strides; never the incoming gradient itself (a = x without any stage)."""
-    if gradient.dtype == t.dtype and gradient.stride() == t.stride() and gradient is not grad:
-        return gradient
-    return torch.empty_like(t).copy_(gradient)
 
 
 _NOTHING = (None, None)  # no square stage
