@@ -187,6 +187,14 @@ def test_states_too_large_for_a_cache(dtype: torch.dtype, shared: bool, poisoned
     assert_as_exact_as_torch("scan_2d", converted(image((1, 36, 61), 2, 64, 256, 1, 4, shared), dtype))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_last_block_of_fewer_heads_has_its_own_segments(dtype: torch.dtype, isa: str) -> None:
+    """Two heads' states at all 64 chunks are too large for a cache, one head's are not; blocks have 2, 2, 1 heads."""
+    args = image((1, 8, 8), 5, 64, 64, 1, 4, False)
+    args[7] = 1  # tokens of a chunk
+    assert_as_exact_as_torch("scan_2d", converted(args, dtype))
+
+
 @pytest.mark.parametrize("length", [1, 15, 16, 17, 31, 32, 33, 63, 64, 65])
 def test_any_length(length: int, isa: str) -> None:
     assert_as_exact_as_torch("scan", sequence((1, length), 2, 5, 3, 1))
