@@ -9,7 +9,6 @@ device and versions.
 from __future__ import annotations
 
 import argparse
-import csv
 import functools
 import gc
 import sys
@@ -95,10 +94,7 @@ def main() -> int:
                     gc.collect()
     if not options.no_csv and rows:
         path = options.csv or measure.result_path(where, f"torch{torch.__version__.split('+')[0]}")
-        with path.open("w", newline="") as file:
-            table = csv.DictWriter(file, [*rows[0], *where], lineterminator="\n")
-            table.writeheader()
-            table.writerows(row | where for row in rows)
+        measure.write_csv(path, [row | where for row in rows])
         console.print(f"written: {path}")
     return 0
 

@@ -1,8 +1,8 @@
 """`python -m benchmarks.claims`: the paper's cost claims (Eq. 1–5), counted and timed on this machine.
 
-Every count is made by the formula (`fk.flops.eq1` … `eq5`), by torch's FlopCounterMode on plain convolutions, and by
-FlopCounterMode on our operation. Then what the saving is worth in time, ours and torch's, in one run. `--write`
-replaces the generated part of docs/claims.md.
+Every count is made by the formula (`fk.flops.eq1` … `eq5`), by torch's FlopCounterMode on plain convolutions, by
+FlopCounterMode on our operation, and by the running CPU kernels themselves (benchmarks/counted.py). Then what the
+saving is worth in time, ours and torch's, in one run. `--write` replaces the generated part of docs/claims.md.
 """
 
 from __future__ import annotations
@@ -10,8 +10,10 @@ from __future__ import annotations
 import argparse
 import functools
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +21,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import famseg_kernels as fk
-from benchmarks import measure
+from benchmarks import counted, measure
 from famseg_kernels import flops
 
 PAGE = Path(__file__).parent.parent / "docs" / "claims.md"
@@ -48,45 +50,71 @@ def multiply_adds(call: Callable[[], Tensor]) -> int:
     return counter.get_total_flops() // 2
 
 
-def counts_table() -> list[str]:
-    """Eq. 1–5 per channel of an H×W plane: formula, FlopCounterMode on plain convolutions and on our operation."""
-    channels, height, width = 3, 40, 56
+def counts_table(kernels: counted.Counted | None) -> list[str]:
+    """Eq. 1–5 per channel of an H×W plane: formula, plain convolutions, our operation, our running kernels."""
+    channels, height, width = 4, 40, 56
     x = torch.randn(1, channels, height, width)
 
-    def square(k: int) -> Tensor:
-        return torch.randn(channels, 1, k, k)
+    def square(k: int) -> tuple[Any, ...]:
+        return x, torch.randn(channels, 1, k, k), None, [], [], [], []
 
-    def strip(k: int) -> list[Tensor]:
-        return [torch.randn(channels, 1, 1, k), torch.randn(channels, 1, k, 1)]
+    def strip(k: int) -> tuple[Any, ...]:
+        row, col = torch.randn(channels, 1, 1, k), torch.randn(channels, 1, k, 1)
+        return x, None, None, [row], [None], [col], [None]  # y = x + col(row(x)): the sum is not counted
 
-    def ours(k: int, is_strip: bool) -> Callable[[], Tensor]:
-        row, col = strip(k)
-        if is_strip:  # y = x + col(row(x)): the strips alone are counted, the sum is not
-            return functools.partial(fk.strip_conv2d, x, None, None, [row], None, [col], None)
-        return functools.partial(fk.strip_conv2d, x, square(k), None, [], None, [], None)
-
-    rows = [
-        ("Eq. 1, K×K, K = 5", flops.eq1(5, height, width), functools.partial(squares, x, [square(5)]), ours(5, False)),
-        (
-            "Eq. 2, strips, K = 21",
-            flops.eq2(21, height, width),
-            functools.partial(strips, x, strip(21)),
-            ours(21, True),
-        ),
-        ("Eq. 3, strips, K = 7", flops.eq3(height, width), functools.partial(strips, x, strip(7)), ours(7, True)),
-        ("Eq. 4, 7×7", flops.eq4(height, width), functools.partial(squares, x, [square(7)]), ours(7, False)),
-        ("Eq. 5, two 3×3", flops.eq5(height, width), functools.partial(squares, x, [square(3)] * 2), None),
-    ]
     lines = [
-        "| cost of a channel of 40×56 | formula | FlopCounterMode, plain | FlopCounterMode, fk |",
+        f"| multiplications of a channel of {height}×{width} | formula | FlopCounterMode, plain | FlopCounterMode, fk "
+        "| counted in the running kernels |",
+        "|---|---|---|---|---|",
+    ]
+    for name, formula, args, times in (
+        ("Eq. 1, K×K, K = 5", flops.eq1(5, height, width), square(5), 1),
+        ("Eq. 2, strips, K = 21", flops.eq2(21, height, width), strip(21), 1),
+        ("Eq. 3, strips, K = 7", flops.eq3(height, width), strip(7), 1),
+        ("Eq. 4, 7×7", flops.eq4(height, width), square(7), 1),
+        ("Eq. 5, two 3×3", flops.eq5(height, width), square(3), 2),
+    ):
+        plain = (
+            functools.partial(strips, x, [*args[3], *args[5]]) if args[3] else functools.partial(squares, x, [args[1]])
+        )
+        found = [times * multiply_adds(call) // channels for call in (plain, functools.partial(fk.strip_conv2d, *args))]
+        if kernels is not None:
+            found.append(times * kernels.strip_conv2d(*args)[1] // channels)
+        if set(found) != {formula}:
+            raise AssertionError(f"{name}: the formula says {formula}, counted were {found}")
+        lines.append(f"| {name} | {formula} | " + " | ".join(map(str, [*found, "–"][:3])) + " |")
+    return lines
+
+
+def operations_table(kernels: counted.Counted) -> list[str]:
+    """Multiplications of a forward at real widths, by fk.flops and by the running kernels."""
+    x = torch.randn(1, 64, 32, 32)
+    rows = [torch.randn(64, 1, 1, k) for k in (7, 11, 21)]
+    cols, none = [row.transpose(2, 3) for row in rows], [None] * 3
+    mscan = (x, torch.randn(64, 1, 5, 5), None, rows, none, cols, none)
+    up = (x, torch.randn(1, 25, 64, 64), 5, 1, 2)
+    image, step = torch.randn(1, 32, 32, 2, 64), torch.rand(1, 32, 32, 4, 2)
+    each, one = torch.randn(1, 32, 32, 4, 1, 64), torch.randn(1, 32, 32, 1, 1, 64)
+    decay = -torch.rand(4, 2)
+    lines = [
+        "| forward | 2 × multiplications by fk.flops | counted in the running kernels | ratio |",
         "|---|---|---|---|",
     ]
-    for name, formula, plain, mine in rows:
-        found = multiply_adds(plain) // channels
-        counted = "–" if mine is None else str(multiply_adds(mine) // channels)
-        if found != formula or (mine is not None and int(counted) != formula):
-            raise AssertionError(f"{name}: formula {formula}, counted {found} and {counted}")
-        lines.append(f"| {name} | {formula} | {found} | {counted} |")
+    for name, formula, count in (
+        ("strip 5+(7,11,21), (1,64,32,32)", flops.strip_conv2d(*mscan), kernels.strip_conv2d(*mscan)[1]),
+        ("carafe k5 s2, (1,64,32,32)", flops.carafe(*up), kernels.carafe(*up)[1]),
+        (
+            "scan, 4 directions, 32×32 h2 p64 n64",
+            flops.ssd_scan_2d(image, step, decay, each, each),
+            kernels.ssd_scan_2d(image, step, decay, each, each)[1],
+        ),
+        (
+            "the same, B and C shared",
+            flops.ssd_scan_2d(image, step, decay, one, one),
+            kernels.ssd_scan_2d(image, step, decay, one, one)[1],
+        ),
+    ):
+        lines.append(f"| {name} | {formula} | {2 * count} | {2 * count / formula:.2f} |")
     return lines
 
 
@@ -140,12 +168,19 @@ def main() -> int:
     parser.add_argument("--write", action="store_true", help=f"replace the generated part of docs/{PAGE.name}")
     options = parser.parse_args()
     where = measure.provenance(options.device)
-    counts = counts_table()
+    if (reason := counted.missing()) is not None:
+        print(f"not counted in the running kernels: {reason}")
+        counts, operations = counts_table(None), []
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            kernels = counted.build(Path(folder))
+        counts, operations = counts_table(kernels), ["", *operations_table(kernels)]
     times, ratios = times_table(options.device, options.seconds)
     text = "\n".join(
         [
             "",
             *counts,
+            *operations,
             "",
             *times,
             "",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,6 +24,12 @@ def with_gradients(operation: Operation, args: Any, wanted: bool = True) -> tupl
     return operation.replace(args, flat), [t for t in flat if t is not None and t.is_floating_point()]
 
 
+def cotangents(results: Sequence[Tensor]) -> list[Tensor]:
+    """Gradients to come in, the same numbers whatever the dtype and the device."""
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(r.shape, generator=generator, dtype=torch.float64).to(r) for r in results]
+
+
 def outcome(operation: Operation, args: Any, backend: str, backward: bool) -> list[Tensor]:
     """Results, and with `backward` the gradients of all floating-point arguments."""
     args, leaves = with_gradients(operation, args, backward)
@@ -30,9 +37,7 @@ def outcome(operation: Operation, args: Any, backend: str, backward: bool) -> li
     results = list(results) if isinstance(results, (list, tuple)) else [results]
     if not backward:
         return results
-    generator = torch.Generator().manual_seed(1)
-    grads = [torch.randn(r.shape, generator=generator, dtype=torch.float64).to(r) for r in results]
-    found = torch.autograd.grad(results, leaves, grads, allow_unused=True)
+    found = torch.autograd.grad(results, leaves, cotangents(results), allow_unused=True)
     return [r.detach() for r in results] + [g for g in found if g is not None]
 
 

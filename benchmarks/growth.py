@@ -8,7 +8,6 @@ docs/figures/growth.png.
 from __future__ import annotations
 
 import argparse
-import csv
 import functools
 import math
 import sys
@@ -126,10 +125,7 @@ def main() -> int:
         table.add_row(series.name, series.panel, *cells)
     console.print(table)
     path = options.csv or measure.result_path(where, "growth")
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    measure.write_csv(path, rows)
     figure = options.plot or Path(__file__).parent.parent / "docs" / "figures" / "growth.png"
     plot(rows, figure)
     console.print(f"written: {path}, {figure}")

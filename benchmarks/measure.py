@@ -7,6 +7,7 @@ because the previous call left them there.
 
 from __future__ import annotations
 
+import csv
 import ctypes
 import itertools
 import platform
@@ -204,6 +205,14 @@ def result_path(where: Mapping[str, str], what: str) -> Path:
     path = Path(__file__).parent / "results" / f"{re.sub(r'[^a-z0-9]+', '-', name).strip('-')}-{what}.csv"
     path.parent.mkdir(parents=True, exist_ok=True)
     return path
+
+
+def write_csv(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
+    """One line a row; all rows have the first one's columns."""
+    with path.open("w", newline="") as file:
+        table = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        table.writeheader()
+        table.writerows(rows)
 
 
 def _version(package: str) -> str:

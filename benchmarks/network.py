@@ -9,7 +9,6 @@ weights, and the standard build's output is compared with ours before anything i
 from __future__ import annotations
 
 import argparse
-import csv
 import functools
 import importlib.util
 import sys
@@ -225,10 +224,7 @@ def main() -> int:
     console.print(", ".join(f"{key} {value}" for key, value in where.items()))
     rows = [*accelerate_rows(options, where, console), *famseg_rows(options, where, console)]
     path = options.csv or measure.result_path(where, "network")
-    with path.open("w", newline="") as file:
-        table = csv.DictWriter(file, rows[0], lineterminator="\n")
-        table.writeheader()
-        table.writerows(rows)
+    measure.write_csv(path, rows)
     console.print(f"written: {path}")
     return 0
 

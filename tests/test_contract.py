@@ -9,6 +9,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import famseg_kernels as fk
+from benchmarks.gate import cotangents, with_gradients
 from famseg_kernels import backends, tolerance
 from famseg_kernels.registry import Case, Operation
 
@@ -41,23 +42,10 @@ def generated(dtypes=DTYPES, cases=None):
     )
 
 
-def needs_grad(operation: Operation, args, wanted: bool = True):
-    flat = [
-        t.detach().clone().requires_grad_(wanted) if t is not None and t.is_floating_point() else t
-        for t in operation.flatten(args)
-    ]
-    return operation.replace(args, flat), [t for t in flat if t is not None and t.is_floating_point()]
-
-
 def call(operation: Operation, args, backend: str):
     """Results as a list; through the op itself, below the public function's defaults."""
     result = operation.packet(*args, backend)
     return list(result) if isinstance(result, (list, tuple)) else [result]
-
-
-def cotangents(results, dtype=None):
-    generator = torch.Generator().manual_seed(1)
-    return [torch.randn(r.shape, generator=generator, dtype=torch.float64).to(r) for r in results]
 
 
 @functools.lru_cache(maxsize=64)
@@ -71,7 +59,7 @@ def truth_and_eager(operation: Operation, case: Case, dtype: torch.dtype):
 
 
 def results_and_gradients(operation: Operation, args, backend: str):
-    args, leaves = needs_grad(operation, args)
+    args, leaves = with_gradients(operation, args)
     results = call(operation, args, backend)
     torch.autograd.backward(results, cotangents(results))
     return [r.detach() for r in results], [leaf.grad for leaf in leaves]
@@ -128,7 +116,7 @@ def test_gradcheck(operation, backend, dtype, case):
     args = arguments(case, dtype, backend)
     require(operation, backend, args)
     require(operation, backend, args, "backward")
-    args, leaves = needs_grad(operation, args)
+    args, leaves = with_gradients(operation, args)
     if any(leaf.numel() == 0 for leaf in leaves):
         return  # nothing to perturb; test_matches_the_reference covers the gradients of an empty batch
     flat = operation.flatten(args)
@@ -147,7 +135,7 @@ def test_gradcheck(operation, backend, dtype, case):
 def test_opcheck(operation, backend, dtype, case):
     args = arguments(case, dtype, backend)
     require(operation, backend, args)
-    args, _ = needs_grad(operation, args)
+    args, _ = with_gradients(operation, args)
     torch.library.opcheck(operation.overload, (*args, backend))
 
 
@@ -201,7 +189,7 @@ def test_flops_are_counted(operation, backend, dtype, case):
     args = arguments(case, dtype, backend)
     require(operation, backend, args)
     require(operation, backend, args, "backward")
-    args, _ = needs_grad(operation, args)
+    args, _ = with_gradients(operation, args)
     expected = operation.spec.flops(*args)
     with FlopCounterMode(display=False) as counter:
         results = call(operation, args, backend)
@@ -216,7 +204,7 @@ def test_a_second_derivative_raises(operation, backend, dtype, case):
     args = arguments(case, dtype, backend)
     require(operation, backend, args)
     require(operation, backend, args, "backward")
-    args, leaves = needs_grad(operation, args)
+    args, leaves = with_gradients(operation, args)
     result = call(operation, args, backend)[0]
     first = torch.autograd.grad(result.square().sum(), leaves, create_graph=True)
     with pytest.raises(RuntimeError, match="second derivative"):
@@ -229,7 +217,7 @@ def test_compiles_without_graph_break(operation, backend, dtype, case):
     require(operation, backend, args)
     require(operation, backend, args, "backward")
     expected = results_and_gradients(operation, args, backend)
-    args, leaves = needs_grad(operation, args)
+    args, leaves = with_gradients(operation, args)
     torch._dynamo.reset()  # all cases share one code object, whose recompilations are limited
 
     @torch.compile(fullgraph=True, backend="aot_eager")
@@ -250,7 +238,7 @@ def test_only_wanted_gradients_are_computed(operation, backend, dtype, case):
     require(operation, backend, args)
     require(operation, backend, args, "backward")
     _, expected = results_and_gradients(operation, args, backend)
-    plain, _ = needs_grad(operation, args, wanted=False)
+    plain, _ = with_gradients(operation, args, wanted=False)
     flat = operation.flatten(plain)
     places = [i for i, t in enumerate(flat) if t is not None and t.is_floating_point()]
     for place, right in zip(places, expected, strict=True):

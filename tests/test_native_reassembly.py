@@ -6,7 +6,6 @@ Runs under AddressSanitizer and UBSan as tests/native.py says.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -15,9 +14,9 @@ from torch import Tensor
 
 from famseg_kernels import backends, tolerance
 from famseg_kernels.reassembly import cpu, reference
-from tests.native import DTYPES, ISAS, NATIVE, needs_native
+from tests.native import DTYPES, NATIVE, needs_native
 
-pytestmark = needs_native
+pytestmark = [needs_native, pytest.mark.usefixtures("one_thread")]
 OPERATIONS = {"reassemble": (cpu.reassemble, reference.reassemble), "carafe": (cpu.carafe, reference.carafe)}
 
 # x's shape, kernel, scale, groups
@@ -41,33 +40,6 @@ CASES = {
 @pytest.fixture(autouse=True)
 def module_under_test(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backends, "native", lambda _: NATIVE)
-
-
-@pytest.fixture(params=ISAS)
-def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setenv("FAMSEG_CPU_ISA", request.param)
-    assert NATIVE.isa() == request.param
-    return request.param
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tests that mean another number of threads set it themselves; the small ones here gain nothing from it."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture
-def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Memory for results starts as NaN: what a kernel forgets to write is seen."""
-
-    def poison(make: Any) -> Any:
-        return lambda *args, **kwargs: make(*args, **kwargs).fill_(float("nan"))
-
-    monkeypatch.setattr(torch, "empty", poison(torch.empty))
-    monkeypatch.setattr(torch, "empty_like", poison(torch.empty_like))
 
 
 def arguments(operation: str, shape: tuple[int, ...], k: int, s: int, g: int, dtype: torch.dtype) -> tuple[Any, ...]:

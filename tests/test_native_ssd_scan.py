@@ -6,18 +6,18 @@ Runs under AddressSanitizer and UBSan as tests/native.py says.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.gate import cotangents
 from famseg_kernels import backends, tolerance
 from famseg_kernels.ssd_scan import cpu, op, reference
-from tests.native import DTYPES, ISAS, NATIVE, needs_native
+from tests.native import DTYPES, NATIVE, needs_native
 
-pytestmark = needs_native
+pytestmark = [needs_native, pytest.mark.usefixtures("one_thread")]
 
 # (N, H, W), heads, headdim, state, groups, directions, one B and C for all directions
 IMAGES = {
@@ -45,29 +45,6 @@ SEQUENCES = {
 @pytest.fixture(autouse=True)
 def module_under_test(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backends, "native", lambda _: NATIVE)
-
-
-@pytest.fixture(params=ISAS)
-def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setenv("FAMSEG_CPU_ISA", request.param)
-    assert NATIVE.isa() == request.param
-    return request.param
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tests that mean another number of threads set it themselves; the small ones here gain nothing from it."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture
-def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """New tensors hold NaN: what a kernel forgets to write shows."""
-    empty_like = torch.empty_like
-    monkeypatch.setattr(cpu.torch, "empty_like", lambda *args, **options: empty_like(*args, **options).fill_(math.nan))
 
 
 def image(shape: Any, heads: int, headdim: int, state: int, groups: int, directions: int, shared: bool) -> list[Any]:
@@ -114,11 +91,6 @@ def sequence(shape: Any, heads: int, headdim: int, state: int, groups: int) -> l
 
 def converted(args: list[Any], dtype: torch.dtype) -> list[Any]:
     return [a.to(dtype) if isinstance(a, Tensor) and a.is_floating_point() else a for a in args]
-
-
-def cotangents(results: list[Tensor]) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(2)
-    return [torch.randn(r.shape, dtype=torch.float64, generator=generator).to(r.dtype) for r in results]
 
 
 def run_reference(operation: Any, args: list[Any]) -> tuple[list[Tensor], list[Tensor | None]]:
@@ -181,6 +153,14 @@ def test_a_sequence_matches_the_reference(case: str, dtype: torch.dtype, isa: st
 def test_states_too_large_for_a_cache(dtype: torch.dtype, shared: bool, poisoned: None) -> None:
     """Forward divides the sequence into segments, backward the heads of the group into blocks."""
     assert_as_exact_as_torch("scan_2d", converted(image((1, 36, 61), 2, 64, 256, 1, 4, shared), dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_last_block_of_fewer_heads_has_its_own_segments(dtype: torch.dtype, isa: str) -> None:
+    """Two heads' states at all 64 chunks are too large for a cache, one head's are not; blocks have 2, 2, 1 heads."""
+    args = image((1, 8, 8), 5, 64, 64, 1, 4, False)
+    args[7] = 1  # tokens of a chunk
+    assert_as_exact_as_torch("scan_2d", converted(args, dtype))
 
 
 @pytest.mark.parametrize("length", [1, 15, 16, 17, 31, 32, 33, 63, 64, 65])

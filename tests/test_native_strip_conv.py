@@ -6,7 +6,6 @@ Runs under AddressSanitizer and UBSan as tests/native.py says.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from famseg_kernels import backends, tolerance
 from famseg_kernels.strip_conv import cpu
-from tests.native import DTYPES, ISAS, NATIVE, needs_native
+from tests.native import DTYPES, NATIVE, needs_native
 
 pytestmark = needs_native
 
@@ -45,20 +44,6 @@ CASES = {
 @pytest.fixture(autouse=True)
 def module_under_test(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backends, "native", lambda _: NATIVE)
-
-
-@pytest.fixture(params=ISAS)
-def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setenv("FAMSEG_CPU_ISA", request.param)
-    assert NATIVE.isa() == request.param
-    return request.param
-
-
-@pytest.fixture
-def threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 def arguments(
@@ -208,7 +193,7 @@ def test_any_height(height: int, isa: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
-def test_bitwise_the_same_for_any_thread_count_and_run(dtype: torch.dtype, threads: None) -> None:
+def test_bitwise_the_same_for_any_thread_count_and_run(dtype: torch.dtype, one_thread: None) -> None:
     args = converted(arguments((3, 5, 37, 41), 5, [(7, 7), (11, 11), (21, 21)], True), dtype)
     grad = torch.randn(args[0].shape, generator=torch.Generator().manual_seed(2)).to(dtype)
     results = []

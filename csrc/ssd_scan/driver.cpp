@@ -79,10 +79,11 @@ void for_each_block(const std::vector<Block>& blocks, size_t scratch_bytes, int 
   for (int64_t i = 0; i < count; ++i) work(blocks[i], scratch[omp_get_thread_num()].get());
 }
 
-int64_t most_heads(const std::vector<Block>& blocks) {
-  int64_t most = 0;
-  for (const Block& block : blocks) most = std::max(most, block.heads);
-  return most;
+// What any of the blocks needs. All have as many heads but the last of each group: with fewer heads
+// more chunks share a segment, so that it may need more than the others.
+size_t scratch_bytes(const Forward& kernel, const Problem& p, const std::vector<Block>& blocks) {
+  if (blocks.empty()) return 0;
+  return std::max(kernel.scratch(p, blocks.front().heads), kernel.scratch(p, blocks.back().heads));
 }
 
 // All three steps of the backward pass for parts that do not depend on each other.
@@ -117,7 +118,7 @@ void forward(Isa isa, const Problem& problem, const Results& results, int thread
   const Forward& kernel = forward_for(isa, problem, results);
   const std::vector<Block> blocks = divide_forward(problem, kernels, threads);
   for_each_block(
-      blocks, kernel.scratch(problem, most_heads(blocks)), threads,
+      blocks, scratch_bytes(kernel, problem, blocks), threads,
       [&](const Block& block, void* scratch) { kernel.block(problem, results, block, scratch); });
 }
 
@@ -125,7 +126,7 @@ void backward(Isa isa, const Problem& problem, const Gradients& gradients, int t
   const Kernels& kernels = kernels_for(isa);
   if (gradients.z != nullptr) {
     const std::vector<Block> blocks = divide_forward(problem, kernels, threads);
-    for_each_block(blocks, kernels.forward.scratch(problem, most_heads(blocks)), threads,
+    for_each_block(blocks, scratch_bytes(kernels.forward, problem, blocks), threads,
                    [&](const Block& block, void* scratch) {
                      kernels.gate_block(problem, gradients, block, scratch);
                    });
