@@ -43,25 +43,35 @@ def backward(
     col_biases: Sequence[Tensor | None],
 ) -> list[Tensor | None]:
     """Gradients of the flattened tensor arguments where `needs`, None elsewhere."""
-    args = _Arguments(x.contiguous(), square_weight, square_bias, row_weights, row_biases, col_weights, col_biases)
-    grad = grad.contiguous()
+    layout = checks.image_format(x)
+    args = _Arguments(
+        x.contiguous(memory_format=layout), square_weight, square_bias, row_weights, row_biases, col_weights, col_biases
+    )
+    # Read as it lies where that is one of the two formats, whatever x's is.
+    grad_layout = layout if grad.is_contiguous(memory_format=layout) else checks.image_format(grad)
+    grad = grad.contiguous(memory_format=grad_layout)
     flat = [x, square_weight, square_bias, *row_weights, *row_biases, *col_weights, *col_biases]
     # The op's fake kernel promises the strides of empty_like; the native kernels write contiguously.
     results = [
         torch.empty_like(tensor) if need and tensor is not None else None
         for tensor, need in zip(flat, needs, strict=True)
     ]
+    formats = [layout] + [torch.contiguous_format] * (len(flat) - 1)
     gradients = [
-        torch.empty_like(result, memory_format=torch.contiguous_format)
-        if result is not None and not result.is_contiguous()
+        torch.empty_like(result, memory_format=memory_format)
+        if result is not None and not result.is_contiguous(memory_format=memory_format)
         else result
-        for result in results
+        for result, memory_format in zip(results, formats, strict=True)
     ]
     addresses = [_address(gradient) for gradient in gradients]
     count = len(row_weights)
     sides = [addresses[3 + side * count : 3 + (side + 1) * count] for side in range(4)]
+    dtype, shape, *rest = args.native
     _native().strip_conv2d_backward(
-        *args.native,
+        dtype,
+        shape,
+        (layout == torch.channels_last, grad_layout == torch.channels_last),
+        *rest,
         grad.data_ptr(),
         addresses[0],
         tuple(addresses[1:3]),
