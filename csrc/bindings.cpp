@@ -85,7 +85,8 @@ void strip_conv2d_forward(const std::string& dtype, const Shape& shape, bool cha
   famseg::strip_conv::forward(isa, problem, pointer(y), threads);
 }
 
-void strip_conv2d_backward(const std::string& dtype, const Shape& shape, Address x,
+void strip_conv2d_backward(const std::string& dtype, const Shape& shape,
+                           const std::tuple<bool, bool>& channels_last, Address x,
                            const Square& square, const std::vector<Branch>& branches,
                            Address y_gradient, Address x_gradient,
                            const std::tuple<Address, Address>& square_gradients,
@@ -94,15 +95,19 @@ void strip_conv2d_backward(const std::string& dtype, const Shape& shape, Address
     throw std::invalid_argument("branch_gradients needs one entry for each branch");
   }
   const auto native_branches = branches_from(branches);
-  const auto problem = problem_from(dtype, shape, false, x, square, native_branches);
+  const auto [x_last, y_last] = channels_last;
+  const auto problem = problem_from(dtype, shape, x_last, x, square, native_branches);
   std::vector<famseg::strip_conv::BranchGradients> native_gradients;
   for (const auto& [row, row_bias, column, column_bias] : branch_gradients) {
     native_gradients.push_back(
         {pointer(row), pointer(row_bias), pointer(column), pointer(column_bias)});
   }
-  const famseg::strip_conv::Gradients gradients = {
-      pointer(y_gradient), pointer(x_gradient), pointer(std::get<0>(square_gradients)),
-      pointer(std::get<1>(square_gradients)), native_gradients.data()};
+  const famseg::strip_conv::Gradients gradients = {pointer(y_gradient),
+                                                   y_last,
+                                                   pointer(x_gradient),
+                                                   pointer(std::get<0>(square_gradients)),
+                                                   pointer(std::get<1>(square_gradients)),
+                                                   native_gradients.data()};
   const famseg::Isa isa = famseg::active_isa();
   py::gil_scoped_release release;
   famseg::strip_conv::backward(isa, problem, gradients, threads);
@@ -239,13 +244,15 @@ PYBIND11_MODULE(_cpu, m) {
       py::arg("threads"),
       "channels_last: x and y are (N, H, W, C) in memory; square: (weight, bias, size); branches: "
       "[(row, row bias, row size, column, column bias, column size)].");
-  m.def("strip_conv2d_backward", &strip_conv2d_backward, py::arg("dtype"), py::arg("shape"),
-        py::arg("x"), py::arg("square"), py::arg("branches"), py::arg("y_gradient"),
-        py::arg("x_gradient"), py::arg("square_gradients"), py::arg("branch_gradients"),
-        py::arg("threads"),
-        "As strip_conv2d_forward, all contiguous; square_gradients: (weight, bias); "
-        "branch_gradients: [(row, row "
-        "bias, column, column bias)]. Gradients at address 0 are not computed.");
+  m.def(
+      "strip_conv2d_backward", &strip_conv2d_backward, py::arg("dtype"), py::arg("shape"),
+      py::arg("channels_last"), py::arg("x"), py::arg("square"), py::arg("branches"),
+      py::arg("y_gradient"), py::arg("x_gradient"), py::arg("square_gradients"),
+      py::arg("branch_gradients"), py::arg("threads"),
+      "As strip_conv2d_forward; channels_last: whether (x and its gradient, the gradient of y) are "
+      "(N, H, W, C) in memory; square_gradients: (weight, bias); "
+      "branch_gradients: [(row, row "
+      "bias, column, column bias)]. Gradients at address 0 are not computed.");
   m.def("reassembly_forward", &reassembly_forward, py::arg("dtype"), py::arg("softmax"),
         py::arg("shape"), py::arg("x"), py::arg("weights"), py::arg("channels_last"),
         py::arg("window"), py::arg("y"), py::arg("threads"),

@@ -1,22 +1,38 @@
 // The backward direction of strip_conv2d for one instruction set (see common/simd.h: this file is
-// compiled once for each).
+// compiled once for each). Lanes are channels, as in the forward direction: every load is a whole
+// cache line, and the gradient of a weight is a vector that sums itself up, lane by lane.
 //
-// One (n, c) plane at a time, in buffers that stay in the L2 cache: 2 x its bytes go through memory
-// where the chain of convolutions moves 23 x. Every buffer has a margin of zeros as wide as the
-// largest kernel reaches, so no inner loop asks where the image ends:
+// 270 FMAs for each pixel of a vector bind it, two a cycle: 64 make a and r_i again, 39 each make
+// dr_i and da, 25 dx, 103 the gradients of weights. So that nothing else does:
 //
-//    margin_x | row: width, rounded up to whole vectors | margin_x | next row ...
-//   margin_y rows of zeros above and below
+//  * A pass holds as many sums in registers as fit beside the taps that they share, so that a
+//    loaded vector serves some five FMAs (Correlation, Products): the L1 cache could feed one FMA a
+//    load, but not while it is being filled.
+//  * Only dy, x and da are needed beyond the rows at hand. So the chain of stages goes down the
+//    image in bands of few rows, whose 150 vectors a column of pixels stay in the L2 cache:
 //
-// The margin right of a row is also the margin left of the next one. Kernels write whole vectors
-// and clear_tail() then restores the zeros right of the image.
+//      x    rows and pixels beyond the band as far as the square kernel reaches
+//      a    pixels beyond the block as far as rows reach
+//      dy   rows beyond the band as far as columns reach
+//      dr_i pixels beyond the block as far as rows reach
+//      da   rows and pixels beyond as far as the square kernel reaches; rows of the band before
+//      stay,
+//           because dx comes that much later
 //
-// Each output tile stays in registers while all of its taps are added: an input vector is loaded
-// once for several rows (correlate_tile), or for several branches (row_tile).
+//  * Of 16 pixels' columns, r_i is made, used for the gradient of column weights, and forgotten;
+//    dr_i is made from the same rows of dy and used for the gradient of row weights with the same
+//    pixels of a: four passes over what is in the L1 cache.
+//
+// All of these are (pixels, rows), an odd number of vectors from pixel to pixel: even ones would
+// crowd a row of pixels into few sets of the L1 cache. Beyond the image they hold zeros.
+//
+// Wide images are cut into blocks of columns, which compute each other's borders. Blocks leave
+// partial sums of weights' gradients, and a second pass adds them in order: the cut and the order
+// depend on the shape alone, so results do not depend on the number of threads.
 
-#include "common/half.h"
 #include "common/scratch.h"
 #include "common/simd.h"
+#include "strip_conv/channels.h"
 #include "strip_conv/cpu.h"
 
 namespace famseg::FAMSEG_ISA {
@@ -27,709 +43,858 @@ using strip_conv::BranchGradients;
 using strip_conv::Gradients;
 using strip_conv::Problem;
 
-// A kernel cropped to the taps that can reach the image: on a 16 x 16 plane 21 taps are as 31, and
-// on a single pixel as 1. Cropped taps only ever meet zeros, and their gradients are zero.
+constexpr int64_t kBand = 16;  // rows
+constexpr int64_t kTile = 16;  // pixels
+// What the buffers of a block may have, of an L2 cache of 2 MB.
+constexpr int64_t kBlockBytes = 7 << 18;
+// As many pieces of work, if there are images enough: plenty for all threads, and few partial sums.
+constexpr int64_t kPieces = 256;
+// Sums of a run along a kernel, and taps in registers beside them.
+constexpr int kRun = kVectorRegisters / 2;
+constexpr int kShortRun = kRun / 2;
+constexpr int kMostTaps = kVectorRegisters >= 32 ? 11 : 6;
+
+// ---- correlation ----------------------------------------------------------------------------
+
+// out[q] = start[q] + sum over taps t of weight[t] in[q + t], for all `lines`; summed over several
+// lines of `in`, each with taps of its own, for a square kernel. All steps in elements. Negative
+// ones turn a kernel around: the adjoint of a correlation is that with the reversed kernel.
 template <typename T>
-struct Taps {
-  T* weight = nullptr;  // (height, width)
-  int64_t height = 0, width = 0;
+struct Correlation {
+  const T* in;
+  int64_t in_step, in_line;
+  const T* weight;
+  int64_t weight_step, weight_line, taps, kernel_lines;
+  const T* start;
+  int64_t start_step, start_line;
+  T* out;
+  int64_t out_step, out_line;
+  int64_t lines;
 };
 
-int64_t cropped(int64_t size, int64_t extent) {
-  return smaller(size, 2 * extent - 1);
+// sum[q] += taps . in[q ...]; each vector is loaded once.
+template <int TAPS, int N, typename T>
+[[gnu::always_inline]] inline void add_taps(Vector<T> (&sum)[N], const T* in, int64_t in_step,
+                                            const T* weight, int64_t weight_step) {
+  Vector<T> tap[TAPS];
+#pragma GCC unroll 16
+  for (int t = 0; t < TAPS; ++t) tap[t] = load(weight + t * weight_step);
+#pragma GCC unroll 32
+  for (int i = 0; i < N + TAPS - 1; ++i) {
+    const Vector<T> value = load(in + i * in_step);
+#pragma GCC unroll 16
+    for (int t = 0; t < TAPS; ++t) {
+      if (i - t >= 0 && i - t < N) sum[i - t] += tap[t] * value;
+    }
+  }
 }
+
+// Taps in pieces of TAPS and of one fewer: 21 are 11 + 10.
+template <int N, int TAPS, typename T>
+[[gnu::noinline]] void correlate_lines(const Correlation<T>& c) {
+  const int64_t pieces = (c.taps + TAPS - 1) / TAPS, shorter = pieces * TAPS - c.taps;
+  const T *in_line = c.in, *start = c.start;
+  T* out = c.out;
+  for (int64_t line = 0; line < c.lines; ++line) {
+    Vector<T> sum[N];
+#pragma GCC unroll 16
+    for (int q = 0; q < N; ++q) sum[q] = load(start + q * c.start_step);
+    for (int64_t k = 0; k < c.kernel_lines; ++k) {
+      const T *in = in_line + k * c.in_line, *weight = c.weight + k * c.weight_line;
+      for (int64_t piece = shorter; piece < pieces; ++piece) {
+        add_taps<TAPS>(sum, in, c.in_step, weight, c.weight_step);
+        in += TAPS * c.in_step;
+        weight += TAPS * c.weight_step;
+      }
+      if constexpr (TAPS > 1) {
+        for (int64_t piece = 0; piece < shorter; ++piece) {
+          add_taps<TAPS - 1>(sum, in, c.in_step, weight, c.weight_step);
+          in += (TAPS - 1) * c.in_step;
+          weight += (TAPS - 1) * c.weight_step;
+        }
+      }
+    }
+#pragma GCC unroll 16
+    for (int q = 0; q < N; ++q) store(out + q * c.out_step, sum[q]);
+    in_line += c.in_line;
+    start += c.start_line;
+    out += c.out_line;
+  }
+}
+
+// The longest of equal pieces of at most kMostTaps.
+int64_t piece_of(int64_t taps) {
+  const int64_t pieces = (taps + kMostTaps - 1) / kMostTaps;
+  return (taps + pieces - 1) / pieces;
+}
+
+template <int N, int TAPS = kMostTaps, typename T>
+void correlate_run(const Correlation<T>& c, int64_t piece) {
+  if constexpr (TAPS > 1) {
+    if (piece < TAPS) return correlate_run<N, TAPS - 1>(c, piece);
+  }
+  correlate_lines<N, TAPS>(c);
+}
+
+// `length` sums of each line, and up to kShortRun - 1 more that mean nothing.
+template <typename T>
+void correlate(Correlation<T> c, int64_t length) {
+  const int64_t piece = piece_of(c.taps);
+  while (length > 0) {
+    const int64_t run = length > kShortRun ? kRun : kShortRun;
+    if (run == kRun) {
+      correlate_run<kRun>(c, piece);
+    } else {
+      correlate_run<kShortRun>(c, piece);
+    }
+    c.in += run * c.in_step;
+    c.start += run * c.start_step;
+    c.out += run * c.out_step;
+    length -= run;
+  }
+}
+
+// ---- gradients of weights -------------------------------------------------------------------
+
+// out[t] += sum over all lines and q < length of gradient[q] in[q + t]; for a square kernel with
+// further lines of `in`, each into sums of its own. All steps in elements.
+template <typename T>
+struct Products {
+  const T* gradient;
+  int64_t gradient_step, gradient_line;
+  const T* in;
+  int64_t in_step, in_line;
+  double* out;
+  int64_t out_step, out_line;
+  int64_t taps, length, lines;
+};
+
+template <typename T>
+[[gnu::always_inline]] inline void add_to_double(Vector<T> sum, double* out) {
+  T lanes[kLanes<T>];
+  store(lanes, sum);
+  for (int l = 0; l < kLanes<T>; ++l) out[l] += static_cast<double>(lanes[l]);
+}
+
+// Sums run in T over one call, some hundred products, and then move on in double.
+template <int LINES, int TAPS, typename T>
+[[gnu::noinline]] void multiply_lines(const Products<T>& p) {
+  constexpr int held = kVectorRegisters - 2 - LINES * TAPS >= 8 ? 8 : 4;
+  Vector<T> sum[LINES][TAPS] = {};
+  const T *gradient_line = p.gradient, *in_line = p.in;
+  for (int64_t line = 0; line < p.lines; ++line) {
+    const T *from = gradient_line, *in = in_line;
+    int64_t q = 0;
+    for (; q + held <= p.length; q += held) {
+      Vector<T> gradient[held];
+#pragma GCC unroll 8
+      for (int h = 0; h < held; ++h) gradient[h] = load(from + h * p.gradient_step);
+#pragma GCC unroll 8
+      for (int k = 0; k < LINES; ++k) {
+#pragma GCC unroll 32
+        for (int i = 0; i < held + TAPS - 1; ++i) {
+          const Vector<T> value = load(in + k * p.in_line + i * p.in_step);
+#pragma GCC unroll 8
+          for (int h = 0; h < held; ++h) {
+            if (i - h >= 0 && i - h < TAPS) sum[k][i - h] += gradient[h] * value;
+          }
+        }
+      }
+      from += held * p.gradient_step;
+      in += held * p.in_step;
+    }
+    for (; q < p.length; ++q) {
+      const Vector<T> gradient = load(from);
+#pragma GCC unroll 8
+      for (int k = 0; k < LINES; ++k) {
+#pragma GCC unroll 16
+        for (int t = 0; t < TAPS; ++t) {
+          sum[k][t] += gradient * load(in + k * p.in_line + t * p.in_step);
+        }
+      }
+      from += p.gradient_step;
+      in += p.in_step;
+    }
+    gradient_line += p.gradient_line;
+    in_line += p.in_line;
+  }
+#pragma GCC unroll 8
+  for (int k = 0; k < LINES; ++k) {
+#pragma GCC unroll 16
+    for (int t = 0; t < TAPS; ++t)
+      add_to_double<T>(sum[k][t], p.out + k * p.out_line + t * p.out_step);
+  }
+}
+
+template <int TAPS = kMostTaps, typename T>
+void multiply_piece(const Products<T>& p, int64_t taps) {
+  if constexpr (TAPS > 1) {
+    if (taps < TAPS) return multiply_piece<TAPS - 1>(p, taps);
+  }
+  multiply_lines<1, TAPS>(p);
+}
+
+template <typename T>
+void multiply(Products<T> p) {
+  const int64_t pieces = (p.taps + kMostTaps - 1) / kMostTaps;
+  int64_t done = 0;
+  for (int64_t left = pieces; left > 0; --left) {
+    const int64_t taps = (p.taps - done + left - 1) / left;
+    multiply_piece(p, taps);
+    p.in += taps * p.in_step;
+    p.out += taps * p.out_step;
+    done += taps;
+  }
+}
+
+// Of a square kernel of TAPS x TAPS, as many lines at once as there are registers for: fewer sums
+// than 8 wait for themselves.
+template <int TAPS, typename T>
+int64_t multiply_squares(Products<T>& p, int64_t kernel_lines) {
+  constexpr int room = kVectorRegisters >= 32 ? 25 : 10;
+  constexpr int lines = room / TAPS < TAPS ? room / TAPS : TAPS;
+  for (; kernel_lines >= lines; kernel_lines -= lines) {
+    multiply_lines<lines, TAPS>(p);
+    p.in += lines * p.in_line;
+    p.out += lines * p.out_line;
+  }
+  return kernel_lines;
+}
+
+template <typename T>
+void multiply_square(Products<T> p, int64_t kernel_lines) {
+  if (p.taps == 3) kernel_lines = multiply_squares<3>(p, kernel_lines);
+  if (p.taps == 5) kernel_lines = multiply_squares<5>(p, kernel_lines);
+  if (p.taps == 7) kernel_lines = multiply_squares<7>(p, kernel_lines);
+  for (; kernel_lines > 0; --kernel_lines) {
+    multiply(p);
+    p.in += p.in_line;
+    p.out += p.out_line;
+  }
+}
+
+// out += sum over all lines and q < length of in[q].
+template <typename T>
+void add_up(const T* in, int64_t step, int64_t line, int64_t length, int64_t lines, double* out) {
+  Vector<T> sum[4] = {};
+  for (int64_t i = 0; i < lines; ++i, in += line) {
+    int64_t q = 0;
+    for (; q + 4 <= length; q += 4) {
+#pragma GCC unroll 4
+      for (int k = 0; k < 4; ++k) sum[k] += load(in + (q + k) * step);
+    }
+    for (; q < length; ++q) sum[0] += load(in + q * step);
+  }
+  add_to_double<T>((sum[0] + sum[1]) + (sum[2] + sum[3]), out);
+}
+
+// ---- a block of work ------------------------------------------------------------------------
+
+// (pixels, rows) of vectors.
+template <typename T>
+struct Buffer {
+  T* first;       // the block's first pixel
+  int64_t pixel;  // elements from pixel to pixel
+  T* at(int64_t column, int64_t row) const { return first + column * pixel + row * kLanes<T>; }
+};
 
 template <typename T>
 struct Strip {
   Taps<T> row, column;
-  T row_bias, column_bias;
-  T* rows;  // row_i(a), or null where it is not needed
+  T* row_bias;
+  Buffer<T> gradient;  // dr_i
+  // Where the gradients begin among the partial sums, in vectors.
+  int64_t row_sums, row_bias_sums, column_sums;
 };
 
-// What both directions share: geometry, buffers and weights of the plane at hand.
 template <typename T>
-struct Workspace {
-  int64_t height, width, padded_width;  // padded_width: whole vectors
-  int64_t margin_x, margin_y, stride;
+struct Space {
+  int64_t blocks, width;  // blocks of columns and the width of all but the last
   int64_t branch_count;
-
+  int64_t reach_row, reach_column;  // farthest
+  int64_t reach_square_y, reach_square_x;
+  // Pixels beyond the block that it computes of a, dr and da, where the image goes on.
+  int64_t border_a, border_r, border_da;
   Taps<T> square;
-  T square_bias;
+  T* square_bias;
+  T* zero;
   Strip<T>* strips;
-  // Branches by falling row size, the order row_tile wants.
-  int64_t* by_row_size;
-  T* x;  // unused (null) without a square kernel
-  T* a;
-
-  int64_t plane_elements() const { return margin_x + stride * (height + 2 * margin_y); }
-  T* take_plane(Arena& arena) const {
-    T* first = arena.take<T>(plane_elements());
-    return first == nullptr ? nullptr : first + margin_x + margin_y * stride;
-  }
+  Buffer<T> x, a, dy, da, r;
+  int64_t da_rows;
+  // Partial sums, in vectors.
+  int64_t square_sums, square_bias_sums, dy_sums, sums;
+  double* sum;
 };
 
 template <typename T>
-Workspace<T> lay_out(const Problem& p, Arena& arena) {
-  Workspace<T> w{};
-  w.height = p.h;
-  w.width = p.w;
-  w.padded_width = round_up(p.w, kLanes<T>);
-  w.branch_count = p.branch_count;
-  w.strips = arena.take<Strip<T>>(p.branch_count);
-  w.by_row_size = arena.take<int64_t>(p.branch_count);
-  int64_t reach_x = 0, reach_y = 0;
+Space<T> lay_out(const Problem& p, Arena& arena) {
+  constexpr int64_t lanes = kLanes<T>;
+  Space<T> s{};
+  s.branch_count = p.branch_count;
+  s.strips = arena.take<Strip<T>>(p.branch_count);
+  // An empty image has gradients of weights too: zeros.
+  const int64_t h = larger(p.h, 1), w = larger(p.w, 1);
+  const auto take_taps = [&](int64_t height, int64_t width) {
+    return Taps<T>{arena.take<T>(height * width * lanes), height, width};
+  };
+  const auto take_sums = [&](int64_t count) {
+    s.sums += count;
+    return s.sums - count;
+  };
   if (p.square_weight != nullptr) {
-    w.square.height = cropped(p.square_size, p.h);
-    w.square.width = cropped(p.square_size, p.w);
-    w.square.weight = arena.take<T>(w.square.height * w.square.width);
-    reach_x = w.square.width / 2;
-    reach_y = w.square.height / 2;
+    s.square = take_taps(cropped(p.square_size, h), cropped(p.square_size, w));
+    s.reach_square_y = s.square.height / 2;
+    s.reach_square_x = s.square.width / 2;
   }
+  s.square_sums = take_sums(s.square.height * s.square.width);
+  s.square_bias_sums = take_sums(1);
+  s.dy_sums = take_sums(1);
   for (int64_t i = 0; i < p.branch_count; ++i) {
-    const int64_t row = cropped(p.branches[i].row_size, p.w);
-    const int64_t column = cropped(p.branches[i].column_size, p.h);
-    T* row_weight = arena.take<T>(row);
-    T* column_weight = arena.take<T>(column);
+    const Taps<T> row = take_taps(1, cropped(p.branches[i].row_size, w));
+    const Taps<T> column = take_taps(cropped(p.branches[i].column_size, h), 1);
+    T* bias = arena.take<T>(lanes);
+    s.reach_row = larger(s.reach_row, row.width / 2);
+    s.reach_column = larger(s.reach_column, column.height / 2);
+    const int64_t row_sums = take_sums(row.width), row_bias_sums = take_sums(1);
+    const int64_t column_sums = take_sums(column.height);
     if (arena.base != nullptr) {
-      w.strips[i] = {{row_weight, 1, row}, {column_weight, column, 1}, T(0), T(0), nullptr};
-      // Insertion by falling row size.
-      int64_t at = i;
-      for (; at > 0 && w.strips[w.by_row_size[at - 1]].row.width < row; --at) {
-        w.by_row_size[at] = w.by_row_size[at - 1];
-      }
-      w.by_row_size[at] = i;
-    }
-    reach_x = larger(reach_x, row / 2);
-    reach_y = larger(reach_y, column / 2);
-  }
-  w.margin_x = round_up(reach_x, kLanes<T>);
-  w.margin_y = reach_y;
-  w.stride = w.padded_width + w.margin_x;
-  w.x = p.square_weight != nullptr ? w.take_plane(arena) : nullptr;
-  w.a = w.take_plane(arena);
-  return w;
-}
-
-// ---- moving planes and weights in and out -----------------------------------------------------
-
-template <typename S, typename T>
-void load_plane(const Workspace<T>& w, const S* from, T* to) {
-  for (int64_t i = 0; i < w.height; ++i) {
-    for (int64_t j = 0; j < w.width; ++j) to[i * w.stride + j] = widen(from[i * w.width + j]);
-    for (int64_t j = w.width; j < w.padded_width; ++j) to[i * w.stride + j] = T(0);
-  }
-}
-
-template <typename S, typename T>
-void store_plane(const Workspace<T>& w, const T* from, S* to) {
-  for (int64_t i = 0; i < w.height; ++i) {
-    for (int64_t j = 0; j < w.width; ++j) narrow(to[i * w.width + j], from[i * w.stride + j]);
-  }
-}
-
-template <typename T>
-void clear_tail(const Workspace<T>& w, T* plane) {
-  for (int64_t i = 0; i < w.height; ++i) {
-    for (int64_t j = w.width; j < w.padded_width; ++j) plane[i * w.stride + j] = T(0);
-  }
-}
-
-// Channel c of a (C, height, width) weight, cropped to the middle.
-template <typename S, typename T>
-void load_taps(const void* weight, int64_t c, int64_t height, int64_t width, const Taps<T>& to) {
-  const S* from = static_cast<const S*>(weight) + c * height * width +
-                  (height - to.height) / 2 * width + (width - to.width) / 2;
-  for (int64_t i = 0; i < to.height; ++i) {
-    for (int64_t j = 0; j < to.width; ++j) {
-      to.weight[i * to.width + j] = widen(from[i * width + j]);
+      s.strips[i] = {row, column, bias, {}, row_sums, row_bias_sums, column_sums};
     }
   }
+  s.square_bias = arena.take<T>(lanes);
+  s.zero = arena.take<T>(lanes);
+  s.sum = arena.take<double>(s.sums * lanes);
+
+  const auto odd = [](int64_t rows) { return rows | 1; };
+  const int64_t x_rows = odd(kBand + 2 * s.reach_square_y),
+                dy_rows = odd(kBand + 2 * s.reach_column);
+  // The last band makes the rows of dx that are late as well, in whole runs.
+  s.da_rows = kBand + 3 * s.reach_square_y + kShortRun - 1;
+  const int64_t column = x_rows + odd(kBand) * (1 + p.branch_count) + dy_rows + odd(s.da_rows);
+  const int64_t around = 2 * (s.reach_row + s.reach_square_x) + kTile;
+  const int64_t widest = larger(kBlockBytes / (column * kVectorBytes) - around, 2 * kTile);
+  s.blocks = (w + widest - 1) / widest;
+  s.width = (w + s.blocks - 1) / s.blocks;
+  if (s.blocks > 1) {
+    s.border_a = s.reach_row;
+    s.border_da = s.reach_square_x;
+    s.border_r = s.reach_row + s.reach_square_x;
+  }
+  const auto take = [&](int64_t margin, int64_t rows, int64_t beyond) {
+    T* first = arena.take<T>((s.width + 2 * margin + beyond) * rows * lanes);
+    return Buffer<T>{first == nullptr ? nullptr : first + margin * rows * lanes, rows * lanes};
+  };
+  // What runs along rows read and write beyond the last pixel.
+  const int64_t beyond = s.blocks == 1 && s.width % kShortRun == 0 ? 0 : kShortRun - 1;
+  if (p.square_weight != nullptr) s.x = take(s.border_a + s.reach_square_x, x_rows, 0);
+  s.a = take(s.reach_row, odd(kBand), beyond);
+  s.dy = take(s.border_r, dy_rows, beyond);
+  s.da = take(s.reach_square_x, odd(s.da_rows), beyond);
+  for (int64_t i = 0; i < p.branch_count; ++i) {
+    const Buffer<T> gradient = take(s.border_da + s.reach_row, odd(kBand), beyond);
+    if (arena.base != nullptr) s.strips[i].gradient = gradient;
+  }
+  s.r = {arena.take<T>(kTile * odd(kBand) * lanes), odd(kBand) * lanes};
+  return s;
+}
+
+// What is to be computed.
+struct Needs {
+  bool x, square_weight, square_bias;
+  bool a, dr, da, dy_sum;
+};
+
+Needs needs_of(const Problem& p, const Gradients& gradients) {
+  Needs needs{};
+  needs.square_weight = gradients.square_weight != nullptr;
+  needs.square_bias = gradients.square_bias != nullptr;
+  needs.da = gradients.x != nullptr || needs.square_weight || needs.square_bias;
+  needs.dr = needs.da;
+  for (int64_t i = 0; i < p.branch_count; ++i) {
+    const BranchGradients& wanted = gradients.branches[i];
+    needs.a = needs.a || wanted.row_weight != nullptr || wanted.column_weight != nullptr;
+    needs.dr = needs.dr || wanted.row_weight != nullptr || wanted.row_bias != nullptr;
+    needs.dy_sum = needs.dy_sum || wanted.column_bias != nullptr;
+  }
+  needs.x = needs.a || needs.square_weight;
+  return needs;
 }
 
 template <typename S, typename T>
-T load_bias(const void* bias, int64_t c) {
-  return bias == nullptr ? T(0) : widen(static_cast<const S*>(bias)[c]);
-}
-
-template <typename S, typename T>
-void load_weights(const Problem& p, int64_t c, Workspace<T>& w) {
+void load_weights(const Problem& p, const Group& group, const Space<T>& s) {
   if (p.square_weight != nullptr) {
-    load_taps<S>(p.square_weight, c, p.square_size, p.square_size, w.square);
+    load_taps<S>(p.square_weight, group, p.square_size, p.square_size, s.square);
   }
-  w.square_bias = load_bias<S, T>(p.square_bias, c);
+  store(s.square_bias, bias_of<S, T>(p.square_bias, group));
   for (int64_t i = 0; i < p.branch_count; ++i) {
     const Branch& branch = p.branches[i];
-    Strip<T>& strip = w.strips[i];
-    load_taps<S>(branch.row_weight, c, 1, branch.row_size, strip.row);
-    load_taps<S>(branch.column_weight, c, branch.column_size, 1, strip.column);
-    strip.row_bias = load_bias<S, T>(branch.row_bias, c);
-    strip.column_bias = load_bias<S, T>(branch.column_bias, c);
+    const Strip<T>& strip = s.strips[i];
+    load_taps<S>(branch.row_weight, group, 1, branch.row_size, strip.row);
+    load_taps<S>(branch.column_weight, group, branch.column_size, 1, strip.column);
+    store(strip.row_bias, bias_of<S, T>(branch.row_bias, group));
   }
 }
 
-// The adjoint of a correlation is the correlation with the flipped kernel.
-template <typename T>
-void flip(const Taps<T>& taps) {
-  for (int64_t i = 0, j = taps.height * taps.width - 1; i < j; ++i, --j) {
-    const T swapped = taps.weight[i];
-    taps.weight[i] = taps.weight[j];
-    taps.weight[j] = swapped;
-  }
-}
-
-// ---- correlation: several inputs, one output ----------------------------------------------------
-
-template <typename T>
-struct Term {
-  const T* in;
-  Taps<T> taps;
+// Where a block of work lies in the image at hand.
+struct Place {
+  Group channels;
+  int64_t n, left, width;
+  int64_t columns;  // of the image
+  // The first and the last pixel, counted from the block's first, of what reaches `border` beyond.
+  int64_t begin(int64_t border) const { return larger(-border, -left); }
+  int64_t end(int64_t border) const { return smaller(width + border, columns - left); }
 };
 
-// Adds one input row, times its taps, to the output rows FIRST..LAST of a tile.
-template <int FIRST, int LAST, typename T, int ROWS, int VECTORS>
-[[gnu::always_inline]] inline void add_input_row(Vector<T> (&sum)[ROWS][VECTORS], const T* in,
-                                                 const T* weight, int64_t width) {
-  // `weight` is the tap row that meets output row 0; output row q meets the one q earlier.
-  for (int64_t s = 0; s < width; ++s) {
-    Vector<T> v[VECTORS];
-#pragma GCC unroll 8
-    for (int k = 0; k < VECTORS; ++k) v[k] = load(in + s + k * kLanes<T>);
-#pragma GCC unroll 8
-    for (int q = FIRST; q <= LAST; ++q) {
-      const Vector<T> tap = broadcast(weight[s - q * width]);
-#pragma GCC unroll 8
-      for (int k = 0; k < VECTORS; ++k) sum[q][k] += tap * v[k];
+// Rows [from, to) of the image, zeros beyond it, and pixels as far as `border` beyond the block.
+template <typename S, typename T>
+void load_image(const Problem& p, const void* image, bool channels_last, const Place& place,
+                int64_t border, int64_t from, int64_t to, const Buffer<T>& buffer, int64_t row) {
+  const int64_t begin = place.begin(border), count = place.end(border) - begin;
+  for (int64_t i = from; i < to; ++i, ++row) {
+    T* out = buffer.at(begin, row);
+    if (i < 0 || i >= p.h) {
+      for (int64_t j = 0; j < count; ++j) store(out + j * buffer.pixel, Vector<T>{});
+    } else if (channels_last) {
+      const int64_t pixel = (place.n * p.h + i) * p.w + place.left + begin;
+      load_channels_last(static_cast<const S*>(image) + pixel * p.c + place.channels.first, p.c,
+                         place.channels.count, count, out, buffer.pixel);
+    } else {
+      const int64_t line = (place.n * p.c + place.channels.first) * p.h + i;
+      load_channels_first(static_cast<const S*>(image) + line * p.w + place.left + begin, p.h * p.w,
+                          place.channels.count, count, out, buffer.pixel);
     }
   }
 }
 
-// out[i.., j..] = init + constant + sum of the terms, ROWS x VECTORS vectors held in registers.
-// Every input row is loaded once and goes to each output row it reaches: fewer than ROWS of them
-// for the first and the last ROWS - 1 input rows. Needs taps.height >= ROWS - 1.
-template <int ROWS, int VECTORS, typename T>
-void correlate_tile(const Workspace<T>& w, const Term<T>* terms, int64_t count, const T* init,
-                    T constant, T* out, int64_t i, int64_t j) {
-  Vector<T> sum[ROWS][VECTORS];
-#pragma GCC unroll 8
-  for (int q = 0; q < ROWS; ++q) {
-#pragma GCC unroll 8
-    for (int k = 0; k < VECTORS; ++k) {
-      sum[q][k] = broadcast(constant);
-      if (init != nullptr) sum[q][k] += load(init + (i + q) * w.stride + j + k * kLanes<T>);
-    }
-  }
-  for (int64_t term = 0; term < count; ++term) {
-    const int64_t height = terms[term].taps.height, width = terms[term].taps.width;
-    const T* in = terms[term].in + (i - height / 2) * w.stride + j - width / 2;
-    const T* weight = terms[term].taps.weight;
-    if constexpr (ROWS == 4) {
-      add_input_row<0, 0, T>(sum, in, weight, width);
-      add_input_row<0, 1, T>(sum, in + w.stride, weight + width, width);
-      add_input_row<0, 2, T>(sum, in + 2 * w.stride, weight + 2 * width, width);
-    }
-    for (int64_t p = ROWS - 1; p < height; ++p) {
-      add_input_row<0, ROWS - 1, T>(sum, in + p * w.stride, weight + p * width, width);
-    }
-    if constexpr (ROWS == 4) {
-      in += height * w.stride;
-      weight += height * width;
-      add_input_row<1, 3, T>(sum, in, weight, width);
-      add_input_row<2, 3, T>(sum, in + w.stride, weight + width, width);
-      add_input_row<3, 3, T>(sum, in + 2 * w.stride, weight + 2 * width, width);
-    }
-  }
-#pragma GCC unroll 8
-  for (int q = 0; q < ROWS; ++q) {
-#pragma GCC unroll 8
-    for (int k = 0; k < VECTORS; ++k) {
-      store(out + (i + q) * w.stride + j + k * kLanes<T>, sum[q][k]);
+// `rows` rows of the block, from row `row` of the image on.
+template <typename S, typename T>
+void store_image(const Problem& p, const Place& place, int64_t row, int64_t rows, const T* from,
+                 int64_t pixel, S* image) {
+  for (int64_t i = row; i < row + rows; ++i, from += kLanes<T>) {
+    if (p.channels_last) {
+      const int64_t first = (place.n * p.h + i) * p.w + place.left;
+      store_channels_last(from, pixel, p.c, place.channels.count, place.width,
+                          image + first * p.c + place.channels.first);
+    } else {
+      const int64_t line = (place.n * p.c + place.channels.first) * p.h + i;
+      store_channels_first(from, pixel, p.h * p.w, place.channels.count, place.width,
+                           image + line * p.w + place.left);
     }
   }
 }
 
-template <int ROWS, typename T>
-void correlate_rows(const Workspace<T>& w, const Term<T>* terms, int64_t count, const T* init,
-                    T constant, T* out, int64_t i) {
+template <typename T>
+void clear_rows(const Buffer<T>& buffer, int64_t begin, int64_t end, int64_t from, int64_t to) {
+  for (int64_t j = begin; j < end; ++j) clear(buffer.at(j, from), buffer.at(j, to));
+}
+
+// The last `kept` rows of a band of `kBand` more become its first ones.
+template <typename T>
+void move_rows(const Buffer<T>& buffer, int64_t begin, int64_t end, int64_t kept) {
+  for (int64_t j = begin; j < end; ++j) {
+    move_down(buffer.at(j, kBand), kept * kLanes<T>, buffer.at(j, 0));
+  }
+}
+
+// a, from x.
+template <typename T>
+void square_stage(const Space<T>& s, const Place& place, int64_t rows) {
   constexpr int64_t lanes = kLanes<T>;
-  // 4 x 4 sums, 4 inputs and a tap fit into 32 registers; 4 x 2 sums into 16.
-  constexpr int wide = kVectorRegisters >= 32 ? 4 : 2;
-  int64_t j = 0;
-  for (; j + wide * lanes <= w.padded_width; j += wide * lanes) {
-    correlate_tile<ROWS, wide>(w, terms, count, init, constant, out, i, j);
+  const int64_t begin = place.begin(s.border_a);
+  Correlation<T> c{};
+  c.in = s.x.at(begin - s.reach_square_x, 0);
+  c.in_step = lanes;
+  c.in_line = s.x.pixel;
+  c.weight = s.square.weight;
+  c.weight_step = s.square.width * lanes;
+  c.weight_line = lanes;
+  c.taps = s.square.height;
+  c.kernel_lines = s.square.width;
+  c.start = s.square_bias;
+  c.out = s.a.at(begin, 0);
+  c.out_step = lanes;
+  c.out_line = s.a.pixel;
+  c.lines = place.end(s.border_a) - begin;
+  correlate(c, rows);
+}
+
+// dr_i of the pixels [begin, end).
+template <typename T>
+void column_stage(const Space<T>& s, const Strip<T>& strip, int64_t begin, int64_t end,
+                  int64_t rows) {
+  constexpr int64_t lanes = kLanes<T>;
+  Correlation<T> c{};
+  c.in = s.dy.at(begin, s.reach_column - strip.column.height / 2);
+  c.in_step = lanes;
+  c.in_line = s.dy.pixel;
+  c.weight = strip.column.weight + (strip.column.height - 1) * lanes;
+  c.weight_step = -lanes;
+  c.taps = strip.column.height;
+  c.kernel_lines = 1;
+  c.start = s.zero;
+  c.out = strip.gradient.at(begin, 0);
+  c.out_step = lanes;
+  c.out_line = strip.gradient.pixel;
+  c.lines = end - begin;
+  correlate(c, rows);
+}
+
+// dr_i of the pixels [begin, end), at most kTile, and their share of the branch's gradients.
+template <typename T>
+void strip_stage(const Space<T>& s, const Strip<T>& strip, const BranchGradients& wanted,
+                 bool gradient, int64_t begin, int64_t end, int64_t rows) {
+  constexpr int64_t lanes = kLanes<T>;
+  if (wanted.column_weight != nullptr) {
+    Correlation<T> c{};
+    c.in = s.a.at(begin - strip.row.width / 2, 0);
+    c.in_step = s.a.pixel;
+    c.in_line = lanes;
+    c.weight = strip.row.weight;
+    c.weight_step = lanes;
+    c.taps = strip.row.width;
+    c.kernel_lines = 1;
+    c.start = strip.row_bias;
+    c.out = s.r.first;
+    c.out_step = s.r.pixel;
+    c.out_line = lanes;
+    c.lines = rows;
+    correlate(c, end - begin);
+
+    // Tap t of a column meets dy t rows further up: from the last tap to the first.
+    Products<T> p{};
+    p.gradient = s.r.first;
+    p.gradient_step = lanes;
+    p.gradient_line = s.r.pixel;
+    p.in = s.dy.at(begin, s.reach_column - strip.column.height / 2);
+    p.in_step = lanes;
+    p.in_line = s.dy.pixel;
+    p.out = s.sum + (strip.column_sums + strip.column.height - 1) * lanes;
+    p.out_step = -lanes;
+    p.taps = strip.column.height;
+    p.length = rows;
+    p.lines = end - begin;
+    multiply(p);
   }
-  if constexpr (wide == 4) {
-    for (; j + 2 * lanes <= w.padded_width; j += 2 * lanes) {
-      correlate_tile<ROWS, 2>(w, terms, count, init, constant, out, i, j);
+  if (!gradient) return;
+  column_stage(s, strip, begin, end, rows);
+  if (wanted.row_weight != nullptr) {
+    Products<T> p{};
+    p.gradient = strip.gradient.at(begin, 0);
+    p.gradient_step = strip.gradient.pixel;
+    p.gradient_line = lanes;
+    p.in = s.a.at(begin - strip.row.width / 2, 0);
+    p.in_step = s.a.pixel;
+    p.in_line = lanes;
+    p.out = s.sum + strip.row_sums * lanes;
+    p.out_step = lanes;
+    p.taps = strip.row.width;
+    p.length = end - begin;
+    p.lines = rows;
+    multiply(p);
+  }
+  if (wanted.row_bias != nullptr) {
+    add_up(strip.gradient.at(begin, 0), lanes, strip.gradient.pixel, rows, end - begin,
+           s.sum + strip.row_bias_sums * lanes);
+  }
+}
+
+// da, from dy and all dr_i.
+template <typename T>
+void row_stage(const Space<T>& s, const Place& place, int64_t rows) {
+  constexpr int64_t lanes = kLanes<T>;
+  const int64_t begin = place.begin(s.border_da), end = place.end(s.border_da);
+  const int64_t before = 2 * s.reach_square_y;
+  // Half the rows at a time: then what two neighbouring runs read is still in the L1 cache.
+  constexpr int64_t half = kBand / 2;
+  for (int64_t row = 0; row < rows; row += half) {
+    for (int64_t j = begin; j < end; j += kTile) {
+      Correlation<T> c{};
+      c.in_line = lanes;
+      c.weight_step = -lanes;
+      c.kernel_lines = 1;
+      c.start = s.dy.at(j, s.reach_column + row);
+      c.start_step = s.dy.pixel;
+      c.start_line = lanes;
+      c.out = s.da.at(j, before + row);
+      c.out_step = s.da.pixel;
+      c.out_line = lanes;
+      c.lines = smaller(half, rows - row);
+      for (int64_t i = 0; i < s.branch_count; ++i) {
+        const Strip<T>& strip = s.strips[i];
+        c.in = strip.gradient.at(j - strip.row.width / 2, row);
+        c.in_step = strip.gradient.pixel;
+        c.weight = strip.row.weight + (strip.row.width - 1) * lanes;
+        c.taps = strip.row.width;
+        correlate(c, smaller(kTile, end - j));
+        c.start = c.out;
+        c.start_step = c.out_step;
+      }
+      if (s.branch_count > 0) continue;
+      for (int64_t k = j; k < smaller(j + kTile, end); ++k) {
+        move_down(s.dy.at(k, s.reach_column + row), c.lines * lanes, s.da.at(k, before + row));
+      }
     }
   }
-  for (; j < w.padded_width; j += lanes) {
-    correlate_tile<ROWS, 1>(w, terms, count, init, constant, out, i, j);
-  }
+  const int64_t written = begin + round_up(end - begin, kShortRun);
+  clear_rows(s.da, end, written, before, before + rows);
 }
 
-// out = init (null: nothing) + constant + sum over terms of taps * in, zero right of the image.
-// `out` is none of the inputs; it may be `init`.
+// The square kernel's gradient, from da and x.
 template <typename T>
-void correlate(const Workspace<T>& w, const Term<T>* terms, int64_t count, const T* init,
-               T constant, T* out) {
-  bool tall = w.height >= 4;
-  for (int64_t term = 0; term < count; ++term) tall = tall && terms[term].taps.height >= 3;
-  int64_t i = 0;
-  if (tall) {
-    for (; i + 4 <= w.height; i += 4) correlate_rows<4>(w, terms, count, init, constant, out, i);
-  }
-  for (; i < w.height; ++i) correlate_rows<1>(w, terms, count, init, constant, out, i);
-  clear_tail(w, out);
+void square_products(const Space<T>& s, const Place& place, int64_t rows) {
+  constexpr int64_t lanes = kLanes<T>;
+  Products<T> p{};
+  p.gradient = s.da.at(0, 2 * s.reach_square_y);
+  p.gradient_step = lanes;
+  p.gradient_line = s.da.pixel;
+  p.in = s.x.at(-s.reach_square_x, 0);
+  p.in_step = lanes;
+  p.in_line = s.x.pixel;
+  p.out = s.sum + s.square_sums * lanes;
+  p.out_step = s.square.width * lanes;
+  p.out_line = lanes;
+  p.taps = s.square.height;
+  p.length = rows;
+  p.lines = place.width;
+  multiply_square(p, s.square.width);
 }
 
-// ---- rows: one input, several outputs -----------------------------------------------------------
+// dx, `rows` rows of the image from row `row` on, from da, whose row `at` is the first they need.
+template <typename S, typename T>
+void store_x_gradient(const Problem& p, const Space<T>& s, const Place& place, int64_t row,
+                      int64_t rows, int64_t at, S* image) {
+  constexpr int64_t lanes = kLanes<T>;
+  if (p.square_weight == nullptr) {
+    store_image(p, place, row, rows, s.da.at(0, at), s.da.pixel, image);
+    return;
+  }
+  for (int64_t done = 0; done < rows; done += kBand) {
+    const int64_t some = smaller(kBand, rows - done);
+    Correlation<T> c{};
+    c.in = s.da.at(-s.reach_square_x, at + done);
+    c.in_step = lanes;
+    c.in_line = s.da.pixel;
+    c.weight = s.square.weight + (s.square.height * s.square.width - 1) * lanes;
+    c.weight_step = -s.square.width * lanes;
+    c.weight_line = -lanes;
+    c.taps = s.square.height;
+    c.kernel_lines = s.square.width;
+    c.start = s.zero;
+    c.out = s.a.first;  // which is no longer needed
+    c.out_step = lanes;
+    c.out_line = s.a.pixel;
+    c.lines = place.width;
+    correlate(c, some);
+    store_image(p, place, row + done, some, s.a.first, s.a.pixel, image);
+  }
+}
 
-template <typename T, int BRANCHES>
-struct RowPass {
-  const T* weight[BRANCHES];  // the middle tap
-  int64_t reach[BRANCHES];    // taps on either side of it, falling
-  T bias[BRANCHES];
-  T* out[BRANCHES];
+template <typename S, typename T>
+void backward_image(const Problem& p, const Gradients& gradients, const Needs& needs,
+                    const Space<T>& s, const Place& place) {
+  const int64_t reach = s.reach_square_y, column = s.reach_column;
+  const int64_t border_x = s.border_a + s.reach_square_x;
+  clear_rows(s.da, place.begin(s.border_da), place.end(s.border_da), 0, 2 * reach);
+  for (int64_t top = 0, stored = 0; top < p.h; top += kBand) {
+    const int64_t rows = smaller(kBand, p.h - top);
+    const bool first = top == 0, last = top + rows == p.h;
+    if (needs.x && p.square_weight != nullptr) {
+      if (!first) move_rows(s.x, place.begin(border_x), place.end(border_x), 2 * reach);
+      const int64_t there = first ? 0 : 2 * reach;
+      load_image<S>(p, p.x, p.channels_last, place, border_x, top - reach + there,
+                    top + kBand + reach, s.x, there);
+      if (needs.a) square_stage(s, place, rows);
+    } else if (needs.x) {
+      load_image<S>(p, p.x, p.channels_last, place, s.border_a, top, top + rows, s.a, 0);
+    }
+    if (!first) move_rows(s.dy, place.begin(s.border_r), place.end(s.border_r), 2 * column);
+    const int64_t there = first ? 0 : 2 * column;
+    load_image<S>(p, gradients.y, gradients.y_channels_last, place, s.border_r,
+                  top - column + there, top + kBand + column, s.dy, there);
+    if (needs.dy_sum) {
+      add_up(s.dy.at(0, column), kLanes<T>, s.dy.pixel, rows, place.width,
+             s.sum + s.dy_sums * kLanes<T>);
+    }
+    for (int64_t j = 0; j < place.width; j += kTile) {
+      for (int64_t i = 0; i < s.branch_count; ++i) {
+        strip_stage(s, s.strips[i], gradients.branches[i], needs.dr, j,
+                    smaller(j + kTile, place.width), rows);
+      }
+    }
+    if (!needs.da) continue;
+    for (int64_t i = 0; i < s.branch_count; ++i) {
+      column_stage(s, s.strips[i], place.begin(s.border_r), 0, rows);
+      column_stage(s, s.strips[i], place.width, place.end(s.border_r), rows);
+    }
+    if (!first) move_rows(s.da, place.begin(s.border_da), place.end(s.border_da), 2 * reach);
+    row_stage(s, place, rows);
+    if (last) {
+      clear_rows(s.da, place.begin(s.border_da), place.end(s.border_da), 2 * reach + rows,
+                 s.da_rows);
+    }
+    if (needs.square_bias) {
+      add_up(s.da.at(0, 2 * reach), kLanes<T>, s.da.pixel, rows, place.width,
+             s.sum + s.square_bias_sums * kLanes<T>);
+    }
+    if (needs.square_weight) square_products(s, place, rows);
+    if (gradients.x == nullptr) continue;
+    const int64_t ready = last ? p.h : larger(top + kBand - reach, 0);
+    store_x_gradient(p, s, place, stored, ready - stored, stored - top + reach,
+                     static_cast<S*>(gradients.x));
+    stored = ready;
+  }
+}
+
+// How the work is cut: pieces are (runs of images, groups of channels, blocks of columns).
+struct Cut {
+  int64_t groups, blocks, images, runs;  // images of a run
+  int64_t pieces() const { return runs * groups * blocks; }
 };
 
-// The taps [from, to) of the first ACTIVE branches.
-template <int ACTIVE, typename T, int BRANCHES, int ROWS, int VECTORS>
-[[gnu::always_inline]] inline void add_shifts(Vector<T> (&sum)[BRANCHES][ROWS][VECTORS],
-                                              const RowPass<T, BRANCHES>& pass, const T* in,
-                                              int64_t stride, int64_t from, int64_t to) {
-  for (int64_t s = from; s < to; ++s) {
-    Vector<T> tap[ACTIVE];
-#pragma GCC unroll 8
-    for (int b = 0; b < ACTIVE; ++b) tap[b] = broadcast(pass.weight[b][s]);
-#pragma GCC unroll 8
-    for (int q = 0; q < ROWS; ++q) {
-#pragma GCC unroll 8
-      for (int k = 0; k < VECTORS; ++k) {
-        const Vector<T> v = load(in + q * stride + s + k * kLanes<T>);
-#pragma GCC unroll 8
-        for (int b = 0; b < ACTIVE; ++b) sum[b][q][k] += tap[b] * v;
-      }
-    }
-  }
-}
-
-// A shifted load crosses a cache line and costs two; here it serves every branch that reaches so
-// far, 39 FMAs for 21 loads with 7, 11 and 21 taps.
-template <int ROWS, int VECTORS, typename T, int BRANCHES>
-void row_tile(const RowPass<T, BRANCHES>& pass, const T* in, int64_t stride, int64_t offset) {
-  Vector<T> sum[BRANCHES][ROWS][VECTORS];
-#pragma GCC unroll 8
-  for (int b = 0; b < BRANCHES; ++b) {
-#pragma GCC unroll 8
-    for (int q = 0; q < ROWS; ++q) {
-#pragma GCC unroll 8
-      for (int k = 0; k < VECTORS; ++k) sum[b][q][k] = broadcast(pass.bias[b]);
-    }
-  }
-  in += offset;
-  const int64_t* reach = pass.reach;
-  if constexpr (BRANCHES == 3) {
-    add_shifts<1>(sum, pass, in, stride, -reach[0], -reach[1]);
-    add_shifts<2>(sum, pass, in, stride, -reach[1], -reach[2]);
-    add_shifts<3>(sum, pass, in, stride, -reach[2], reach[2] + 1);
-    add_shifts<2>(sum, pass, in, stride, reach[2] + 1, reach[1] + 1);
-    add_shifts<1>(sum, pass, in, stride, reach[1] + 1, reach[0] + 1);
-  } else if constexpr (BRANCHES == 2) {
-    add_shifts<1>(sum, pass, in, stride, -reach[0], -reach[1]);
-    add_shifts<2>(sum, pass, in, stride, -reach[1], reach[1] + 1);
-    add_shifts<1>(sum, pass, in, stride, reach[1] + 1, reach[0] + 1);
-  } else {
-    add_shifts<1>(sum, pass, in, stride, -reach[0], reach[0] + 1);
-  }
-#pragma GCC unroll 8
-  for (int b = 0; b < BRANCHES; ++b) {
-#pragma GCC unroll 8
-    for (int q = 0; q < ROWS; ++q) {
-#pragma GCC unroll 8
-      for (int k = 0; k < VECTORS; ++k) {
-        store(pass.out[b] + offset + q * stride + k * kLanes<T>, sum[b][q][k]);
-      }
-    }
-  }
-}
-
-template <int ROWS, typename T, int BRANCHES>
-void row_stripe(const Workspace<T>& w, const RowPass<T, BRANCHES>& pass, const T* in, int64_t i) {
-  int64_t j = 0;
-  for (; j + 2 * kLanes<T> <= w.padded_width; j += 2 * kLanes<T>) {
-    row_tile<ROWS, 2>(pass, in, w.stride, i * w.stride + j);
-  }
-  for (; j < w.padded_width; j += kLanes<T>) {
-    row_tile<ROWS, 1>(pass, in, w.stride, i * w.stride + j);
-  }
-}
-
-template <int BRANCHES, typename T>
-void row_pass(const Workspace<T>& w, Strip<T>* const* strips, const T* in) {
-  RowPass<T, BRANCHES> pass;
-  for (int b = 0; b < BRANCHES; ++b) {
-    pass.reach[b] = strips[b]->row.width / 2;
-    pass.weight[b] = strips[b]->row.weight + pass.reach[b];
-    pass.bias[b] = strips[b]->row_bias;
-    pass.out[b] = strips[b]->rows;
-  }
-  // 3 branches x 4 rows x 2 vectors are 24 sums, for 32 registers; half of that for 16.
-  constexpr int rows = kVectorRegisters >= 32 ? 4 : 2;
-  int64_t i = 0;
-  for (; i + rows <= w.height; i += rows) row_stripe<rows>(w, pass, in, i);
-  for (; i < w.height; ++i) row_stripe<1>(w, pass, in, i);
-  for (int b = 0; b < BRANCHES; ++b) clear_tail(w, pass.out[b]);
-}
-
-// row_i(in) + bias_i into strips[i].rows, for all that have such a buffer.
 template <typename T>
-void all_rows(const Workspace<T>& w, const T* in) {
-  Strip<T>* group[3];
-  int filled = 0;
-  for (int64_t i = 0; i < w.branch_count; ++i) {
-    Strip<T>& strip = w.strips[w.by_row_size[i]];
-    if (strip.rows == nullptr) continue;
-    group[filled++] = &strip;
-    if (filled == 3) {
-      row_pass<3>(w, group, in);
-      filled = 0;
+Cut cut_of(const Problem& p, const Space<T>& s) {
+  Cut cut{};
+  cut.groups = round_up(p.c, kLanes<T>) / kLanes<T>;
+  if (p.n * p.c * p.h * p.w == 0) return cut;
+  cut.blocks = s.blocks;
+  const int64_t runs = smaller(p.n, larger(kPieces / (cut.groups * cut.blocks), 1));
+  cut.images = (p.n + runs - 1) / runs;
+  cut.runs = (p.n + cut.images - 1) / cut.images;
+  return cut;
+}
+
+template <typename S, typename T>
+void backward_piece(const Problem& p, const Gradients& gradients, int64_t piece, void* partial,
+                    void* scratch) {
+  constexpr int64_t lanes = kLanes<T>;
+  Arena arena{static_cast<char*>(scratch)};
+  const Space<T> s = lay_out<T>(p, arena);
+  const Cut cut = cut_of(p, s);
+  const int64_t left = piece % cut.blocks * s.width;
+  const int64_t channel = piece / cut.blocks % cut.groups * lanes;
+  const int64_t first = piece / cut.blocks / cut.groups * cut.images;
+  Place place{{channel, smaller(lanes, p.c - channel)}, 0, left, smaller(s.width, p.w - left), p.w};
+  load_weights<S>(p, place.channels, s);
+  for (int64_t k = 0; k < s.sums * lanes; ++k) s.sum[k] = 0;
+  if (cut.blocks > 1) {
+    // Another block may have had pixels where this one is beyond the image.
+    const auto clear_outside = [&](const Buffer<T>& buffer, int64_t margin, int64_t rows) {
+      clear_rows(buffer, -margin, place.begin(margin), 0, rows);
+      clear_rows(buffer, place.end(margin), place.width + margin, 0, rows);
+    };
+    if (p.square_weight != nullptr) {
+      clear_outside(s.x, s.border_a + s.reach_square_x, kBand + 2 * s.reach_square_y);
+    }
+    clear_outside(s.a, s.reach_row, kBand);
+    clear_outside(s.da, s.reach_square_x, s.da_rows);
+    for (int64_t i = 0; i < s.branch_count; ++i) {
+      clear_outside(s.strips[i].gradient, s.border_da + s.reach_row, kBand);
     }
   }
-  if (filled == 2) row_pass<2>(w, group, in);
-  if (filled == 1) row_pass<1>(w, group, in);
-}
-
-// ---- weight gradients: dot products of a plane with a shifted plane -----------------------------
-
-// Sums run in T over at most this many vectors and then move on in double.
-constexpr int64_t kDotRun = 64;
-
-template <int TAPS, typename T>
-[[gnu::always_inline]] inline void move_to_double(const Vector<T> (&sum)[TAPS],
-                                                  double (*lanes)[kLanes<T>]) {
-#pragma GCC unroll 16
-  for (int t = 0; t < TAPS; ++t) {
-    T values[kLanes<T>];
-    store(values, sum[t]);
-    for (int l = 0; l < kLanes<T>; ++l) lanes[t][l] += static_cast<double>(values[l]);
+  const Needs needs = needs_of(p, gradients);
+  for (place.n = first; place.n < smaller(first + cut.images, p.n); ++place.n) {
+    backward_image<S>(p, gradients, needs, s, place);
   }
+  T* to = static_cast<T*>(partial);
+  for (int64_t k = 0; k < s.sums * lanes; ++k) to[k] = static_cast<T>(s.sum[k]);
 }
 
-template <int TAPS, int LANES>
-void add_lanes(const double (&lanes)[TAPS][LANES], double* out) {
-  for (int t = 0; t < TAPS; ++t) {
-    double total = 0;
-    for (int l = 0; l < LANES; ++l) total += lanes[t][l];
-    out[t] = total;
-  }
-}
+// ---- sums of all pieces ---------------------------------------------------------------------
 
-// out[t] = sum over the image of g[i, j] * in[i + t, j], t < TAPS.
-// Four rows of g are held while the rows of `in` that meet them go by: one load serves up to four
-// products.
-template <int TAPS, typename T>
-void dot_columns(const Workspace<T>& w, const T* g, const T* in, double* out) {
-  constexpr int rows = 4;
-  double lanes[TAPS][kLanes<T>] = {};
-  for (int64_t j = 0; j < w.padded_width; j += kLanes<T>) {
-    for (int64_t start = 0; start < w.height; start += kDotRun) {
-      const int64_t end = smaller(start + kDotRun, w.height);
-      Vector<T> sum[TAPS] = {};
-      int64_t i = start;
-      for (; i + rows <= end; i += rows) {
-        Vector<T> gradient[rows];
-#pragma GCC unroll 4
-        for (int q = 0; q < rows; ++q) gradient[q] = load(g + (i + q) * w.stride + j);
-#pragma GCC unroll 16
-        for (int p = 0; p < rows + TAPS - 1; ++p) {
-          const Vector<T> v = load(in + (i + p) * w.stride + j);
-#pragma GCC unroll 4
-          for (int q = 0; q < rows; ++q) {
-            if (p - q >= 0 && p - q < TAPS) sum[p - q] += gradient[q] * v;
+template <typename S, typename T>
+struct Reduction {
+  const Problem& p;
+  const Cut& cut;
+  const T* partials;
+  int64_t sums, group;
+
+  // The gradient (C, height, width), of which the taps `first` ... of the partial sums are the
+  // middle; the others meet only zeros.
+  void reduce(int64_t first, const Taps<T>& taps, int64_t height, int64_t width,
+              void* gradient) const {
+    constexpr int64_t lanes = kLanes<T>;
+    if (gradient == nullptr) return;
+    const Group channels{group * lanes, smaller(lanes, p.c - group * lanes)};
+    const int64_t top = (height - taps.height) / 2, left = (width - taps.width) / 2;
+    const int64_t count = height * width;
+    constexpr int64_t some = 64;
+    for (int64_t from = 0; from < count; from += some) {
+      const int64_t to = smaller(from + some, count);
+      T block[some * lanes] = {};
+      for (int64_t t = from; t < to; ++t) {
+        const int64_t i = t / width - top, j = t % width - left;
+        if (i < 0 || i >= taps.height || j < 0 || j >= taps.width) continue;
+        double total[lanes] = {};
+        for (int64_t run = 0; run < cut.runs; ++run) {
+          for (int64_t k = 0; k < cut.blocks; ++k) {
+            const int64_t piece = (run * cut.groups + group) * cut.blocks + k;
+            const T* partial = partials + (piece * sums + first + i * taps.width + j) * lanes;
+            for (int l = 0; l < lanes; ++l) total[l] += static_cast<double>(partial[l]);
           }
         }
+        for (int l = 0; l < lanes; ++l) block[(t - from) * lanes + l] = static_cast<T>(total[l]);
       }
-      for (; i < end; ++i) {
-        const Vector<T> gradient = load(g + i * w.stride + j);
-#pragma GCC unroll 16
-        for (int t = 0; t < TAPS; ++t) sum[t] += gradient * load(in + (i + t) * w.stride + j);
-      }
-      move_to_double<TAPS, T>(sum, lanes);
+      store_channels_first(block, lanes, count, channels.count, to - from,
+                           static_cast<S*>(gradient) + channels.first * count + from);
     }
-  }
-  add_lanes(lanes, out);
-}
-
-// out[t] = sum over the image of g[i, j] * in[i, j + t], t < TAPS.
-template <int TAPS, typename T>
-void dot_rows(const Workspace<T>& w, const T* g, const T* in, double* out) {
-  double lanes[TAPS][kLanes<T>] = {};
-  const int64_t run = larger(1, kDotRun * kLanes<T> / w.padded_width);
-  for (int64_t start = 0; start < w.height; start += run) {
-    const int64_t end = smaller(start + run, w.height);
-    Vector<T> sum[TAPS] = {};
-    for (int64_t i = start; i < end; ++i) {
-      for (int64_t j = 0; j < w.padded_width; j += kLanes<T>) {
-        const Vector<T> gradient = load(g + i * w.stride + j);
-#pragma GCC unroll 16
-        for (int t = 0; t < TAPS; ++t) sum[t] += gradient * load(in + i * w.stride + j + t);
-      }
-    }
-    move_to_double<TAPS, T>(sum, lanes);
-  }
-  add_lanes(lanes, out);
-}
-
-// As many sums as fit into the registers beside what they are made from.
-constexpr int kMostTaps = kVectorRegisters >= 32 ? 12 : 8;
-
-template <bool COLUMNS, int TAPS = kMostTaps, typename T>
-void dot_block(const Workspace<T>& w, const T* g, const T* in, int64_t taps, double* out) {
-  if (taps == TAPS) {
-    if constexpr (COLUMNS) {
-      dot_columns<TAPS>(w, g, in, out);
-    } else {
-      dot_rows<TAPS>(w, g, in, out);
-    }
-  } else if constexpr (TAPS > 1) {
-    dot_block<COLUMNS, TAPS - 1>(w, g, in, taps, out);
-  }
-}
-
-// The gradient of one row (or, with COLUMNS, column) of taps; `in` is already moved to the first.
-template <bool COLUMNS, typename T>
-void dot(const Workspace<T>& w, const T* g, const T* in, int64_t taps, double* out) {
-  // In equal blocks: 21 taps are 11 + 10, not 12 + 9.
-  int64_t blocks = (taps + kMostTaps - 1) / kMostTaps;
-  for (int64_t done = 0; blocks > 0; --blocks) {
-    const int64_t block = (taps - done + blocks - 1) / blocks;
-    dot_block<COLUMNS>(w, g, in + done * (COLUMNS ? w.stride : 1), block, out + done);
-    done += block;
-  }
-}
-
-template <typename T>
-double plane_sum(const Workspace<T>& w, const T* plane) {
-  double lanes[1][kLanes<T>] = {};
-  for (int64_t i = 0; i < w.height; ++i) {
-    Vector<T> sum[1] = {};
-    for (int64_t j = 0; j < w.padded_width; j += kLanes<T>) {
-      sum[0] += load(plane + i * w.stride + j);
-    }
-    move_to_double<1, T>(sum, lanes);
-  }
-  double total;
-  add_lanes(lanes, &total);
-  return total;
-}
-
-// ---- the planes of one image ------------------------------------------------------------------
-
-template <typename S, typename T>
-void square_stage(const Problem& p, const S* x, Workspace<T>& w) {
-  if (p.square_weight == nullptr) {
-    load_plane(w, x, w.a);
-    return;
-  }
-  load_plane(w, x, w.x);
-  const Term<T> term{w.x, w.square};
-  correlate(w, &term, 1, static_cast<const T*>(nullptr), w.square_bias, w.a);
-}
-
-// ---- backward -----------------------------------------------------------------------------------
-
-// The stages in reverse, from dy: dR_i = column_i^T(dy); dA = dy + sum_i row_i^T(dR_i);
-// dx = square^T(dA). Nothing was saved: a and the row results are computed again where a weight
-// gradient asks for them.
-template <typename T>
-struct BackwardSpace : Workspace<T> {
-  Term<T>* terms;
-  T* gradient;        // dy
-  T* a_gradient;      // dA
-  T** rows_gradient;  // dR_i
-};
-
-template <typename T>
-BackwardSpace<T> backward_space(const Problem& p, Arena& arena) {
-  BackwardSpace<T> w{lay_out<T>(p, arena), nullptr, nullptr, nullptr, nullptr};
-  w.terms = arena.take<Term<T>>(p.branch_count);
-  w.rows_gradient = arena.take<T*>(p.branch_count);
-  w.gradient = w.take_plane(arena);
-  w.a_gradient = w.take_plane(arena);
-  for (int64_t i = 0; i < p.branch_count; ++i) {
-    T* rows = w.take_plane(arena);
-    T* rows_gradient = w.take_plane(arena);
-    if (arena.base != nullptr) {
-      w.strips[i].rows = rows;
-      w.rows_gradient[i] = rows_gradient;
-    }
-  }
-  return w;
-}
-
-// Where each gradient's taps lie among the plane's partial sums.
-struct PartialOffsets {
-  int64_t next = 0;
-  int64_t take(int64_t count) {
-    const int64_t offset = next;
-    next += count;
-    return offset;
   }
 };
 
-int64_t partial_size(const Problem& p) {
-  int64_t total = p.square_size * p.square_size + 1;
-  for (int64_t i = 0; i < p.branch_count; ++i) {
-    total += p.branches[i].row_size + p.branches[i].column_size + 2;
-  }
-  return total;
-}
-
 template <typename S, typename T>
-void backward_plane(const Problem& p, const Gradients& gradients, int64_t plane, double* partial,
-                    void* scratch) {
+void reduce_group(const Problem& p, const Gradients& gradients, int64_t group, const void* partials,
+                  void* scratch) {
   Arena arena{static_cast<char*>(scratch)};
-  BackwardSpace<T> w = backward_space<T>(p, arena);
-  load_weights<S>(p, plane % p.c, w);
-  const int64_t offset = plane * p.h * p.w;
-  load_plane(w, static_cast<const S*>(gradients.y) + offset, w.gradient);
-
-  bool needs_a = false, needs_rows = false;
-  bool needs_a_gradient = gradients.x != nullptr || gradients.square_weight != nullptr ||
-                          gradients.square_bias != nullptr;
-  bool needs_rows_gradient = needs_a_gradient;
-  for (int64_t i = 0; i < p.branch_count; ++i) {
-    const BranchGradients& wanted = gradients.branches[i];
-    needs_a = needs_a || wanted.row_weight != nullptr;
-    needs_rows = needs_rows || wanted.column_weight != nullptr;
-    needs_rows_gradient =
-        needs_rows_gradient || wanted.row_weight != nullptr || wanted.row_bias != nullptr;
-  }
-  if (needs_a || needs_rows || gradients.square_weight != nullptr) {
-    square_stage(p, static_cast<const S*>(p.x) + offset, w);
-  }
-  if (needs_rows) all_rows(w, w.a);
-
-  const double gradient_sum = plane_sum(w, w.gradient);
-  PartialOffsets offsets;
-  double* square_partial = partial + offsets.take(p.square_size * p.square_size);
-  double* square_bias_partial = partial + offsets.take(1);
+  const Space<T> s = lay_out<T>(p, arena);
+  const Cut cut = cut_of(p, s);
+  const Reduction<S, T> sums{p, cut, static_cast<const T*>(partials), s.sums, group};
+  const Taps<T> one{nullptr, 1, 1};
+  sums.reduce(s.square_sums, s.square, p.square_size, p.square_size, gradients.square_weight);
+  sums.reduce(s.square_bias_sums, one, 1, 1, gradients.square_bias);
   for (int64_t i = 0; i < p.branch_count; ++i) {
     const Branch& branch = p.branches[i];
     const BranchGradients& wanted = gradients.branches[i];
-    Strip<T>& strip = w.strips[i];
-    const int64_t row = strip.row.width, column = strip.column.height;
-    // Partial sums of cropped taps stay at the zeros they were given.
-    double* row_partial = partial + offsets.take(branch.row_size) + (branch.row_size - row) / 2;
-    double* row_bias_partial = partial + offsets.take(1);
-    double* column_partial =
-        partial + offsets.take(branch.column_size) + (branch.column_size - column) / 2;
-    double* column_bias_partial = partial + offsets.take(1);
-
-    *column_bias_partial = gradient_sum;
-    if (wanted.column_weight != nullptr) {
-      dot<true>(w, w.gradient, strip.rows - column / 2 * w.stride, column, column_partial);
-    }
-    if (!needs_rows_gradient) continue;
-    flip(strip.column);
-    const Term<T> term{w.gradient, strip.column};
-    correlate(w, &term, 1, static_cast<const T*>(nullptr), T(0), w.rows_gradient[i]);
-    if (wanted.row_weight != nullptr) {
-      dot<false>(w, w.rows_gradient[i], w.a - row / 2, row, row_partial);
-    }
-    if (wanted.row_bias != nullptr) *row_bias_partial = plane_sum(w, w.rows_gradient[i]);
-  }
-  if (!needs_a_gradient) return;
-
-  for (int64_t i = 0; i < p.branch_count; ++i) {
-    flip(w.strips[i].row);
-    w.terms[i] = {w.rows_gradient[i], w.strips[i].row};
-  }
-  correlate(w, w.terms, p.branch_count, w.gradient, T(0), w.a_gradient);
-  if (p.square_weight == nullptr) {
-    if (gradients.x != nullptr) {
-      store_plane(w, w.a_gradient, static_cast<S*>(gradients.x) + offset);
-    }
-    return;
-  }
-  if (gradients.square_bias != nullptr) *square_bias_partial = plane_sum(w, w.a_gradient);
-  if (gradients.square_weight != nullptr) {
-    const int64_t cut_y = (p.square_size - w.square.height) / 2;
-    const int64_t cut_x = (p.square_size - w.square.width) / 2;
-    for (int64_t t = 0; t < w.square.height; ++t) {
-      dot<false>(w, w.a_gradient, w.x + (t - w.square.height / 2) * w.stride - w.square.width / 2,
-                 w.square.width, square_partial + (cut_y + t) * p.square_size + cut_x);
-    }
-  }
-  if (gradients.x != nullptr) {
-    flip(w.square);
-    const Term<T> term{w.a_gradient, w.square};
-    // dy is no longer needed: its buffer takes dx.
-    correlate(w, &term, 1, static_cast<const T*>(nullptr), T(0), w.gradient);
-    store_plane(w, w.gradient, static_cast<S*>(gradients.x) + offset);
+    const Strip<T>& strip = s.strips[i];
+    sums.reduce(strip.row_sums, strip.row, 1, branch.row_size, wanted.row_weight);
+    sums.reduce(strip.row_bias_sums, one, 1, 1, wanted.row_bias);
+    sums.reduce(strip.column_sums, strip.column, branch.column_size, 1, wanted.column_weight);
+    sums.reduce(s.dy_sums, one, 1, 1, wanted.column_bias);
   }
 }
 
-// Sums `count` taps over the batch into channel c of a gradient.
-template <typename S>
-void reduce_taps(const Problem& p, int64_t c, const double* partials, int64_t stride, int64_t first,
-                 int64_t count, void* gradient) {
-  if (gradient == nullptr) return;
-  for (int64_t t = 0; t < count; ++t) {
-    double total = 0;
-    for (int64_t n = 0; n < p.n; ++n) total += partials[(n * p.c + c) * stride + first + t];
-    S& to = static_cast<S*>(gradient)[c * count + t];
-    narrow(to, static_cast<decltype(widen(to))>(total));
-  }
-}
+// ---- by element type ------------------------------------------------------------------------
 
-template <typename S>
-void reduce_channel(const Problem& p, const Gradients& gradients, int64_t c,
-                    const double* partials) {
-  const int64_t stride = partial_size(p);
-  PartialOffsets offsets;
-  const auto reduce = [&](int64_t count, void* gradient) {
-    reduce_taps<S>(p, c, partials, stride, offsets.take(count), count, gradient);
-  };
-  reduce(p.square_size * p.square_size, gradients.square_weight);
-  reduce(1, gradients.square_bias);
-  for (int64_t i = 0; i < p.branch_count; ++i) {
-    reduce(p.branches[i].row_size, gradients.branches[i].row_weight);
-    reduce(1, gradients.branches[i].row_bias);
-    reduce(p.branches[i].column_size, gradients.branches[i].column_weight);
-    reduce(1, gradients.branches[i].column_bias);
-  }
-}
-
-// ---- by element type ----------------------------------------------------------------------------
-
-size_t backward_scratch(const Problem& p) {
+strip_conv::BackwardPlan backward_plan(const Problem& p) {
   return by_dtype(p.dtype, [&](auto element) {
+    using T = Compute<decltype(element)>;
     Arena counting;
-    backward_space<Compute<decltype(element)>>(p, counting);
-    return static_cast<size_t>(counting.used);
+    const Space<T> s = lay_out<T>(p, counting);
+    const Cut cut = cut_of(p, s);
+    return strip_conv::BackwardPlan{cut.pieces(), cut.groups, static_cast<size_t>(counting.used),
+                                    static_cast<size_t>(s.sums * kVectorBytes)};
   });
 }
 
-void backward_plane_any(const Problem& p, const Gradients& gradients, int64_t plane,
-                        double* partial, void* scratch) {
+void backward_piece_any(const Problem& p, const Gradients& gradients, int64_t piece, void* partial,
+                        void* scratch) {
   by_dtype(p.dtype, [&](auto element) {
     using S = decltype(element);
-    backward_plane<S, Compute<S>>(p, gradients, plane, partial, scratch);
+    backward_piece<S, Compute<S>>(p, gradients, piece, partial, scratch);
   });
 }
 
-void reduce_channel_any(const Problem& p, const Gradients& gradients, int64_t c,
-                        const double* partials) {
-  by_dtype(p.dtype,
-           [&](auto element) { reduce_channel<decltype(element)>(p, gradients, c, partials); });
+void reduce_group_any(const Problem& p, const Gradients& gradients, int64_t group,
+                      const void* partials, void* scratch) {
+  by_dtype(p.dtype, [&](auto element) {
+    using S = decltype(element);
+    reduce_group<S, Compute<S>>(p, gradients, group, partials, scratch);
+  });
 }
 
 }  // namespace
 
 // `extern` because a const object is otherwise local to its file.
 extern const strip_conv::BackwardKernels strip_conv_backward_kernels;
-const strip_conv::BackwardKernels strip_conv_backward_kernels = {
-    backward_scratch, partial_size, backward_plane_any, reduce_channel_any};
+const strip_conv::BackwardKernels strip_conv_backward_kernels = {backward_plan, backward_piece_any,
+                                                                 reduce_group_any};
 
 }  // namespace famseg::FAMSEG_ISA

@@ -28,7 +28,7 @@ struct Branch {
 struct Problem {
   Dtype dtype;
   int64_t n, c, h, w;
-  bool channels_last;  // x and y of the forward direction; the backward one has to be contiguous
+  bool channels_last;  // x, y of the forward direction, the gradient of x
   const void* x;
   const void* square_weight;  // (C, square_size, square_size) or null
   const void* square_bias;    // (C) or null
@@ -47,6 +47,7 @@ struct BranchGradients {
 
 struct Gradients {
   const void* y;  // the incoming gradient
+  bool y_channels_last;
   void* x;
   void* square_weight;
   void* square_bias;
@@ -67,15 +68,20 @@ struct ForwardKernels {
   void (*block)(const Problem&, void* y, int64_t block, void* scratch);
 };
 
-// Pieces of work are planes: one (n, c) image, n * C + c its index.
+// Pieces of work are some channels and columns of some images.
+struct BackwardPlan {
+  int64_t pieces, groups;  // groups of channels
+  size_t scratch_bytes, partial_bytes;
+};
+
 struct BackwardKernels {
-  size_t (*scratch)(const Problem&);
-  // Writes the plane's share of the gradients of weights and biases to `partial`, partial_size
-  // numbers, and its part of the gradient of x.
-  int64_t (*partial_size)(const Problem&);
-  void (*plane)(const Problem&, const Gradients&, int64_t plane, double* partial, void* scratch);
-  // Adds up `partials` (N, C, partial_size) over n, in order, for one channel.
-  void (*reduce_channel)(const Problem&, const Gradients&, int64_t channel, const double* partials);
+  BackwardPlan (*plan)(const Problem&);
+  // Writes the piece's part of the gradient of x, and its share of the gradients of weights and
+  // biases to `partial`, partial_bytes.
+  void (*piece)(const Problem&, const Gradients&, int64_t piece, void* partial, void* scratch);
+  // Adds up the `partials` of all pieces, in order, for one group of channels.
+  void (*reduce_group)(const Problem&, const Gradients&, int64_t group, const void* partials,
+                       void* scratch);
 };
 
 // The forward direction in bfloat16 as products of matrices (bf16.cpp). Pieces of work are channels

@@ -30,11 +30,14 @@ const BackwardKernels& backward_kernels(Isa isa) {
   return baseline::strip_conv_backward_kernels;
 }
 
-// Calls work(i, scratch) for all i < count. Work goes to whichever thread is free: results do not
-// depend on that, because none reads what another wrote.
-template <typename Work>
-void for_each(int64_t count, size_t scratch_bytes, int threads, const Work& work) {
-  if (threads > count) threads = static_cast<int>(count);
+// Calls work(i, scratch) for all i < count, then, with all of that done, rest(i, scratch) for all
+// i < rest_count. Work goes to whichever thread is free: results do not depend on that, because
+// none reads what another of its kind wrote.
+template <typename Work, typename Rest>
+void for_each(int64_t count, size_t scratch_bytes, int threads, const Work& work,
+              int64_t rest_count, const Rest& rest) {
+  const int64_t useful = std::max<int64_t>({count, rest_count, 1});
+  threads = static_cast<int>(std::min<int64_t>(threads, useful));
   // Allocated here, because an exception must not leave a parallel region.
   std::vector<Buffer> scratch;
   for (int t = 0; t < threads; ++t) {
@@ -46,7 +49,14 @@ void for_each(int64_t count, size_t scratch_bytes, int threads, const Work& work
     std::memset(mine, 0, scratch_bytes);  // by its user, so that its pages are near that core
 #pragma omp for schedule(dynamic)
     for (int64_t i = 0; i < count; ++i) work(i, mine);
+#pragma omp for schedule(dynamic)
+    for (int64_t i = 0; i < rest_count; ++i) rest(i, mine);
   }
+}
+
+template <typename Work>
+void for_each(int64_t count, size_t scratch_bytes, int threads, const Work& work) {
+  for_each(count, scratch_bytes, threads, work, 0, work);
 }
 
 #if defined(FAMSEG_AMX)
@@ -76,19 +86,18 @@ void forward(Isa isa, const Problem& problem, void* y, int threads) {
 
 void backward(Isa isa, const Problem& problem, const Gradients& gradients, int threads) {
   const BackwardKernels& kernels = backward_kernels(isa);
-  // Empty images still have gradients of weights: zeros, by the reduction below.
-  const bool empty = problem.h == 0 || problem.w == 0;
-  const int64_t planes = empty ? 0 : problem.n * problem.c;
-  const int64_t taps = kernels.partial_size(problem);
-  std::vector<double> partials(static_cast<size_t>(problem.n * problem.c * taps));
-  if (planes > 0) {
-    for_each(planes, kernels.scratch(problem), threads, [&](int64_t plane, void* scratch) {
-      kernels.plane(problem, gradients, plane, partials.data() + plane * taps, scratch);
-    });
-  }
-  for (int64_t channel = 0; channel < problem.c; ++channel) {
-    kernels.reduce_channel(problem, gradients, channel, partials.data());
-  }
+  const BackwardPlan plan = kernels.plan(problem);
+  const Buffer partials = allocate(plan.pieces * plan.partial_bytes);
+  char* first = static_cast<char*>(partials.get());
+  for_each(
+      plan.pieces, plan.scratch_bytes, threads,
+      [&](int64_t piece, void* scratch) {
+        kernels.piece(problem, gradients, piece, first + piece * plan.partial_bytes, scratch);
+      },
+      plan.groups,
+      [&](int64_t group, void* scratch) {
+        kernels.reduce_group(problem, gradients, group, first, scratch);
+      });
 }
 
 }  // namespace famseg::strip_conv

@@ -24,10 +24,9 @@
 // Beyond the image all of these hold zeros. Strides are odd numbers of cache lines: even ones would
 // crowd a column into few sets of the L1 cache.
 
-#include "common/half.h"
 #include "common/scratch.h"
 #include "common/simd.h"
-#include "common/transpose.h"
+#include "strip_conv/channels.h"
 #include "strip_conv/cpu.h"
 
 namespace famseg::FAMSEG_ISA {
@@ -40,12 +39,6 @@ constexpr int kSums = kVectorRegisters / 2;
 // Columns of a block; the border that two blocks compute is a tenth of that.
 constexpr int64_t kBlockWidth = 256;
 constexpr int64_t kBandBytes = 1 << 20;
-
-template <typename T>
-struct Taps {
-  T* weight = nullptr;  // (height, width) vectors
-  int64_t height = 0, width = 0;
-};
 
 template <typename T>
 struct Strip {
@@ -70,12 +63,6 @@ struct Space {
   T* y;
   int64_t x_stride, a_stride, y_capacity;
 };
-
-// A kernel cropped to the taps that can reach the image: on a 16 x 16 plane 21 taps are as 31, and
-// on a single pixel as 1. Cropped taps only ever meet zeros.
-int64_t cropped(int64_t size, int64_t extent) {
-  return smaller(size, 2 * extent - 1);
-}
 
 // Elements of `vectors` vectors, an odd number.
 template <typename T>
@@ -133,151 +120,6 @@ Space<T> lay_out(const Problem& p, Arena& arena) {
   s.y_capacity = s.band | 1;
   s.y = arena.take<T>(s.width * s.y_capacity * lanes);
   return s;
-}
-
-// ---- between memory and vectors of channels -------------------------------------------------
-
-template <typename S, typename T>
-[[gnu::always_inline]] inline Vector<T> widen_vector(const S* from) {
-  T lanes[kLanes<T>];
-  for (int l = 0; l < kLanes<T>; ++l) lanes[l] = widen(from[l]);
-  return load(lanes);
-}
-
-template <typename S, typename T>
-[[gnu::always_inline]] inline void narrow_vector(S* to, Vector<T> value) {
-  T lanes[kLanes<T>];
-  store(lanes, value);
-  for (int l = 0; l < kLanes<T>; ++l) narrow(to[l], lanes[l]);
-}
-
-// Where memory holds what is computed with.
-template <>
-[[gnu::always_inline]] inline Vector<float> widen_vector<float, float>(const float* from) {
-  return load(from);
-}
-template <>
-[[gnu::always_inline]] inline Vector<double> widen_vector<double, double>(const double* from) {
-  return load(from);
-}
-template <>
-[[gnu::always_inline]] inline void narrow_vector<float, float>(float* to, Vector<float> value) {
-  store(to, value);
-}
-template <>
-[[gnu::always_inline]] inline void narrow_vector<double, double>(double* to, Vector<double> value) {
-  store(to, value);
-}
-
-// `count` pixels of `channels` channels, a vector for each pixel, missing channels zero.
-// (channels, count) in memory, `stride` elements from channel to channel.
-template <typename S, typename T>
-void load_channels_first(const S* from, int64_t stride, int64_t channels, int64_t count, T* to) {
-  constexpr int lanes = kLanes<T>;
-  if (channels == lanes && count >= lanes) {
-    for (int64_t j = 0;; j = smaller(j + lanes, count - lanes)) {
-      Vector<T> block[lanes];
-#pragma GCC unroll 16
-      for (int l = 0; l < lanes; ++l) block[l] = widen_vector<S, T>(from + l * stride + j);
-      transpose_from<1, T>(block);
-#pragma GCC unroll 16
-      for (int k = 0; k < lanes; ++k) store(to + (j + k) * lanes, block[k]);
-      if (j == count - lanes) return;
-    }
-  }
-  for (int64_t j = 0; j < count; ++j) {
-    for (int64_t l = 0; l < lanes; ++l) {
-      to[j * lanes + l] = l < channels ? widen(from[l * stride + j]) : T(0);
-    }
-  }
-}
-
-// The way back; `pixel` elements from vector to vector.
-template <typename S, typename T>
-void store_channels_first(const T* from, int64_t pixel, int64_t stride, int64_t channels,
-                          int64_t count, S* to) {
-  constexpr int lanes = kLanes<T>;
-  if (channels == lanes && count >= lanes) {
-    for (int64_t j = 0;; j = smaller(j + lanes, count - lanes)) {
-      Vector<T> block[lanes];
-#pragma GCC unroll 16
-      for (int k = 0; k < lanes; ++k) block[k] = load(from + (j + k) * pixel);
-      transpose_from<1, T>(block);
-#pragma GCC unroll 16
-      for (int l = 0; l < lanes; ++l) narrow_vector<S, T>(to + l * stride + j, block[l]);
-      if (j == count - lanes) return;
-    }
-  }
-  for (int64_t l = 0; l < channels; ++l) {
-    for (int64_t j = 0; j < count; ++j) narrow(to[l * stride + j], from[j * pixel + l]);
-  }
-}
-
-// (count, stride) in memory.
-template <typename S, typename T>
-void load_channels_last(const S* from, int64_t stride, int64_t channels, int64_t count, T* to) {
-  constexpr int lanes = kLanes<T>;
-  for (int64_t j = 0; j < count; ++j, from += stride, to += lanes) {
-    if (channels == lanes) {
-      store(to, widen_vector<S, T>(from));
-    } else {
-      for (int64_t l = 0; l < lanes; ++l) to[l] = l < channels ? widen(from[l]) : T(0);
-    }
-  }
-}
-
-template <typename S, typename T>
-void store_channels_last(const T* from, int64_t pixel, int64_t stride, int64_t channels,
-                         int64_t count, S* to) {
-  constexpr int lanes = kLanes<T>;
-  for (int64_t j = 0; j < count; ++j, from += pixel, to += stride) {
-    if (channels == lanes) {
-      narrow_vector<S, T>(to, load(from));
-    } else {
-      for (int64_t l = 0; l < channels; ++l) narrow(to[l], from[l]);
-    }
-  }
-}
-
-template <typename T>
-void clear(T* from, T* to) {
-  for (; from < to; from += kLanes<T>) store(from, Vector<T>{});
-}
-
-// Whole vectors to a lower address.
-template <typename T>
-void move_down(const T* from, int64_t elements, T* to) {
-  for (int64_t k = 0; k < elements; k += kLanes<T>) store(to + k, load(from + k));
-}
-
-// The channels of a block of work.
-struct Group {
-  int64_t first, count;
-};
-
-// (C, height, width) weights, cropped to the middle.
-template <typename S, typename T>
-void load_taps(const void* weight, const Group& group, int64_t height, int64_t width,
-               const Taps<T>& to) {
-  const S* from = static_cast<const S*>(weight) + group.first * height * width +
-                  (height - to.height) / 2 * width + (width - to.width) / 2;
-  if (to.height == height && to.width == width) {
-    load_channels_first(from, height * width, group.count, height * width, to.weight);
-    return;
-  }
-  for (int64_t i = 0; i < to.height; ++i) {
-    load_channels_first(from + i * width, height * width, group.count, to.width,
-                        to.weight + i * to.width * kLanes<T>);
-  }
-}
-
-template <typename S, typename T>
-Vector<T> bias_of(const void* bias, const Group& group) {
-  T lanes[kLanes<T>] = {};
-  if (bias != nullptr) {
-    load_channels_last(static_cast<const S*>(bias) + group.first, 0, group.count, 1, lanes);
-  }
-  return load(lanes);
 }
 
 template <typename S, typename T>

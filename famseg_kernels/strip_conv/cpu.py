@@ -45,11 +45,24 @@ def backward(
     col_biases: Sequence[Tensor | None],
 ) -> list[Tensor | None]:
     """Gradients of the flattened tensor arguments where `needs`, None elsewhere."""
-    args = spec.Arguments(x.contiguous(), square_weight, square_bias, row_weights, row_biases, col_weights, col_biases)
-    grad = grad.contiguous()
+    layout = checks.image_format(x)
+    x = x.contiguous(memory_format=layout)
+    args = spec.Arguments(x, square_weight, square_bias, row_weights, row_biases, col_weights, col_biases)
+    # Read as it lies where that is one of the two formats, whatever x's is.
+    grad_layout = layout if grad.is_contiguous(memory_format=layout) else checks.image_format(grad)
+    grad = grad.contiguous(memory_format=grad_layout)
     gradients = args.gradients(needs)
     of_x, of_square, of_bias, of_branches = args.grouped(gradients)
+    dtype, shape, *rest = args.native
     backends.native("_cpu").strip_conv2d_backward(
-        *args.native, grad.data_ptr(), of_x, (of_square, of_bias), of_branches, torch.get_num_threads()
+        dtype,
+        shape,
+        (layout == torch.channels_last, grad_layout == torch.channels_last),
+        *rest,
+        grad.data_ptr(),
+        of_x,
+        (of_square, of_bias),
+        of_branches,
+        torch.get_num_threads(),
     )
     return gradients
