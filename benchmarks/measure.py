@@ -12,6 +12,7 @@ import ctypes
 import itertools
 import platform
 import re
+import shutil
 import statistics
 import subprocess
 import time
@@ -35,14 +36,14 @@ class Time:
 
 
 def interleaved(calls: Mapping[str, Call], device: str, seconds: float, buffers: int) -> dict[str, Time]:
-    """The time of each call, all of them taking turns, over about `seconds` in all (at least 5 rounds)."""
+    """The time of each call, all taking turns, over about `seconds` in all: at least 5 rounds; 0 seconds: one."""
     if device == "cuda":
         return _interleaved_cuda(calls, seconds, buffers)
     samples: dict[str, list[float]] = {name: [] for name in calls}
     turn = itertools.count()
     until = time.perf_counter() + seconds
     rounds = 0
-    while rounds < 5 or time.perf_counter() < until:
+    while rounds < (5 if seconds else 1) or time.perf_counter() < until:
         number = next(turn) % buffers
         for name, call in calls.items():
             started = time.perf_counter()
@@ -63,6 +64,7 @@ def _interleaved_cuda(calls: Mapping[str, Call], seconds: float, buffers: int) -
                 call(number)
         torch.cuda.current_stream().wait_stream(stream)
         torch.cuda.synchronize()
+        outside = torch.cuda.current_stream()
         try:
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
@@ -70,12 +72,13 @@ def _interleaved_cuda(calls: Mapping[str, Call], seconds: float, buffers: int) -
                     call(number)
             replays[name] = graph.replay
         except RuntimeError:  # the call synchronises or allocates behind torch's back: time it as it is
+            torch.cuda.set_stream(outside)  # torch stays on the stream of a capture that went wrong
             torch.cuda.synchronize()
             replays[name] = lambda call=call: [call(number) for number in range(buffers)]
     samples: dict[str, list[float]] = {name: [] for name in calls}
     until = time.perf_counter() + seconds
     rounds = 0
-    while rounds < 5 or time.perf_counter() < until:
+    while rounds < (5 if seconds else 1) or time.perf_counter() < until:
         for name, replay in replays.items():
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             start.record()
@@ -137,14 +140,19 @@ class Rates:
         return 1e3 * max(flops / self.matrix[dtype], moved / self.copy)
 
 
+# Rows of the matrices and floats of the copy: enough to reach the machine's rates.
+_MATRIX = {"cuda": 8192, "cpu": 1536}
+_COPY = {"cuda": 1 << 28, "cpu": 1 << 25}
+
+
 def machine_rates(device: str, dtypes: Iterable[torch.dtype], seconds: float) -> Rates:
-    size = 8192 if device == "cuda" else 1536
+    size = _MATRIX[device]
     calls: dict[str, Call] = {}
     for dtype in dtypes:
         a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
         out = torch.empty_like(a)
         calls[str(dtype)] = lambda _, a=a, b=b, out=out: torch.mm(a, b, out=out)
-    source = torch.randn((1 << 28) if device == "cuda" else (1 << 25), device=device)
+    source = torch.randn(_COPY[device], device=device)
     target = torch.empty_like(source)
     calls["copy"] = lambda _: target.copy_(source)
     for call in calls.values():
@@ -175,13 +183,10 @@ def provenance(device: str) -> dict[str, str]:
 
     root = Path(__file__).parent.parent
 
-    def git(*arguments: str) -> str:
-        done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True)
-        return done.stdout.strip() if done.returncode == 0 else ""
-
-    commit = git("rev-parse", "--short", "HEAD") or __version__
+    commit = _printed("git", "-C", str(root), "rev-parse", "--short", "HEAD") or __version__
+    changes = _printed("git", "-C", str(root), "status", "--porcelain", "--", "famseg_kernels", "csrc")
     found = {
-        "commit": commit + ("+changes" if git("status", "--porcelain", "--", "famseg_kernels", "csrc") else ""),
+        "commit": commit + ("+changes" if changes else ""),
         "date": time.strftime("%Y-%m-%d"),
         "device": device_name(device),
         "torch": torch.__version__,
@@ -189,8 +194,9 @@ def provenance(device: str) -> dict[str, str]:
         "threads": str(torch.get_num_threads()),
     }
     if device == "cuda":
-        query = ["nvidia-smi", "--query-gpu=driver_version,clocks.sm,clocks.mem", "--format=csv,noheader"]
-        driver, *clocks = subprocess.run(query, capture_output=True, text=True).stdout.strip().split(", ")
+        query = ("--query-gpu=driver_version,clocks.sm,clocks.mem", "--format=csv,noheader")
+        gpu = f"--id=GPU-{torch.cuda.get_device_properties().uuid}"  # its numbers are not always torch's
+        driver, *clocks = _printed("nvidia-smi", gpu, *query).split(", ")
         found |= {"driver": driver, "clocks": " ".join(clocks), "cuda": torch.version.cuda or ""}
         found["tf32"] = str(torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32)
     else:
@@ -213,6 +219,14 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
         table = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         table.writeheader()
         table.writerows(rows)
+
+
+def _printed(*command: str) -> str:
+    """What a command prints; nothing where it is not there or fails."""
+    if shutil.which(command[0]) is None:
+        return ""
+    done = subprocess.run(command, capture_output=True, text=True)
+    return done.stdout.strip() if done.returncode == 0 else ""
 
 
 def _version(package: str) -> str:

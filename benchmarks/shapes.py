@@ -1,4 +1,7 @@
-"""What is timed: the shapes of MSCAN, VMamba, CARAFE and FAMSeg that DESIGN's targets name, and a small one each."""
+"""What is timed: the shapes of MSCAN, VMamba, CARAFE and FAMSeg that the targets name, and a small one each.
+
+A GPU gets batches of 16: at batch 2 most of it would stand idle, and a launch would cost as much as the work.
+"""
 
 from __future__ import annotations
 
@@ -77,3 +80,32 @@ SHAPES: dict[str, tuple[Case, ...]] = {
     ),
     "carafe": (carafe("small", 1, 8, 8, 8), carafe("carafe_64x64", 1, 64, 64, 64)),
 }
+
+GPU_SHAPES: dict[str, tuple[Case, ...]] = {
+    "strip_conv2d": (
+        SHAPES["strip_conv2d"][0],
+        strip("mscan_s_stage1_n16", 16, 64, 128, 128),
+        strip("mscan_s_stage2_n16", 16, 128, 64, 64),
+        strip("mscan_s_stage3_n16", 16, 320, 32, 32),
+        strip("mscan_s_stage4_n16", 16, 512, 16, 16),
+    ),
+    "ssd_scan_2d": (
+        SHAPES["ssd_scan_2d"][0],
+        scan_2d("heads5_32x32_n16", 16, 32, 5, 64, 64),
+        scan_2d("heads5_32x32_shared_n16", 16, 32, 5, 64, 64, shared=True),
+        scan_2d("vmamba_56x56_n16", 16, 56, 6, 16, 64),
+        scan_2d("heads8_16x16_n16", 16, 16, 8, 64, 64),
+    ),
+    "ssd_scan": (SHAPES["ssd_scan"][0], scan("mamba2_2048_n8", 8, 2048, 24, 64, 128)),
+    "reassemble": (
+        SHAPES["reassemble"][0],
+        reassembly("carafe_64x64_n16", 16, 64, 64, 64),
+        reassembly("famseg_32x32_n16", 16, 128, 32, 32),
+    ),
+    "carafe": (SHAPES["carafe"][0], carafe("carafe_64x64_n16", 16, 64, 64, 64)),
+}
+
+
+def shapes_for(name: str, device: str) -> tuple[Case, ...]:
+    """The cases of an operation on "cpu" or "cuda"."""
+    return (GPU_SHAPES if device == "cuda" else SHAPES)[name]

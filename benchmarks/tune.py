@@ -21,7 +21,7 @@ import torch
 
 import famseg_kernels as fk
 from benchmarks import gate, measure
-from benchmarks.shapes import SHAPES
+from benchmarks.shapes import shapes_for
 from famseg_kernels import backends, launch
 from famseg_kernels.registry import Case, Operation
 
@@ -58,11 +58,16 @@ def main() -> None:
     device = "cpu" if backends.TRITON_INTERPRETS else "cuda"
     capability = launch.capability(torch.device(device))
     for name in options.op or CANDIDATES:
-        path, fields = CANDIDATES[name]
+        path = CANDIDATES[name][0]
         module = importlib.import_module(path)
-        candidates = [module.Configuration(*values) for values in itertools.product(*fields.values())]
-        best = tune(_operation(name), module, candidates, device, capability, options.seconds)
+        best = tune(_operation(name), module, candidates(name), device, capability, options.seconds)
         print(f"{path}.CONFIGURATIONS[{capability}] = {best}")
+
+
+def candidates(name: str) -> list[Any]:
+    """The configurations to try for an operation."""
+    path, fields = CANDIDATES[name]
+    return [importlib.import_module(path).Configuration(*values) for values in itertools.product(*fields.values())]
 
 
 def tune(operation: Operation, module: Any, candidates: list[Any], device: str, capability: int, seconds: float) -> Any:
@@ -70,7 +75,8 @@ def tune(operation: Operation, module: Any, candidates: list[Any], device: str, 
     dry = device == "cpu"
     candidates = candidates[:1] if dry else candidates
     slowdown = dict.fromkeys(candidates, 0.0)
-    for case in SHAPES[operation.spec.name][:1] if dry else SHAPES[operation.spec.name][1:]:
+    cases = shapes_for(operation.spec.name, device)
+    for case in cases[:1] if dry else cases[1:]:
         times = _times(operation, module, candidates, case, device, capability, seconds)
         fastest = min(times.values())
         for candidate in candidates:
@@ -87,7 +93,7 @@ def _times(
     arguments = [case.arguments(torch.bfloat16, device) for _ in range(1 if device == "cpu" else sets)]
     calls: dict[str, measure.Call] = {}
     for candidate in candidates:
-        with _configured(module, capability, candidate):
+        with configured(module, capability, candidate):
             try:
                 gate.check(operation, arguments[0], "triton")
             except Exception as error:
@@ -112,7 +118,7 @@ def _call(
     needs = [t is not None for t in operation.flatten(arguments[0])]
 
     def run(number: int) -> object:
-        with _configured(module, capability, candidate):
+        with configured(module, capability, candidate):
             y = implementation.forward(*arguments[number])
             return implementation.backward(y, needs, *arguments[number])
 
@@ -120,7 +126,7 @@ def _call(
 
 
 @contextmanager
-def _configured(module: Any, capability: int, candidate: Any) -> Iterator[None]:
+def configured(module: Any, capability: int, candidate: Any) -> Iterator[None]:
     """Let the module's table hold `candidate` for this chip."""
     before = dict(module.CONFIGURATIONS)
     module.CONFIGURATIONS[capability] = candidate

@@ -1,0 +1,181 @@
+"""`python -m benchmarks.ahead`: compile the Triton kernels before they are needed, on any machine.
+
+Triton compiles a launch when it is first asked for, and the gate and the benchmarks ask for some 700. Here the backends
+are called with tensors that hold no data, and every launch goes to Triton's own compiler as a GPU's would, for the chip
+that was named, in as many processes as there are cores. What comes out lies in Triton's cache (TRITON_CACHE_DIR) under
+the keys that a launch looks for, so that time on a GPU goes to measuring; no GPU is needed to fill it. The tests look
+at the same cubins: what they need of shared memory and of a thread's stack.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import itertools
+import multiprocessing
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+
+import famseg_kernels as fk
+from benchmarks import tune
+from benchmarks.shapes import shapes_for
+from famseg_kernels import launch
+from famseg_kernels.registry import Case, Operation
+
+CHIPS = (80, 90)
+# Bytes a program may have: CUDA programming guide, table "compute capabilities".
+SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}
+STACK = 64  # bytes a thread may keep in local memory: a few spilled registers, no arrays
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+OPERATIONS = {op.spec.name: op for op in fk.OPERATIONS if "triton" in op.implementations}
+
+
+class Compiled(NamedTuple):
+    """A kernel as the compiler left it; registers and stack bytes of a thread, shared memory of a program."""
+
+    kernel: str
+    registers: int
+    stack: int
+    shared: int
+    warps: int
+
+
+class _Chip:
+    """What Triton asks of a GPU's driver before it compiles."""
+
+    def __init__(self, capability: int) -> None:
+        self.capability = capability
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", self.capability, 32)
+
+    def get_current_device(self) -> int:
+        return self.capability  # kernels of different chips are kept apart by it
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def compiled(operation: Operation, cases: Sequence[Case], dtype: torch.dtype, capability: int) -> list[Compiled]:
+    """Every different kernel that forward and backward of these cases launch on a chip."""
+    from triton.runtime import driver
+
+    found: dict[int, Any] = {}
+
+    def warm_up(kernel: Any, grid: tuple[int, ...], config: launch.Config, *args: Any, **constants: Any) -> None:
+        assert 0 < grid[0] < 2**31 and all(0 < size < 2**16 for size in grid[1:]), grid
+        result = kernel.warmup(*args, grid=grid, **constants, **config._asdict())
+        found[id(result)] = (kernel.__name__, result, config.num_warps)
+
+    driver.set_active(_Chip(capability))
+    with mock.patch.object(launch, "run", warm_up), mock.patch.object(launch, "capability", lambda _: capability):
+        for case in cases:
+            _call(operation, case, dtype)
+    return [_inspected(name, result, warps) for name, result, warps in found.values()]
+
+
+def _call(operation: Operation, case: Case, dtype: torch.dtype) -> None:
+    """Forward and backward on floating-point tensors without data; integers (ends of sequences) are read."""
+    args: Sequence[Any] = case.arguments(dtype)
+    flat = [t.to("meta") if t is not None and t.is_floating_point() else t for t in operation.flatten(args)]
+    args = operation.replace(args, flat)
+    implementation = operation.implementations["triton"]
+    if implementation.unsupported(*args) is None:
+        results = implementation.forward(*args)
+        implementation.backward(results, [t is not None and t.is_floating_point() for t in flat], *args)
+
+
+def _inspected(name: str, result: Any, warps: int) -> Compiled:
+    import triton
+
+    beside = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    tool = str(beside) if beside.exists() else shutil.which("cuobjdump")
+    assert tool, "cuobjdump: expected in Triton's wheel or on the PATH"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(result.asm["cubin"])
+        cubin.flush()
+        usage = subprocess.run([tool, "-res-usage", cubin.name], capture_output=True, text=True, check=True).stdout
+    registers, stack = re.findall(r"REG:(\d+) STACK:(\d+)", usage)[-1]
+    return Compiled(name, int(registers), int(stack), result.metadata.shared, warps)
+
+
+class Job(NamedTuple):
+    operation: str
+    case: Case
+    dtype: torch.dtype
+    capability: int
+    configuration: Any  # to be tried by `benchmarks.tune`, or None: the one of the table
+
+    def __str__(self) -> str:
+        what = f"{self.operation} {self.case.name} {str(self.dtype).removeprefix('torch.')} sm_{self.capability}"
+        return what if self.configuration is None else f"{what} {self.configuration}"
+
+
+def jobs(operations: Sequence[str], chips: Sequence[int], dtypes: Sequence[torch.dtype]) -> Iterator[Job]:
+    """The gate's cases and the benchmarks' shapes of a CPU and of a GPU."""
+    for name, chip, dtype in itertools.product(operations, chips, dtypes):
+        for case in (*shapes_for(name, "cuda"), *shapes_for(name, "cpu")[1:], *OPERATIONS[name].spec.cases):
+            yield Job(name, case, dtype, chip, None)
+
+
+def tuning_jobs(operations: Sequence[str], chips: Sequence[int]) -> Iterator[Job]:
+    for name in operations:
+        for candidate in tune.candidates(name) if name in tune.CANDIDATES else ():
+            for chip, case in itertools.product(chips, shapes_for(name, "cuda")[1:]):
+                yield Job(name, case, torch.bfloat16, chip, candidate)
+
+
+def run(job: Job) -> tuple[Job, list[Compiled], str]:
+    """What was compiled, and the error that ended it."""
+    try:
+        operation = OPERATIONS[job.operation]
+        if job.configuration is None:
+            return job, compiled(operation, [job.case], job.dtype, job.capability), ""
+        module = importlib.import_module(tune.CANDIDATES[job.operation][0])
+        with tune.configured(module, job.capability, job.configuration):
+            return job, compiled(operation, [job.case], job.dtype, job.capability), ""
+    except Exception as error:  # the others are compiled all the same
+        return job, [], f"{type(error).__name__}: {error}"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.ahead", description=__doc__.split("\n\n")[0])
+    add = parser.add_argument
+    add("--capability", type=int, action="append", choices=CHIPS, help="90: H100, H200; 80: A100 (default both)")
+    add("--op", action="append", choices=sorted(OPERATIONS), help="only this operation (may be repeated)")
+    add("--dtype", action="append", choices=[str(d).removeprefix("torch.") for d in DTYPES], help="default all")
+    add("--tune", action="store_true", help="also every configuration that benchmarks.tune tries")
+    add("--jobs", type=int, default=os.cpu_count(), help="processes (default one a core)")
+    options = parser.parse_args()
+    if "TRITON_INTERPRET" in os.environ:
+        parser.error("TRITON_INTERPRET is set: the interpreter compiles nothing")
+    operations, chips = options.op or list(OPERATIONS), options.capability or CHIPS
+    dtypes = [getattr(torch, name) for name in options.dtype] if options.dtype else DTYPES
+    todo = [*jobs(operations, chips, dtypes), *(tuning_jobs(operations, chips) if options.tune else ())]
+    kernels = failures = 0
+    with multiprocessing.get_context("spawn").Pool(options.jobs) as pool:
+        for job, results, error in pool.imap_unordered(run, todo):
+            kernels += len(results)
+            tight = [r for r in results if r.shared > SHARED_MEMORY[job.capability] or r.stack > STACK]
+            # A configuration that does not fit is no failure: tune passes over it.
+            failures += job.configuration is None and bool(error or tight)
+            for line in (*tight, *([error] if error else ())):
+                print(f"{job}: {line}", flush=True)
+    print(f"{kernels} kernels of {len(todo)} cases compiled, {failures} cases failed")
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
