@@ -43,8 +43,9 @@ using strip_conv::BranchGradients;
 using strip_conv::Gradients;
 using strip_conv::Problem;
 
-constexpr int64_t kBand = 16;  // rows
-constexpr int64_t kTile = 16;  // pixels
+constexpr int64_t kBand = 16;      // rows
+constexpr int64_t kTile = 16;      // pixels
+constexpr int kPitch = kBand | 1;  // vectors from pixel to pixel where only the band is kept
 // What the buffers of a block may have, of an L2 cache of 2 MB.
 constexpr int64_t kBlockBytes = 7 << 18;
 // As many pieces of work, if there are images enough: plenty for all threads, and few partial sums.
@@ -53,18 +54,19 @@ constexpr int64_t kPieces = 256;
 constexpr int kRun = kVectorRegisters / 2;
 constexpr int kShortRun = kRun / 2;
 constexpr int kMostTaps = kVectorRegisters >= 32 ? 11 : 6;
+// Sums of a weight's gradient in registers beside what they are made from.
+constexpr int kMostSums = kVectorRegisters >= 32 ? 11 : 6;
 
 // ---- correlation ----------------------------------------------------------------------------
 
 // out[q] = start[q] + sum over taps t of weight[t] in[q + t], for all `lines`; summed over several
-// lines of `in`, each with taps of its own, for a square kernel. All steps in elements. Negative
-// ones turn a kernel around: the adjoint of a correlation is that with the reversed kernel.
+// lines of `in`, each with taps of its own, for a square kernel. All steps in elements.
 template <typename T>
 struct Correlation {
   const T* in;
-  int64_t in_step, in_line;
-  const T* weight;
-  int64_t weight_step, weight_line, taps, kernel_lines;
+  int64_t in_line;
+  const T* weight;  // (kernel_lines, taps)
+  int64_t taps, kernel_lines;
   const T* start;
   int64_t start_step, start_line;
   T* out;
@@ -72,16 +74,22 @@ struct Correlation {
   int64_t lines;
 };
 
-// sum[q] += taps . in[q ...]; each vector is loaded once.
-template <int TAPS, int N, typename T>
-[[gnu::always_inline]] inline void add_taps(Vector<T> (&sum)[N], const T* in, int64_t in_step,
-                                            const T* weight, int64_t weight_step) {
+// Keeps loads behind it. Left to itself, the compiler holds what two pieces of a kernel both read
+// in more registers than there are.
+[[gnu::always_inline]] inline void hold_loads() {
+  asm volatile("" ::: "memory");
+}
+
+// sum[q] += taps . in[q ...], STEP vectors apart. Each is loaded once.
+template <int STEP, int TAPS, int N, typename T>
+[[gnu::always_inline]] inline void add_taps(Vector<T> (&sum)[N], const T* in, const T* weight) {
   Vector<T> tap[TAPS];
 #pragma GCC unroll 16
-  for (int t = 0; t < TAPS; ++t) tap[t] = load(weight + t * weight_step);
+  for (int t = 0; t < TAPS; ++t) tap[t] = load(weight + t * kLanes<T>);
 #pragma GCC unroll 32
   for (int i = 0; i < N + TAPS - 1; ++i) {
-    const Vector<T> value = load(in + i * in_step);
+    hold_loads();
+    const Vector<T> value = load(in + i * STEP * kLanes<T>);
 #pragma GCC unroll 16
     for (int t = 0; t < TAPS; ++t) {
       if (i - t >= 0 && i - t < N) sum[i - t] += tap[t] * value;
@@ -90,8 +98,9 @@ template <int TAPS, int N, typename T>
 }
 
 // Taps in pieces of TAPS and of one fewer: 21 are 11 + 10.
-template <int N, int TAPS, typename T>
+template <int STEP, int N, int TAPS, typename T>
 [[gnu::noinline]] void correlate_lines(const Correlation<T>& c) {
+  constexpr int64_t lanes = kLanes<T>;
   const int64_t pieces = (c.taps + TAPS - 1) / TAPS, shorter = pieces * TAPS - c.taps;
   const T *in_line = c.in, *start = c.start;
   T* out = c.out;
@@ -99,18 +108,19 @@ template <int N, int TAPS, typename T>
     Vector<T> sum[N];
 #pragma GCC unroll 16
     for (int q = 0; q < N; ++q) sum[q] = load(start + q * c.start_step);
+    const T* weight = c.weight;
     for (int64_t k = 0; k < c.kernel_lines; ++k) {
-      const T *in = in_line + k * c.in_line, *weight = c.weight + k * c.weight_line;
+      const T* in = in_line + k * c.in_line;
       for (int64_t piece = shorter; piece < pieces; ++piece) {
-        add_taps<TAPS>(sum, in, c.in_step, weight, c.weight_step);
-        in += TAPS * c.in_step;
-        weight += TAPS * c.weight_step;
+        add_taps<STEP, TAPS>(sum, in, weight);
+        in += TAPS * STEP * lanes;
+        weight += TAPS * lanes;
       }
       if constexpr (TAPS > 1) {
         for (int64_t piece = 0; piece < shorter; ++piece) {
-          add_taps<TAPS - 1>(sum, in, c.in_step, weight, c.weight_step);
-          in += (TAPS - 1) * c.in_step;
-          weight += (TAPS - 1) * c.weight_step;
+          add_taps<STEP, TAPS - 1>(sum, in, weight);
+          in += (TAPS - 1) * STEP * lanes;
+          weight += (TAPS - 1) * lanes;
         }
       }
     }
@@ -128,26 +138,26 @@ int64_t piece_of(int64_t taps) {
   return (taps + pieces - 1) / pieces;
 }
 
-template <int N, int TAPS = kMostTaps, typename T>
+template <int STEP, int N, int TAPS = kMostTaps, typename T>
 void correlate_run(const Correlation<T>& c, int64_t piece) {
   if constexpr (TAPS > 1) {
-    if (piece < TAPS) return correlate_run<N, TAPS - 1>(c, piece);
+    if (piece < TAPS) return correlate_run<STEP, N, TAPS - 1>(c, piece);
   }
-  correlate_lines<N, TAPS>(c);
+  correlate_lines<STEP, N, TAPS>(c);
 }
 
 // `length` sums of each line, and up to kShortRun - 1 more that mean nothing.
-template <typename T>
+template <int STEP, typename T>
 void correlate(Correlation<T> c, int64_t length) {
   const int64_t piece = piece_of(c.taps);
   while (length > 0) {
     const int64_t run = length > kShortRun ? kRun : kShortRun;
     if (run == kRun) {
-      correlate_run<kRun>(c, piece);
+      correlate_run<STEP, kRun>(c, piece);
     } else {
-      correlate_run<kShortRun>(c, piece);
+      correlate_run<STEP, kShortRun>(c, piece);
     }
-    c.in += run * c.in_step;
+    c.in += run * STEP * kLanes<T>;
     c.start += run * c.start_step;
     c.out += run * c.out_step;
     length -= run;
@@ -161,9 +171,9 @@ void correlate(Correlation<T> c, int64_t length) {
 template <typename T>
 struct Products {
   const T* gradient;
-  int64_t gradient_step, gradient_line;
+  int64_t gradient_line;
   const T* in;
-  int64_t in_step, in_line;
+  int64_t in_line;
   double* out;
   int64_t out_step, out_line;
   int64_t taps, length, lines;
@@ -177,9 +187,10 @@ template <typename T>
 }
 
 // Sums run in T over one call, some hundred products, and then move on in double.
-template <int LINES, int TAPS, typename T>
+template <int STEP, int LINES, int TAPS, typename T>
 [[gnu::noinline]] void multiply_lines(const Products<T>& p) {
   constexpr int held = kVectorRegisters - 2 - LINES * TAPS >= 8 ? 8 : 4;
+  constexpr int64_t step = STEP * kLanes<T>;
   Vector<T> sum[LINES][TAPS] = {};
   const T *gradient_line = p.gradient, *in_line = p.in;
   for (int64_t line = 0; line < p.lines; ++line) {
@@ -188,20 +199,22 @@ template <int LINES, int TAPS, typename T>
     for (; q + held <= p.length; q += held) {
       Vector<T> gradient[held];
 #pragma GCC unroll 8
-      for (int h = 0; h < held; ++h) gradient[h] = load(from + h * p.gradient_step);
+      for (int h = 0; h < held; ++h) gradient[h] = load(from + h * step);
 #pragma GCC unroll 8
       for (int k = 0; k < LINES; ++k) {
+        const T* at = in + k * p.in_line;
 #pragma GCC unroll 32
         for (int i = 0; i < held + TAPS - 1; ++i) {
-          const Vector<T> value = load(in + k * p.in_line + i * p.in_step);
+          hold_loads();
+          const Vector<T> value = load(at + i * step);
 #pragma GCC unroll 8
           for (int h = 0; h < held; ++h) {
             if (i - h >= 0 && i - h < TAPS) sum[k][i - h] += gradient[h] * value;
           }
         }
       }
-      from += held * p.gradient_step;
-      in += held * p.in_step;
+      from += held * step;
+      in += held * step;
     }
     for (; q < p.length; ++q) {
       const Vector<T> gradient = load(from);
@@ -209,11 +222,11 @@ template <int LINES, int TAPS, typename T>
       for (int k = 0; k < LINES; ++k) {
 #pragma GCC unroll 16
         for (int t = 0; t < TAPS; ++t) {
-          sum[k][t] += gradient * load(in + k * p.in_line + t * p.in_step);
+          sum[k][t] += gradient * load(in + k * p.in_line + t * step);
         }
       }
-      from += p.gradient_step;
-      in += p.in_step;
+      from += step;
+      in += step;
     }
     gradient_line += p.gradient_line;
     in_line += p.in_line;
@@ -221,27 +234,28 @@ template <int LINES, int TAPS, typename T>
 #pragma GCC unroll 8
   for (int k = 0; k < LINES; ++k) {
 #pragma GCC unroll 16
-    for (int t = 0; t < TAPS; ++t)
+    for (int t = 0; t < TAPS; ++t) {
       add_to_double<T>(sum[k][t], p.out + k * p.out_line + t * p.out_step);
+    }
   }
 }
 
-template <int TAPS = kMostTaps, typename T>
+template <int STEP, int TAPS = kMostSums, typename T>
 void multiply_piece(const Products<T>& p, int64_t taps) {
   if constexpr (TAPS > 1) {
-    if (taps < TAPS) return multiply_piece<TAPS - 1>(p, taps);
+    if (taps < TAPS) return multiply_piece<STEP, TAPS - 1>(p, taps);
   }
-  multiply_lines<1, TAPS>(p);
+  multiply_lines<STEP, 1, TAPS>(p);
 }
 
-template <typename T>
+template <int STEP, typename T>
 void multiply(Products<T> p) {
-  const int64_t pieces = (p.taps + kMostTaps - 1) / kMostTaps;
+  const int64_t pieces = (p.taps + kMostSums - 1) / kMostSums;
   int64_t done = 0;
   for (int64_t left = pieces; left > 0; --left) {
     const int64_t taps = (p.taps - done + left - 1) / left;
-    multiply_piece(p, taps);
-    p.in += taps * p.in_step;
+    multiply_piece<STEP>(p, taps);
+    p.in += taps * STEP * kLanes<T>;
     p.out += taps * p.out_step;
     done += taps;
   }
@@ -254,7 +268,7 @@ int64_t multiply_squares(Products<T>& p, int64_t kernel_lines) {
   constexpr int room = kVectorRegisters >= 32 ? 25 : 10;
   constexpr int lines = room / TAPS < TAPS ? room / TAPS : TAPS;
   for (; kernel_lines >= lines; kernel_lines -= lines) {
-    multiply_lines<lines, TAPS>(p);
+    multiply_lines<1, lines, TAPS>(p);
     p.in += lines * p.in_line;
     p.out += lines * p.out_line;
   }
@@ -267,7 +281,7 @@ void multiply_square(Products<T> p, int64_t kernel_lines) {
   if (p.taps == 5) kernel_lines = multiply_squares<5>(p, kernel_lines);
   if (p.taps == 7) kernel_lines = multiply_squares<7>(p, kernel_lines);
   for (; kernel_lines > 0; --kernel_lines) {
-    multiply(p);
+    multiply<1>(p);
     p.in += p.in_line;
     p.out += p.out_line;
   }
@@ -298,9 +312,17 @@ struct Buffer {
   T* at(int64_t column, int64_t row) const { return first + column * pixel + row * kLanes<T>; }
 };
 
+// Weights as Correlation wants them: (width, height) vectors. The adjoint of a correlation is that
+// with the reversed kernel.
+template <typename T>
+struct Kernel {
+  T *weight, *reversed;
+  int64_t height, width;
+};
+
 template <typename T>
 struct Strip {
-  Taps<T> row, column;
+  Kernel<T> row, column;
   T* row_bias;
   Buffer<T> gradient;  // dr_i
   // Where the gradients begin among the partial sums, in vectors.
@@ -315,7 +337,7 @@ struct Space {
   int64_t reach_square_y, reach_square_x;
   // Pixels beyond the block that it computes of a, dr and da, where the image goes on.
   int64_t border_a, border_r, border_da;
-  Taps<T> square;
+  Kernel<T> square;
   T* square_bias;
   T* zero;
   Strip<T>* strips;
@@ -334,15 +356,16 @@ Space<T> lay_out(const Problem& p, Arena& arena) {
   s.strips = arena.take<Strip<T>>(p.branch_count);
   // An empty image has gradients of weights too: zeros.
   const int64_t h = larger(p.h, 1), w = larger(p.w, 1);
-  const auto take_taps = [&](int64_t height, int64_t width) {
-    return Taps<T>{arena.take<T>(height * width * lanes), height, width};
+  const auto take_kernel = [&](int64_t height, int64_t width) {
+    T* weight = arena.take<T>(height * width * lanes);
+    return Kernel<T>{weight, arena.take<T>(height * width * lanes), height, width};
   };
   const auto take_sums = [&](int64_t count) {
     s.sums += count;
     return s.sums - count;
   };
   if (p.square_weight != nullptr) {
-    s.square = take_taps(cropped(p.square_size, h), cropped(p.square_size, w));
+    s.square = take_kernel(cropped(p.square_size, h), cropped(p.square_size, w));
     s.reach_square_y = s.square.height / 2;
     s.reach_square_x = s.square.width / 2;
   }
@@ -350,8 +373,8 @@ Space<T> lay_out(const Problem& p, Arena& arena) {
   s.square_bias_sums = take_sums(1);
   s.dy_sums = take_sums(1);
   for (int64_t i = 0; i < p.branch_count; ++i) {
-    const Taps<T> row = take_taps(1, cropped(p.branches[i].row_size, w));
-    const Taps<T> column = take_taps(cropped(p.branches[i].column_size, h), 1);
+    const Kernel<T> row = take_kernel(1, cropped(p.branches[i].row_size, w));
+    const Kernel<T> column = take_kernel(cropped(p.branches[i].column_size, h), 1);
     T* bias = arena.take<T>(lanes);
     s.reach_row = larger(s.reach_row, row.width / 2);
     s.reach_column = larger(s.reach_column, column.height / 2);
@@ -370,7 +393,7 @@ Space<T> lay_out(const Problem& p, Arena& arena) {
                 dy_rows = odd(kBand + 2 * s.reach_column);
   // The last band makes the rows of dx that are late as well, in whole runs.
   s.da_rows = kBand + 3 * s.reach_square_y + kShortRun - 1;
-  const int64_t column = x_rows + odd(kBand) * (1 + p.branch_count) + dy_rows + odd(s.da_rows);
+  const int64_t column = x_rows + kPitch * (1 + p.branch_count) + dy_rows + odd(s.da_rows);
   const int64_t around = 2 * (s.reach_row + s.reach_square_x) + kTile;
   const int64_t widest = larger(kBlockBytes / (column * kVectorBytes) - around, 2 * kTile);
   s.blocks = (w + widest - 1) / widest;
@@ -387,14 +410,14 @@ Space<T> lay_out(const Problem& p, Arena& arena) {
   // What runs along rows read and write beyond the last pixel.
   const int64_t beyond = s.blocks == 1 && s.width % kShortRun == 0 ? 0 : kShortRun - 1;
   if (p.square_weight != nullptr) s.x = take(s.border_a + s.reach_square_x, x_rows, 0);
-  s.a = take(s.reach_row, odd(kBand), beyond);
+  s.a = take(s.reach_row, kPitch, beyond);
   s.dy = take(s.border_r, dy_rows, beyond);
   s.da = take(s.reach_square_x, odd(s.da_rows), beyond);
   for (int64_t i = 0; i < p.branch_count; ++i) {
-    const Buffer<T> gradient = take(s.border_da + s.reach_row, odd(kBand), beyond);
+    const Buffer<T> gradient = take(s.border_da + s.reach_row, kPitch, beyond);
     if (arena.base != nullptr) s.strips[i].gradient = gradient;
   }
-  s.r = {arena.take<T>(kTile * odd(kBand) * lanes), odd(kBand) * lanes};
+  s.r = {arena.take<T>(kTile * kPitch * lanes), kPitch * lanes};
   return s;
 }
 
@@ -421,16 +444,32 @@ Needs needs_of(const Problem& p, const Gradients& gradients) {
 }
 
 template <typename S, typename T>
+void load_kernel(const void* weight, const Group& group, int64_t height, int64_t width,
+                 const Kernel<T>& to) {
+  const int64_t count = to.height * to.width;
+  load_taps<S>(weight, group, height, width, Taps<T>{to.reversed, to.height, to.width});
+  T* out = to.weight;
+  for (int64_t j = 0; j < to.width; ++j) {
+    for (int64_t i = 0; i < to.height; ++i, out += kLanes<T>) {
+      store(out, load(to.reversed + (i * to.width + j) * kLanes<T>));
+    }
+  }
+  for (int64_t k = 0; k < count; ++k) {
+    store(to.reversed + (count - 1 - k) * kLanes<T>, load(to.weight + k * kLanes<T>));
+  }
+}
+
+template <typename S, typename T>
 void load_weights(const Problem& p, const Group& group, const Space<T>& s) {
   if (p.square_weight != nullptr) {
-    load_taps<S>(p.square_weight, group, p.square_size, p.square_size, s.square);
+    load_kernel<S>(p.square_weight, group, p.square_size, p.square_size, s.square);
   }
   store(s.square_bias, bias_of<S, T>(p.square_bias, group));
   for (int64_t i = 0; i < p.branch_count; ++i) {
     const Branch& branch = p.branches[i];
     const Strip<T>& strip = s.strips[i];
-    load_taps<S>(branch.row_weight, group, 1, branch.row_size, strip.row);
-    load_taps<S>(branch.column_weight, group, branch.column_size, 1, strip.column);
+    load_kernel<S>(branch.row_weight, group, 1, branch.row_size, strip.row);
+    load_kernel<S>(branch.column_weight, group, branch.column_size, 1, strip.column);
     store(strip.row_bias, bias_of<S, T>(branch.row_bias, group));
   }
 }
@@ -503,11 +542,8 @@ void square_stage(const Space<T>& s, const Place& place, int64_t rows) {
   const int64_t begin = place.begin(s.border_a);
   Correlation<T> c{};
   c.in = s.x.at(begin - s.reach_square_x, 0);
-  c.in_step = lanes;
   c.in_line = s.x.pixel;
   c.weight = s.square.weight;
-  c.weight_step = s.square.width * lanes;
-  c.weight_line = lanes;
   c.taps = s.square.height;
   c.kernel_lines = s.square.width;
   c.start = s.square_bias;
@@ -515,7 +551,7 @@ void square_stage(const Space<T>& s, const Place& place, int64_t rows) {
   c.out_step = lanes;
   c.out_line = s.a.pixel;
   c.lines = place.end(s.border_a) - begin;
-  correlate(c, rows);
+  correlate<1>(c, rows);
 }
 
 // dr_i of the pixels [begin, end).
@@ -525,10 +561,8 @@ void column_stage(const Space<T>& s, const Strip<T>& strip, int64_t begin, int64
   constexpr int64_t lanes = kLanes<T>;
   Correlation<T> c{};
   c.in = s.dy.at(begin, s.reach_column - strip.column.height / 2);
-  c.in_step = lanes;
   c.in_line = s.dy.pixel;
-  c.weight = strip.column.weight + (strip.column.height - 1) * lanes;
-  c.weight_step = -lanes;
+  c.weight = strip.column.reversed;
   c.taps = strip.column.height;
   c.kernel_lines = 1;
   c.start = s.zero;
@@ -536,7 +570,7 @@ void column_stage(const Space<T>& s, const Strip<T>& strip, int64_t begin, int64
   c.out_step = lanes;
   c.out_line = strip.gradient.pixel;
   c.lines = end - begin;
-  correlate(c, rows);
+  correlate<1>(c, rows);
 }
 
 // dr_i of the pixels [begin, end), at most kTile, and their share of the branch's gradients.
@@ -547,10 +581,8 @@ void strip_stage(const Space<T>& s, const Strip<T>& strip, const BranchGradients
   if (wanted.column_weight != nullptr) {
     Correlation<T> c{};
     c.in = s.a.at(begin - strip.row.width / 2, 0);
-    c.in_step = s.a.pixel;
     c.in_line = lanes;
     c.weight = strip.row.weight;
-    c.weight_step = lanes;
     c.taps = strip.row.width;
     c.kernel_lines = 1;
     c.start = strip.row_bias;
@@ -558,39 +590,35 @@ void strip_stage(const Space<T>& s, const Strip<T>& strip, const BranchGradients
     c.out_step = s.r.pixel;
     c.out_line = lanes;
     c.lines = rows;
-    correlate(c, end - begin);
+    correlate<kPitch>(c, end - begin);
 
     // Tap t of a column meets dy t rows further up: from the last tap to the first.
     Products<T> p{};
     p.gradient = s.r.first;
-    p.gradient_step = lanes;
     p.gradient_line = s.r.pixel;
     p.in = s.dy.at(begin, s.reach_column - strip.column.height / 2);
-    p.in_step = lanes;
     p.in_line = s.dy.pixel;
     p.out = s.sum + (strip.column_sums + strip.column.height - 1) * lanes;
     p.out_step = -lanes;
     p.taps = strip.column.height;
     p.length = rows;
     p.lines = end - begin;
-    multiply(p);
+    multiply<1>(p);
   }
   if (!gradient) return;
   column_stage(s, strip, begin, end, rows);
   if (wanted.row_weight != nullptr) {
     Products<T> p{};
     p.gradient = strip.gradient.at(begin, 0);
-    p.gradient_step = strip.gradient.pixel;
     p.gradient_line = lanes;
     p.in = s.a.at(begin - strip.row.width / 2, 0);
-    p.in_step = s.a.pixel;
     p.in_line = lanes;
     p.out = s.sum + strip.row_sums * lanes;
     p.out_step = lanes;
     p.taps = strip.row.width;
     p.length = end - begin;
     p.lines = rows;
-    multiply(p);
+    multiply<kPitch>(p);
   }
   if (wanted.row_bias != nullptr) {
     add_up(strip.gradient.at(begin, 0), lanes, strip.gradient.pixel, rows, end - begin,
@@ -610,7 +638,6 @@ void row_stage(const Space<T>& s, const Place& place, int64_t rows) {
     for (int64_t j = begin; j < end; j += kTile) {
       Correlation<T> c{};
       c.in_line = lanes;
-      c.weight_step = -lanes;
       c.kernel_lines = 1;
       c.start = s.dy.at(j, s.reach_column + row);
       c.start_step = s.dy.pixel;
@@ -622,10 +649,9 @@ void row_stage(const Space<T>& s, const Place& place, int64_t rows) {
       for (int64_t i = 0; i < s.branch_count; ++i) {
         const Strip<T>& strip = s.strips[i];
         c.in = strip.gradient.at(j - strip.row.width / 2, row);
-        c.in_step = strip.gradient.pixel;
-        c.weight = strip.row.weight + (strip.row.width - 1) * lanes;
+        c.weight = strip.row.reversed;
         c.taps = strip.row.width;
-        correlate(c, smaller(kTile, end - j));
+        correlate<kPitch>(c, smaller(kTile, end - j));
         c.start = c.out;
         c.start_step = c.out_step;
       }
@@ -645,10 +671,8 @@ void square_products(const Space<T>& s, const Place& place, int64_t rows) {
   constexpr int64_t lanes = kLanes<T>;
   Products<T> p{};
   p.gradient = s.da.at(0, 2 * s.reach_square_y);
-  p.gradient_step = lanes;
   p.gradient_line = s.da.pixel;
   p.in = s.x.at(-s.reach_square_x, 0);
-  p.in_step = lanes;
   p.in_line = s.x.pixel;
   p.out = s.sum + s.square_sums * lanes;
   p.out_step = s.square.width * lanes;
@@ -672,11 +696,8 @@ void store_x_gradient(const Problem& p, const Space<T>& s, const Place& place, i
     const int64_t some = smaller(kBand, rows - done);
     Correlation<T> c{};
     c.in = s.da.at(-s.reach_square_x, at + done);
-    c.in_step = lanes;
     c.in_line = s.da.pixel;
-    c.weight = s.square.weight + (s.square.height * s.square.width - 1) * lanes;
-    c.weight_step = -s.square.width * lanes;
-    c.weight_line = -lanes;
+    c.weight = s.square.reversed;
     c.taps = s.square.height;
     c.kernel_lines = s.square.width;
     c.start = s.zero;
@@ -684,7 +705,7 @@ void store_x_gradient(const Problem& p, const Space<T>& s, const Place& place, i
     c.out_step = lanes;
     c.out_line = s.a.pixel;
     c.lines = place.width;
-    correlate(c, some);
+    correlate<1>(c, some);
     store_image(p, place, row + done, some, s.a.first, s.a.pixel, image);
   }
 }
@@ -810,7 +831,7 @@ struct Reduction {
 
   // The gradient (C, height, width), of which the taps `first` ... of the partial sums are the
   // middle; the others meet only zeros.
-  void reduce(int64_t first, const Taps<T>& taps, int64_t height, int64_t width,
+  void reduce(int64_t first, const Kernel<T>& taps, int64_t height, int64_t width,
               void* gradient) const {
     constexpr int64_t lanes = kLanes<T>;
     if (gradient == nullptr) return;
@@ -847,7 +868,7 @@ void reduce_group(const Problem& p, const Gradients& gradients, int64_t group, c
   const Space<T> s = lay_out<T>(p, arena);
   const Cut cut = cut_of(p, s);
   const Reduction<S, T> sums{p, cut, static_cast<const T*>(partials), s.sums, group};
-  const Taps<T> one{nullptr, 1, 1};
+  const Kernel<T> one{nullptr, nullptr, 1, 1};
   sums.reduce(s.square_sums, s.square, p.square_size, p.square_size, gradients.square_weight);
   sums.reduce(s.square_bias_sums, one, 1, 1, gradients.square_bias);
   for (int64_t i = 0; i < p.branch_count; ++i) {
