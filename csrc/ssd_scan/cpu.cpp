@@ -201,7 +201,7 @@ void go_backward(const Problem& p, ForwardSpace<T>& w, const Block& block, int64
     fetch_chunk<S>(p, w, nullptr, block, axis, c - 1);
     for (int64_t h = 0; h < block.heads; ++h) {
       pack_head<S>(p, w, p.x, block.batch, block.head + h, count, w.x);
-      T* handed = w.handed + (h * w.segments + g - 1) * state;
+      T* handed = hand_on ? w.handed + (h * w.segments + g - 1) * state : nullptr;
       T* to = hand_on ? handed : entering_backward(p, w, g, h, c - 1);
       const T* from = hand_on && c < last ? handed : entering_backward(p, w, g, h, c);
       pass_state(p, w, 1, h * w.padded_tokens + c * w.chunk, count, from, to);
