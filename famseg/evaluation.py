@@ -22,7 +22,6 @@ import numpy as np
 
 from famseg import biometrics
 from famseg.data.sample import CLASSES, Sample
-from famseg.data.split import k_folds, split_by_subject
 from famseg.metrics import SegmentationMetrics, boundary_distances, jaggedness
 
 OBJECTS = CLASSES[1:]
@@ -202,17 +201,6 @@ def score_image(sample: Sample, labels: np.ndarray) -> ImageScore:
             lengths[name] = _score_length(name, truth, found, getattr(sample, LENGTHS[name]), sample.pixel_size)
     height, width = sample.image.shape
     return ImageScore(sample.name, sample.subject, height, width, sample.pixel_size, objects, lengths)
-
-
-def held_out(samples: Sequence[Sample], config: Mapping[str, Any]) -> list[int]:
-    """The validation part of a training run's data: the same split as the run made, from its settings.
-
-    Raises:
-        DataError: the data can no longer be split that way.
-    """
-    if config.get("folds"):
-        return k_folds(samples, config["folds"], config["fold"], config["seed"])[1]
-    return split_by_subject(samples, config["val_fraction"], config["seed"])[1]
 
 
 def _score_object(truth: np.ndarray, found: np.ndarray) -> ObjectScore:

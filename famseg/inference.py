@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import zipfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,7 @@ class Network:
 
     model: nn.Module  # (N, 1, h, w) normalised → logits (N, classes, h, w); in evaluation mode
     config: dict[str, Any]  # the training run's settings
+    images: dict[str, dict[str, str]]  # "trained" and "held_out": the name of every image under its digest
     epoch: int  # epochs trained
     image_size: int  # side of the square input, px
     path: Path
@@ -41,31 +43,41 @@ class Network:
         return sum(parameter.numel() for parameter in self.model.parameters())
 
 
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """The content of a checkpoint of famseg-train, on the CPU. Tensors and plain values only: no code in it is run.
+
+    Raises:
+        DataError: there is no such file, it is damaged, or something else wrote it.
+    """
+    remedy = "use another checkpoint of famseg-train, like RUN/checkpoints/best.ckpt"
+    try:
+        # torch.load does not compare the archive's checksums: a flipped bit would be a wrong weight.
+        with zipfile.ZipFile(path) as archive:
+            if broken := archive.testzip():
+                raise zipfile.BadZipFile(f"checksum of {broken}")
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); {remedy}") from error
+    except Exception as error:  # damaged bytes raise nearly anything from inside zipfile, pickle and torch
+        reason = " ".join(str(error).split())[:80] or type(error).__name__
+        raise DataError(f"{path}: is damaged or no checkpoint ({reason}); {remedy}") from error
+    keys = {
+        "config": dict, "state_dict": dict, "epoch": int, "images": dict, "optimizer_states": list, "loops": dict
+    }  # fmt: skip
+    if not isinstance(checkpoint, dict) or any(not isinstance(checkpoint.get(k), kind) for k, kind in keys.items()):
+        raise DataError(f"{path}: was not written by this version of famseg-train; {remedy}")
+    return checkpoint
+
+
 def load_network(path: str | Path) -> Network:
     """The network of a famseg-train checkpoint, on the CPU; averaged weights where the run kept them.
 
-    Nothing in the file is executed (`weights_only`).
-
     Raises:
-        DataError: the file is missing, damaged, or not a checkpoint of this network.
+        DataError: as `read_checkpoint`, or the weights are those of another network.
     """
     path = Path(path)
-    foreign = f"{path}: is not a checkpoint of famseg-train; give a run's checkpoints/best.ckpt"
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); give a run's checkpoints/best.ckpt") from error
-    except Exception as error:  # the unpickler raises whatever damaged bytes make it stumble over
-        raise DataError(f"{path}: is damaged or no checkpoint (torch cannot load it); copy it again") from error
-    if not isinstance(checkpoint, dict):
-        raise DataError(foreign)
-    config, states = checkpoint.get("config"), checkpoint.get("state_dict")
-    if not (
-        isinstance(config, dict)
-        and isinstance(states, dict)
-        and {"model", "image_size", "data", "seed"} <= config.keys()
-    ):
-        raise DataError(foreign)
+    checkpoint = read_checkpoint(path)
+    config, states = checkpoint["config"], checkpoint["state_dict"]
     weights = checkpoint.get("ema") or {
         name.removeprefix("model."): value for name, value in states.items() if name.startswith("model.")
     }
@@ -73,10 +85,10 @@ def load_network(path: str | Path) -> Network:
     try:
         model = create_model(config["model"], len(CLASSES), **{name: config[name] for name in known & config.keys()})
         model.load_state_dict(weights)
-    except (ValueError, TypeError, RuntimeError) as error:
+    except (KeyError, ValueError, TypeError, RuntimeError) as error:
         reason = str(error).strip().splitlines()
         raise DataError(f"{path}: was made by another version of this network ({reason[0]})") from error
-    return Network(model.eval(), config, int(checkpoint.get("epoch", -1)) + 1, int(config["image_size"]), path)
+    return Network(model.eval(), config, checkpoint["images"], checkpoint["epoch"] + 1, int(config["image_size"]), path)
 
 
 def predict(

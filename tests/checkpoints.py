@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 
+from famseg.data.dataset import open_data
 from famseg.data.sample import CLASSES
+from famseg.data.split import split_by_subject
 from famseg.models import create_model
 from famseg.training.config import TrainConfig
 
@@ -20,6 +22,19 @@ def write_checkpoint(path: Path, **settings: Any) -> Path:
     model = create_model(config.model, len(CLASSES), **config.model_options())
     torch.nn.init.normal_(model.classifier.weight, std=3.0)
     states = {f"model.{name}": value for name, value in model.state_dict().items()}
+    samples = open_data(config.data, image_size=config.image_size, seed=config.seed)
+    parts = split_by_subject(samples, config.val_fraction, config.seed)
+    checkpoint = {
+        "config": dataclasses.asdict(config),
+        "state_dict": states,
+        "epoch": 4,
+        "images": {
+            name: {samples[i].digest: samples[i].name for i in part}
+            for name, part in zip(("trained", "held_out"), parts, strict=True)
+        },
+        "optimizer_states": [],
+        "loops": {},
+    }
     path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save({"config": dataclasses.asdict(config), "state_dict": states, "epoch": 4}, path)
+    torch.save(checkpoint, path)
     return path

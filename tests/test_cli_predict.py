@@ -107,6 +107,21 @@ def test_every_format_gives_the_same_mask_at_its_own_size(checkpoint: str, input
     assert "no pixel size" in rows["grey_png.png"]["flags"]
 
 
+def test_options_reach_the_prediction(
+    checkpoint: str, inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = {}
+
+    def predict(network: object, images: object, **options: object) -> list[np.ndarray]:
+        given.update(options)
+        return []
+
+    monkeypatch.setattr("famseg.cli.predict.predict", predict)
+    options = ["--flips", "--batch-size", "3", "--device", "cpu", "--backend", "reference"]
+    main([checkpoint, str(inputs), "--out", str(tmp_path / "out"), *options])
+    assert given == {"flips": True, "batch_size": 3, "device": "cpu", "backend": "reference"}
+
+
 def test_millimetres_are_those_of_the_written_mask(checkpoint: str, inputs: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert main([checkpoint, str(inputs / "grey_png.png"), "--pixel-size", "0.25", "--out", str(out)]) == 0

@@ -72,7 +72,13 @@ def test_checkpoints_hold_no_code(run):
 
 def test_options_of_a_run_show_in_what_it_writes(tmp_path, monkeypatch):
     """bf16, averaged weights, a shipped configuration and TensorBoard in one run."""
-    written = []
+    written, autocast = [], set()
+    count = SegmentationModule._count_overlap
+    monkeypatch.setattr(
+        SegmentationModule,
+        "_count_overlap",
+        lambda *args: autocast.add(torch.is_autocast_enabled("cpu")) or count(*args),
+    )
 
     class SummaryWriter:
         def __init__(self, folder, purge_step):
@@ -94,6 +100,7 @@ def test_options_of_a_run_show_in_what_it_writes(tmp_path, monkeypatch):
     assert main(["--data", "phantom:8", "--image-size", "32", "--batch-size", "4", *options, "--out", str(out)]) == 0
     rows = list(csv.DictReader((out / "metrics.csv").open()))
     assert [row["phase"] for row in rows] == ["sgd"] * 2
+    assert autocast == {True}
     assert written[0] == (str(out / "tensorboard"), 1)
     assert set(written[1:]) == {(name, step) for name in rows[0].keys() - {"epoch", "phase"} for step in (1, 2)}
     assert yaml.safe_load((out / "config.yaml").read_text())["lr_limit_max"] == 0.001

@@ -13,8 +13,7 @@ from monai.metrics import DiceMetric, MeanIoU
 
 from famseg.data.phantom import Phantom
 from famseg.data.sample import Sample
-from famseg.data.split import k_folds, split_by_subject
-from famseg.evaluation import Evaluation, evaluate, held_out, score_image
+from famseg.evaluation import Evaluation, evaluate, score_image
 from famseg.metrics import SegmentationMetrics
 
 
@@ -134,11 +133,3 @@ def test_label_maps_are_kept_and_ranked() -> None:
     for position, labels in enumerate(predictions):
         np.testing.assert_array_equal(evaluation.labels(position), labels)
     assert Evaluation().summary()["images"] == 0
-
-
-def test_held_out_is_the_split_of_the_training_run() -> None:
-    samples = Phantom(20, (32, 32))
-    config = {"val_fraction": 0.3, "seed": 4}
-    assert held_out(samples, config) == split_by_subject(samples, 0.3, 4)[1]
-    assert held_out(samples, {**config, "folds": 4, "fold": 2}) == k_folds(samples, 4, 2, 4)[1]
-    assert held_out(samples, {**config, "folds": 0, "fold": 0}) == held_out(samples, config)

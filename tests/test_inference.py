@@ -8,6 +8,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from famseg.data.augment import letterbox, undo_letterbox
 from famseg.data.errors import DataError
@@ -96,6 +97,19 @@ def test_labels_have_each_images_size_and_do_not_depend_on_the_batch(checkpoint:
     assert list(predict(network, [])) == []
 
 
+def test_batch_size_and_backend_are_used(checkpoint: Path) -> None:
+    class Calls(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if str(function).startswith("famseg.ssd_scan_2d"):
+                seen.append((len(args[0]), args[-1]))
+            return function(*args, **(kwargs or {}))
+
+    seen: list[tuple[int, str]] = []
+    with Calls():
+        list(predict(load_network(checkpoint), [np.zeros((32, 32), np.uint8)] * 5, batch_size=3, backend="reference"))
+    assert set(seen) == {(3, "reference"), (2, "reference")}
+
+
 def test_flips_make_the_result_mirror_with_the_image(checkpoint: Path) -> None:
     network = load_network(checkpoint)
     image = Phantom(1, (32, 32), seed=5)[0].image
@@ -113,7 +127,7 @@ class Bright(torch.nn.Module):
 
 
 def test_objects_come_back_where_they_were() -> None:
-    network = Network(Bright(), {}, 1, 64, Path("bright"))
+    network = Network(Bright(), {}, {}, 1, 64, Path("bright"))
     for shape, box in (((120, 200), (30, 70, 50, 130)), ((200, 90), (60, 160, 20, 70)), ((40, 30), (10, 30, 8, 20))):
         image = np.zeros(shape, np.uint8)
         top, bottom, left, right = box

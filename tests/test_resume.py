@@ -265,7 +265,10 @@ def folder(path):
     path.mkdir()
 
 
-@pytest.mark.parametrize("spoil", [empty, truncated, flipped, text, other_torch_file, code, other_network, folder])
+SPOILT = [empty, truncated, flipped, text, other_torch_file, code, other_network, folder]
+
+
+@pytest.mark.parametrize("spoil", SPOILT)
 def test_a_checkpoint_that_cannot_be_used_is_one_line(copy, spoil, capsys):
     path = copy / "checkpoints/last.ckpt"
     spoil(path)
@@ -276,12 +279,23 @@ def test_a_checkpoint_that_cannot_be_used_is_one_line(copy, spoil, capsys):
     assert (copy / "config.yaml").read_bytes() == before
 
 
+def test_other_images_than_the_run_began_with_are_refused(copy, capsys):
+    path = copy / "checkpoints/last.ckpt"
+    checkpoint = torch.load(path, weights_only=True)
+    digest, name = checkpoint["images"]["trained"].popitem()
+    checkpoint["images"]["held_out"][digest] = name
+    torch.save(checkpoint, path)
+    assert main(["--resume", "auto", "--out", str(copy), "--epochs", "9"]) == 2
+    message = capsys.readouterr().err
+    assert "the images of 'phantom:10' are not those that the run began with" in message and message.count("\n") == 1
+
+
 def test_resume_says_what_it_cannot_find(tmp_path, capsys):
     (tmp_path / "old").write_text("keep me")
     for arguments, words in (
         (["--resume", "auto"], "--out"),
         (["--resume", "auto", "--out", str(tmp_path)], "no run to continue"),
-        (["--resume", str(tmp_path / "checkpoints/last.ckpt")], "is not a file"),
+        (["--resume", str(tmp_path / "checkpoints/last.ckpt")], "cannot be read (No such file"),
         (["--resume", str(tmp_path / "last.ckpt")], "RUN/checkpoints/NAME.ckpt"),
         (["--resume", "a/checkpoints/last.ckpt", "--out", "b"], "copy the whole folder"),
     ):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from famseg.data.split import k_folds
 from famseg.training.callbacks import TimeLeft
 from famseg.training.checkpoint import Checkpoints
-from famseg.training.config import ConfigError, TrainConfig
+from famseg.training.config import ConfigError, TrainConfig, device_for
 from famseg.training.distributed import Processes
 from famseg.training.loss import SegmentationLoss
 from famseg.training.module import SegmentationModule
@@ -207,7 +208,9 @@ def test_data_settings():
 
 
 def test_workers_load_the_same_batches():
-    for one, other in zip(prepared(workers=0).train_loader, prepared(workers=1).train_loader, strict=True):
+    alone, helped = prepared(workers=0).train_loader, prepared(workers=1).train_loader
+    assert (alone.num_workers, helped.num_workers) == (0, 1)
+    for one, other in zip(alone, helped, strict=True):
         assert torch.equal(one["image"], other["image"]) and torch.equal(one["mask"], other["mask"])
 
 
@@ -232,6 +235,51 @@ def test_optimizer_settings():
     assert optimizer(**rates | {"lr_limit_max": 1e-5}).param_groups[0]["lr"] == 1e-5
 
 
+def rates(**changes: object) -> list[float]:
+    """The learning rate at the beginning of each of twelve epochs."""
+    module = SegmentationModule(dataclasses.replace(SMALL, phases="sgd:12", **changes))
+    trainer = SimpleNamespace(optimizers=[module.configure_optimizers()], num_training_batches=2, global_rank=0)
+    module.trainer = trainer
+    found = []
+    for trainer.current_epoch in range(12):
+        module.on_train_batch_start(None, 0)
+        found.append(trainer.optimizers[0].param_groups[0]["lr"])
+    return found
+
+
+def test_learning_rate_settings_reach_the_steps():
+    cos, step, constant = (rates(decay=decay) for decay in ("cos", "step", "adadelta"))
+    assert len(set(constant[2:9])) == 1 and sorted(cos[2:], reverse=True) == cos[2:] != step[2:]
+    assert step[3] / step[2] == pytest.approx(step[9] / step[8])
+    assert rates(min_learning_rate=0.002)[0] == pytest.approx(5 * cos[0])
+    assert len(set(rates(decay_epochs=6)[6:])) == 1 < len(set(cos[6:]))
+    assert rates(learning_rate=1e-5, lr_limit_min=0.002)[2] > 10 * rates(learning_rate=1e-5)[2]
+
+
+def test_loss_setting():
+    logits, target = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1)), labels(2, 8, 8)
+    for terms in ("ce", "dice", "focal+dice"):
+        assert prepared(loss=terms).module.loss(logits, target) == SegmentationLoss(terms)(logits, target)
+
+
+def test_ema_setting_is_the_part_of_the_average_that_stays():
+    run = prepared(ema=0.75)
+    trainer = SimpleNamespace(global_step=1000)  # beyond the short memory of the beginning
+    run.module.trainer = trainer
+    run.module.on_train_start()
+    before = run.module.ema["classifier.weight"].clone()
+    with torch.no_grad():
+        run.module.model.classifier.weight += 1
+    run.module.on_train_batch_end()
+    torch.testing.assert_close(run.module.ema["classifier.weight"], before + 0.25)
+
+
+def test_device_setting(monkeypatch):
+    assert device_for("auto", "auto") == ("cuda" if torch.cuda.is_available() else "cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert [device_for(wish, "auto") for wish in ("auto", "cuda", "cpu")] == ["cuda", "cuda", "cpu"]
+
+
 def test_learning_rates_are_fitted_to_the_batch_of_all_processes():
     config = dataclasses.replace(SMALL, lr_limit_min=1e-6)
     one, four = (SegmentationModule(config, processes=n).configure_optimizers() for n in (1, 4))
@@ -249,16 +297,18 @@ def test_class_weights():
 
 
 def test_channels_last_and_compile_keep_the_weights_and_their_names(monkeypatch):
-    compiled = []
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compiled.append(module))
+    calls = []
+    monkeypatch.setattr(torch, "compile", lambda function: lambda image: calls.append(image) or function(image))
     plain, other = prepared(), prepared(channels_last=True, compile=True)
-    assert compiled == [other.module.model]
     stem = other.module.model.encoder.stem[3].weight
     assert stem.is_contiguous(memory_format=torch.channels_last) and not stem.is_contiguous()
     state, changed = plain.module.state_dict(), other.module.state_dict()
     assert state.keys() == changed.keys() and all(torch.equal(state[name], changed[name]) for name in state)
     image = first_batch(plain)["image"]
+    torch.testing.assert_close(plain.module(image), other.module(image))
+    assert len(calls) == 1
     torch.testing.assert_close(plain.module.eval()(image), other.module.eval()(image))
+    assert len(calls) == 1  # validation is not compiled
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])

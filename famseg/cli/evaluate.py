@@ -1,7 +1,7 @@
 """famseg-evaluate: score a trained network on labelled images; writes metrics.json, per_image.csv and report.html.
 
-Without --data it takes the images that were held out in training. Images the network was trained on are scored only
-when --split all says so.
+Without --data it takes the data of the training run. Images that the network was trained on are known by their pixels
+and scored only when --split all says so.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import csv
 import importlib.metadata
 import json
-import os
 import sys
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -19,16 +18,16 @@ from typing import Any, Literal
 
 import numpy as np
 
-from famseg.cli.command import build_parser, device_for, progress, required, run
-from famseg.data.dataset import PHANTOM_LENGTH, open_data
+from famseg.cli.command import build_parser, parse, progress, required, run
+from famseg.data.dataset import open_data
 from famseg.data.errors import DataError
 from famseg.data.files import empty_folder, write_atomic, write_table
 from famseg.data.sample import CLASSES, Sample
-from famseg.evaluation import FITS, LENGTHS, Evaluation, ImageScore, held_out
+from famseg.evaluation import FITS, LENGTHS, Evaluation, ImageScore
 from famseg.inference import Network, load_network, predict
 from famseg.reporting.overlay import draw_overlay
 from famseg.reporting.page import NAMES, Picture, report
-from famseg.training.config import option
+from famseg.training.config import device_for, option
 from famseg_kernels.backends import CHOICES as BACKENDS
 
 PROG = "famseg-evaluate"
@@ -42,9 +41,8 @@ class Options:
         None, "phantom[:LENGTH], hc18:DIR, folder:DIR, or several joined by commas; default: the training data"
     )
     out: str | None = option(None, "new or empty folder for metrics.json, per_image.csv and report.html")
-    split: Literal["auto", "val", "all"] = option(
-        "auto",
-        "val: the part held out in training; all: every image; auto: val of the training data, all of other data",
+    split: Literal["held-out", "all"] = option(
+        "held-out", "held-out: the images of subjects that the network was not trained on; all: every image"
     )
     data_seed: int | None = option(None, "seed of phantom images; default: the training run's, that is, its own images")
     flips: bool = option(False, "average over the image and its mirror image (twice the time)")
@@ -61,6 +59,7 @@ class Selection:
     indices: list[int]
     spec: str
     split: str
+    trained: int  # images among them that trained the network
     words: str
     notes: list[str]
 
@@ -68,7 +67,7 @@ class Selection:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code: 0 done, 2 bad usage or input with one clear line, 130 interrupted."""
     parser = build_parser(PROG, __doc__, Options, positional=("checkpoint",))
-    return run(PROG, parser, arguments, lambda **options: _evaluate(Options(**options)))
+    return run(PROG, lambda: _evaluate(Options(**parse(parser, arguments))))
 
 
 def _evaluate(options: Options) -> int:
@@ -79,13 +78,13 @@ def _evaluate(options: Options) -> int:
     out = empty_folder(Path(options.out))
     network = load_network(options.checkpoint)
     selection = select(network, options.data, options.split, options.data_seed)
-    print(f"scoring {selection.words}", flush=True)
+    print(f"scoring {selection.words}", *selection.notes, sep="\n", flush=True)
 
     evaluation = Evaluation()
     pending: deque[Sample] = deque()
 
     def images() -> Iterator[np.ndarray]:
-        for index in progress(selection.indices):
+        for index in progress(selection.indices, "scoring"):
             pending.append(selection.samples[index])
             yield pending[-1].image
 
@@ -104,6 +103,7 @@ def _evaluate(options: Options) -> int:
         **evaluation.summary(),
         "data": selection.spec,
         "split": selection.split,
+        "trained_on": selection.trained,
         "checkpoint": str(network.path),
         "model": network.config["model"],
         "parameters": network.parameters,
@@ -136,50 +136,43 @@ def _evaluate(options: Options) -> int:
 
 
 def select(network: Network, spec: str | None, split: str, data_seed: int | None) -> Selection:
-    """The images to score. Raises DataError where it would be unclear whether the network has trained on them."""
-    trained_on = network.config["data"]
-    own_seed = network.config["seed"]
-    spec, seed = spec or trained_on, own_seed if data_seed is None else data_seed
-    shared = _sources(spec, seed).keys() & _sources(trained_on, own_seed).keys()
-    same = _sources(spec, seed) == _sources(trained_on, own_seed)
-    if split == "auto" and shared and not same:
-        raise DataError(
-            f"data '{spec}' is part of the training data '{trained_on}': give the same --data as in training to score "
-            "its held-out part, or --split all to score training images too"
-        )
-    if split == "val" and not same:
-        raise DataError(f"split: val needs the training data '{trained_on}', got '{spec}'; use --split all")
-    if split == "auto":
-        split = "val" if same else "all"
+    """The images to score: all, or those that the network was not trained on, by the digests in the checkpoint.
+
+    Other images of a subject that it was trained on are not held out either.
+
+    Raises:
+        DataError: the data cannot be opened, or no image is left.
+    """
+    spec = spec or network.config["data"]
+    seed = network.config["seed"] if data_seed is None else data_seed
     samples = open_data(spec, image_size=network.image_size, seed=seed)
-    indices = held_out(samples, network.config) if split == "val" else list(range(len(samples)))
-    known = getattr(samples, "subjects", None)
-    subjects = len({known[i] for i in indices} if known is not None else {samples[i].subject for i in indices})
-    words = f"{len(indices)} images of {subjects} subjects"
+    subjects, trained = [], []
+    for index in progress(range(len(samples)), "reading"):
+        sample = samples[index]
+        subjects.append(sample.subject)
+        trained.append(sample.digest in network.images["trained"])
+    known = {subject for subject, seen in zip(subjects, trained, strict=True) if seen}
+    indices = [i for i, subject in enumerate(subjects) if split == "all" or subject not in known]
+    if not indices:
+        raise DataError(
+            f"data '{spec}': the network was trained on all {len(samples)} images; give --data with others, or --split "
+            "all to score them all the same"
+        )
+    words = f"{len(indices)} images of {len({subjects[i] for i in indices})} subjects"
+    words += f", all of {spec}" if len(indices) == len(samples) else f", held out of {len(samples)} ({spec})"
+    scored_trained = sum(trained[i] for i in indices)
     notes = []
-    if split == "val":
-        words += f", held out in training from {len(samples)} images ({spec})"
-    else:
-        words += f", all of {spec}"
-    if split == "all" and shared:
-        notes.append("These images include those the network was trained on: the numbers are too good.")
+    if scored_trained:
+        notes.append(
+            f"{scored_trained} of these {len(indices)} images trained the network: their numbers are too good."
+        )
+    elif known:
+        notes.append(f"{len(samples) - len(indices)} images of subjects that trained the network are left out.")
     if any(part.strip().split(":")[0] == "phantom" for part in spec.split(",")):
         notes.append(
             "Synthetic images: the phantom is a simulation. Its numbers compare networks and say nothing of a clinic."
         )
-    return Selection(samples, indices, spec, split, words, notes)
-
-
-def _sources(spec: str, seed: int) -> dict[str, str]:
-    """What identifies each source of a data specification, and the rest of its definition."""
-    found = {}
-    for part in spec.split(","):
-        scheme, _, argument = part.strip().partition(":")
-        if scheme == "phantom":
-            found[f"phantom of seed {seed}"] = argument or str(PHANTOM_LENGTH)
-        else:
-            found[f"{scheme}:{os.path.realpath(argument)}"] = ""
-    return found
+    return Selection(samples, indices, spec, split, scored_trained, words, notes)
 
 
 def _pictures(selection: Selection, evaluation: Evaluation) -> dict[str, list[Picture]]:

@@ -19,7 +19,7 @@ import cv2
 import numpy as np
 
 from famseg.biometrics import Axis, Ellipse, doubts
-from famseg.cli.command import build_parser, device_for, progress, required, run
+from famseg.cli.command import build_parser, parse, progress, required, run
 from famseg.data.errors import DataError
 from famseg.data.files import (
     IMAGE_SUFFIXES,
@@ -35,7 +35,7 @@ from famseg.data.sample import CLASSES
 from famseg.evaluation import FITS, LENGTHS
 from famseg.inference import load_network, predict
 from famseg.reporting.overlay import draw_overlay
-from famseg.training.config import ConfigError, option
+from famseg.training.config import ConfigError, device_for, option
 from famseg_kernels.backends import CHOICES as BACKENDS
 
 PROG = "famseg-predict"
@@ -70,7 +70,7 @@ class Source:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code as in the module's description."""
     parser = build_parser(PROG, __doc__, Options, positional=("checkpoint", "images"))
-    return run(PROG, parser, arguments, lambda **options: _predict(Options(**options)))
+    return run(PROG, lambda: _predict(Options(**parse(parser, arguments))))
 
 
 def _predict(options: Options) -> int:
@@ -89,7 +89,7 @@ def _predict(options: Options) -> int:
 
     def images() -> Iterator[np.ndarray]:
         nonlocal skipped
-        for path in progress(paths):
+        for path in progress(paths, "images"):
             try:
                 pending.append(_read(path, pixel_size))
             except DataError as error:

@@ -201,14 +201,14 @@ def write_labels(path: Path, labels: np.ndarray) -> None:
     write_atomic(path, content.getvalue())
 
 
-def empty_folder(path: Path) -> Path:
+def empty_folder(path: Path, remedy: str = "choose another --out") -> Path:
     """`path`, which must not exist or be an empty folder: results never mix with older ones. Nothing is made yet.
 
     Raises:
         DataError: there are files in it, or it is a file itself.
     """
     if path.is_dir() and any(path.iterdir()):
-        raise DataError(f"out: expected a new or empty folder, {path} has files in it; choose another --out")
+        raise DataError(f"out: expected a new or empty folder, {path} has files in it; {remedy}")
     if path.exists() and not path.is_dir():
         raise DataError(f"out: expected a folder, {path} is a file")
     return path

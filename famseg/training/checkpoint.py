@@ -1,4 +1,4 @@
-"""Checkpoints that survive an interruption, and reading one back without running any code in it.
+"""Checkpoints that survive an interruption, and what a run may change when it continues from one.
 
 A checkpoint is written after every epoch and holds all that the next epoch depends on: weights, the optimizer of the
 current phase, averaged weights, the best score so far, the rows of metrics.csv. Order, augmentation and what the
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ import lightning as L
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
+from famseg.inference import read_checkpoint
 from famseg.training.config import ConfigError, TrainConfig
 from famseg.training.schedule import Phase, format_phases, resized, total_epochs
 
@@ -62,32 +62,6 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         self, path: Any, map_location: Any | None = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
         return read_checkpoint(Path(path))
-
-
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """The content of a checkpoint of famseg-train, on the CPU. Tensors and plain values only: no code is run.
-
-    Raises:
-        ConfigError: there is no such file, it is damaged, or something else wrote it.
-    """
-    remedy = "use another checkpoint of the run (checkpoints/best.ckpt) or start anew in another --out"
-    if not path.is_file():
-        raise ConfigError(f"resume: expected a checkpoint, {path} is not a file; {remedy}")
-    try:
-        # torch.load does not compare the archive's checksums: a flipped bit would be a wrong weight.
-        with zipfile.ZipFile(path) as archive:
-            if broken := archive.testzip():
-                raise zipfile.BadZipFile(f"checksum of {broken}")
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise ConfigError(f"resume: {path} cannot be read ({error.strerror}); {remedy}") from error
-    except Exception as error:  # damaged bytes raise nearly anything from inside zipfile, pickle and torch
-        reason = " ".join(str(error).split())[:80] or type(error).__name__
-        raise ConfigError(f"resume: {path} is damaged or no checkpoint ({reason}); {remedy}") from error
-    keys = {"config": dict, "state_dict": dict, "optimizer_states": list, "epoch": int, "loops": dict}
-    if not isinstance(checkpoint, dict) or any(not isinstance(checkpoint.get(k), kind) for k, kind in keys.items()):
-        raise ConfigError(f"resume: {path} was not written by famseg-train; {remedy}")
-    return checkpoint
 
 
 def checkpoint_to_resume(resume: str, out: str | None) -> Path | None:

@@ -6,10 +6,13 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+import torch
+
 from famseg.data.sample import CLASSES
 from famseg.models import MODELS
 from famseg.training.loss import parse_class_weights, parse_loss
 from famseg.training.schedule import Phase, parse_phases, with_adadelta
+from famseg_kernels import available_backends
 from famseg_kernels.backends import CHOICES as BACKENDS
 
 
@@ -72,7 +75,6 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         self._expect("model", tuple(MODELS))
-        self._expect("backend", tuple(BACKENDS))
         for name, hint in get_type_hints(TrainConfig).items():
             if get_origin(hint) is Literal:
                 self._expect(name, get_args(hint))
@@ -114,3 +116,15 @@ class TrainConfig:
 
     def model_options(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in ("shortcut", "upsample", "context", "fusion")}
+
+
+def device_for(device: str, backend: str) -> str:
+    """ "cpu" or "cuda" for the wish "auto", "cpu" or "cuda"; ConfigError where device or backend are not there."""
+    has_gpu = torch.cuda.is_available()
+    if device == "cuda" and not has_gpu:
+        raise ConfigError("device: cuda was asked for, but torch sees no CUDA GPU; use --device cpu or auto")
+    if backend not in BACKENDS:
+        raise ConfigError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
+    if backend not in ("auto", "reference") and (reason := available_backends()[backend]) != "ok":
+        raise ConfigError(f"backend: {backend} is not available: {reason}")
+    return "cuda" if has_gpu and device != "cpu" else "cpu"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import lightning as L
@@ -28,10 +28,16 @@ class SegmentationModule(L.LightningModule):
         config: the run.
         processes: of a data-parallel run; the learning rates are fitted to the batch of all of them.
         class_weights: of the loss, as they come out of `config.class_weights` and the training masks.
+        images: "trained" and "held_out", the name of every image under its digest; kept in every checkpoint.
     """
 
     def __init__(
-        self, config: TrainConfig, *, processes: int = 1, class_weights: Sequence[float] | None = None
+        self,
+        config: TrainConfig,
+        *,
+        processes: int = 1,
+        class_weights: Sequence[float] | None = None,
+        images: dict[str, dict[str, str]] | None = None,
     ) -> None:
         super().__init__()
         self.config = config
@@ -41,6 +47,9 @@ class SegmentationModule(L.LightningModule):
             self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.loss = SegmentationLoss(config.loss, class_weights)
         self.processes = processes
+        self.images = images or {}
+        # Of training alone: validation has another mode, a ragged last batch and averaged weights, each a compilation.
+        self.compiled: Callable[[Tensor], Tensor] | None = None
         self.batch = config.batch_size * processes
         self.ema: dict[str, Tensor] = {}
         self.val_metrics = SegmentationMetrics(len(CLASSES))
@@ -60,7 +69,7 @@ class SegmentationModule(L.LightningModule):
         with use_backend(self.config.backend):
             if self.ema and not self.training:
                 return torch.func.functional_call(self.model, self.ema, (image,))
-            return self.model(image)
+            return (self.compiled if self.compiled and self.training else self.model)(image)
 
     # --- steps --------------------------------------------------------------------------------------
 
@@ -173,6 +182,7 @@ class SegmentationModule(L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["config"] = dataclasses.asdict(self.config)  # plain values: loads with weights_only=True
         checkpoint["processes"] = self.processes
+        checkpoint["images"] = self.images
         if self.ema:
             checkpoint["ema"] = dict(self.ema)
 

@@ -75,20 +75,21 @@ def profile(config: TrainConfig, steps: int = 12) -> str:
     for _ in range(traced):  # warm up
         step(fixed)
     parts.clear()
-    # In turn, so that a slow moment of the machine meets both.
+    # In pairs, so that a slow moment of the machine meets both.
     for _ in range(steps):
         timed("step", lambda: step(timed("loader", lambda: next(loader))))
         timed("step with a constant batch", lambda: step(fixed))
 
     times = {name: 1e3 * median(values) for name, values in parts.items()}
     whole, constant = times.pop("step"), times.pop("step with a constant batch")
+    ratio = median(a / b for a, b in zip(parts["step"], parts["step with a constant batch"], strict=True))
     lines = [f"{config.model}, batch {len(fixed['mask'])}, {config.image_size} px, {config.precision}, {device.type}"]
     lines += [f"{'part of a step':32}{'ms':>10}{'%':>8}"]
     for name in ("loader", "copy to device", "forward", "loss", "backward", "optimizer"):
         lines.append(f"{name:32}{times[name]:10.2f}{100 * times[name] / whole:8.1f}")
     lines.append(f"{'step':32}{whole:10.2f}{100.0:8.1f}")
     lines.append(f"{'step with a constant batch':32}{constant:10.2f}{100 * constant / whole:8.1f}")
-    lines.append(f"the loader makes a step {whole / constant:.3f} times as long")
+    lines.append(f"the loader makes a step {ratio:.3f} times as long")
 
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
     with torch.profiler.profile(activities=activities, acc_events=True) as trace:

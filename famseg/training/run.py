@@ -26,11 +26,11 @@ from torch.utils.data import DataLoader, Sampler, SequentialSampler
 from famseg.data.augment import eval_transform, train_transform
 from famseg.data.dataset import SegmentationDataset, open_data
 from famseg.data.errors import DataError
-from famseg.data.files import write_atomic
+from famseg.data.files import empty_folder, write_atomic
 from famseg.data.sample import CLASSES
 from famseg.data.split import k_folds, split_by_subject
 from famseg.evaluation import evaluate
-from famseg.inference import Network, predict
+from famseg.inference import load_network, predict, read_checkpoint
 from famseg.reporting.figures import plot_history, plot_overlays
 from famseg.training.callbacks import EpochLine, MetricsTable, ProgressBar, StopOnTerminate, TimeLeft
 from famseg.training.checkpoint import (
@@ -38,15 +38,13 @@ from famseg.training.checkpoint import (
     Checkpoints,
     checkpoint_to_resume,
     continued,
-    read_checkpoint,
     stored_config,
 )
-from famseg.training.config import ConfigError, TrainConfig
+from famseg.training.config import ConfigError, TrainConfig, device_for
 from famseg.training.distributed import Processes, RankBatches, synchronise_batch_norm, this_process
 from famseg.training.loss import parse_class_weights
 from famseg.training.module import SegmentationModule
 from famseg.training.schedule import total_epochs
-from famseg_kernels import available_backends
 
 _OVERLAYS = 6
 
@@ -99,9 +97,11 @@ def prepare(config: TrainConfig, processes: Processes) -> Prepared:
     training = SegmentationDataset(samples, parts[0], train_transform(size), seed=config.seed, cache=config.cache)
     validation = SegmentationDataset(samples, parts[1], eval_transform(size), cache=config.cache)
     pixels = np.zeros(len(CLASSES))
-    for dataset in (training, validation):
+    images: dict[str, dict[str, str]] = {"trained": {}, "held_out": {}}
+    for dataset, seen in zip((training, validation), images.values(), strict=True):
         for position in range(len(dataset)):
             sample = dataset.sample(position)  # decode and check now, not in the middle of the first epoch
+            seen[sample.digest] = sample.name
             if dataset is training:
                 pixels += np.bincount(sample.mask.ravel(), minlength=len(CLASSES)) / sample.mask.size
     for name, dataset in (("training", training), ("validation", validation)):
@@ -113,11 +113,11 @@ def prepare(config: TrainConfig, processes: Processes) -> Prepared:
 
     L.seed_everything(config.seed, workers=True, verbose=False)
     weights = _balanced(pixels) if config.class_weights == "balanced" else parse_class_weights(config.class_weights)
-    module = SegmentationModule(config, processes=processes.count, class_weights=weights)
+    module = SegmentationModule(config, processes=processes.count, class_weights=weights, images=images)
     if processes.count > 1:
         module.model = synchronise_batch_norm(module.model, accelerator)
     if config.compile:
-        module.model.compile()
+        module.compiled = torch.compile(module.model.forward)
 
     batch_size = min(config.batch_size, len(training) // processes.count)
     workers = config.workers
@@ -168,8 +168,14 @@ def train(config: TrainConfig) -> Path | None:
     run = prepare(config, processes)
     module = run.module
     if checkpoint_path is not None:
+        checkpoint = _checkpoint(checkpoint_path)
+        if checkpoint["images"] != module.images:
+            raise ConfigError(
+                f"resume: the images of '{config.data}' are not those that the run began with; put them back as they "
+                "were, or start anew in another --out"
+            )
         try:
-            module.load_state_dict(read_checkpoint(checkpoint_path)["state_dict"])
+            module.load_state_dict(checkpoint["state_dict"])
         except RuntimeError as error:
             reason = str(error).split("\n")[1].strip()
             raise ConfigError(f"resume: the weights in {checkpoint_path} do not fit {config.model}: {reason}") from None
@@ -222,22 +228,17 @@ def train(config: TrainConfig) -> Path | None:
         return None
     table.write()  # where the last sitting ended between its checkpoint and the table
 
-    checkpoint = read_checkpoint(checkpoints.best)
-    weights = checkpoint.get("ema") or {n.removeprefix("model."): t for n, t in checkpoint["state_dict"].items()}
-    module.model.load_state_dict(weights)
-    network = Network(
-        module.model.eval(), dataclasses.asdict(config), checkpoint["epoch"] + 1, config.image_size, checkpoints.best
-    )
+    network = load_network(checkpoints.best)
     held_out = [run.validation.sample(position) for position in range(len(run.validation))]
     labels = predict(network, (s.image for s in held_out), device=run.accelerator, backend=config.backend)
     evaluation = evaluate(held_out, labels)
     results = {
         **evaluation.summary(),
-        "best_epoch": checkpoint["epoch"] + 1,
+        "best_epoch": network.epoch,
         "epochs": trainer.current_epoch,
         "data": config.data,
         "model": config.model,
-        "parameters": sum(p.numel() for p in module.parameters()),
+        "parameters": network.parameters,
         "train_images": len(run.training),
         "val_images": len(run.validation),
         "seed": config.seed,
@@ -259,7 +260,7 @@ def _resumed(config: TrainConfig, processes: Processes) -> tuple[TrainConfig, Pa
         return config, None
     path = checkpoint_to_resume(config.resume, config.out)
     if path is not None:
-        checkpoint = read_checkpoint(path)
+        checkpoint = _checkpoint(path)
         stored = stored_config(checkpoint["config"], path)
         config = continued(config, stored, checkpoint["epoch"] + 1, processes.count, checkpoint.get("processes", 1))
         return dataclasses.replace(config, out=config.out or str(path.parent.parent), resume="auto"), path
@@ -271,15 +272,17 @@ def _resumed(config: TrainConfig, processes: Processes) -> tuple[TrainConfig, Pa
     return config, None
 
 
+def _checkpoint(path: Path) -> dict[str, Any]:
+    try:
+        return read_checkpoint(path)
+    except DataError as error:
+        raise ConfigError(f"resume: {error}") from error
+
+
 def _accelerator(config: TrainConfig, processes: Processes) -> str:
-    has_gpu = torch.cuda.is_available()
-    if config.device == "cuda" and not has_gpu:
-        raise ConfigError("device: cuda was asked for, but torch sees no CUDA GPU; use --device cpu or auto")
-    if config.backend not in ("auto", "reference") and (reason := available_backends()[config.backend]) != "ok":
-        raise ConfigError(f"backend: {config.backend} is not available: {reason}")
+    accelerator = device_for(config.device, config.backend)
     if config.tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise ConfigError("tensorboard: the package is not installed; pip install tensorboard, or leave the flag away")
-    accelerator = "cuda" if has_gpu and config.device != "cpu" else "cpu"
     if accelerator == "cuda" and processes.local > torch.cuda.device_count():
         raise ConfigError(f"devices: expected at most the {torch.cuda.device_count()} GPUs here, got {processes.local}")
     if accelerator == "cpu" and config.precision == "fp16":
@@ -293,17 +296,9 @@ def _output_folder(config: TrainConfig, processes: Processes) -> Path:
     out = Path(config.out)
     if processes.rank != 0:  # the first process may have begun to write
         return out
-    if out.exists() and not out.is_dir():
-        raise ConfigError(f"out: expected a folder, {out} is a file")
-    if out.is_dir() and any(out.iterdir()):
-        if config.resume is None:
-            raise ConfigError(
-                f"out: expected a new or empty folder, {out} has files in it; choose another --out, "
-                "or continue the run in it with --resume auto"
-            )
-        if not (out / "config.yaml").exists():
-            raise ConfigError(f"out: {out} has files in it, but no run to continue; choose another --out")
-    return out
+    if config.resume is None:
+        return empty_folder(out, "choose another --out, or continue the run in it with --resume auto")
+    return out if (out / "config.yaml").exists() else empty_folder(out, "but no run to continue; choose another --out")
 
 
 def _balanced(frequency: np.ndarray) -> list[float]:
