@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.export import Dim, ExportedProgram
 
-from famseg.cli.command import build_parser, required, run
+from famseg.cli.command import build_parser, parse, required, run
 from famseg.data.augment import MEAN, STD
 from famseg.data.errors import DataError
 from famseg.data.sample import CLASSES
@@ -54,7 +54,7 @@ class Options:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code: 0 done and checked, 2 bad usage or input with one clear line, 130 interrupted."""
     parser = build_parser(PROG, __doc__, Options, positional=("checkpoint",))
-    return run(PROG, parser, arguments, lambda **options: _export(Options(**options)))
+    return run(PROG, lambda: _export(Options(**parse(parser, arguments))))
 
 
 def _export(options: Options) -> int:
