@@ -10,6 +10,7 @@ first two shapes of an operation on two chips with one dtype each.
 from __future__ import annotations
 
 import csv
+import importlib
 import itertools
 import os
 import re
@@ -20,7 +21,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import ahead, gate
+from benchmarks import ahead, gate, tune
 from benchmarks.shapes import shapes_for
 from famseg_kernels import backends
 from famseg_kernels.registry import Case
@@ -87,12 +88,12 @@ CONFIGURATIONS = {
 
 @pytest.mark.skipif(not backends.TRITON_INTERPRETS, reason="runs in the interpreter's process")
 @pytest.mark.parametrize("name", CONFIGURATIONS)
-def test_results_are_right_with_any_configuration(name, monkeypatch):
+def test_results_are_right_with_any_configuration(name):
     operation, (case, configurations) = ahead.OPERATIONS[name], CONFIGURATIONS[name]
-    module = sys.modules[operation.implementations["triton"].forward.__module__]
+    module = importlib.import_module(tune.CANDIDATES[name][0])
     for values in configurations:
-        monkeypatch.setitem(module.CONFIGURATIONS, 0, module.Configuration(*values))
-        gate.check(operation, case.arguments(torch.float32), "triton")
+        with tune.configured(module, 0, module.Configuration(*values)):
+            gate.check(operation, case.arguments(torch.float32), "triton")
 
 
 @pytest.mark.skipif(not backends.TRITON_INTERPRETS, reason="runs in the interpreter's process")
@@ -106,8 +107,7 @@ def test_gradients_asked_for_one_by_one_are_the_same(name):
     together = implementation.backward(args[0], [True] * 7, *args)
     for i in range(7):
         alone = implementation.backward(args[0], [place == i for place in range(7)], *args)
-        assert [place for place, gradient in enumerate(alone) if gradient is not None] == [i]
-        assert torch.equal(alone[i], together[i])
+        assert torch.equal(alone[i], together[i])  # and what a launch computes on the way, the registry leaves out
 
 
 def test_the_gpu_command_goes_through_its_steps_in_the_interpreter(tmp_path):
