@@ -35,15 +35,21 @@ class Time:
     high: float
 
 
-def interleaved(calls: Mapping[str, Call], device: str, seconds: float, buffers: int) -> dict[str, Time]:
-    """The time of each call, all taking turns, over about `seconds` in all: at least 5 rounds; 0 seconds: one."""
+def interleaved(
+    calls: Mapping[str, Call], device: str, seconds: float, buffers: int, least: int = 5, graphs: bool = True
+) -> dict[str, Time]:
+    """The time of each call, all taking turns, over about `seconds` in all: at least `least` rounds; 0 seconds: one.
+
+    On a GPU each call is a CUDA graph that goes once through all buffers: no launch overhead, and a cold L2. Without
+    `graphs` it is launched as a program would do it.
+    """
     if device == "cuda":
-        return _interleaved_cuda(calls, seconds, buffers)
+        return _interleaved_cuda(calls, seconds, buffers, least, graphs)
     samples: dict[str, list[float]] = {name: [] for name in calls}
     turn = itertools.count()
     until = time.perf_counter() + seconds
     rounds = 0
-    while rounds < (5 if seconds else 1) or time.perf_counter() < until:
+    while rounds < (least if seconds else 1) or time.perf_counter() < until:
         number = next(turn) % buffers
         for name, call in calls.items():
             started = time.perf_counter()
@@ -53,8 +59,9 @@ def interleaved(calls: Mapping[str, Call], device: str, seconds: float, buffers:
     return {name: _summary(values) for name, values in samples.items()}
 
 
-def _interleaved_cuda(calls: Mapping[str, Call], seconds: float, buffers: int) -> dict[str, Time]:
-    """As above, by CUDA graphs that go once through all buffers: no launch overhead, and a cold L2 for each call."""
+def _interleaved_cuda(
+    calls: Mapping[str, Call], seconds: float, buffers: int, least: int, graphs: bool
+) -> dict[str, Time]:
     replays: dict[str, Callable[[], object]] = {}
     for name, call in calls.items():
         stream = torch.cuda.Stream()
@@ -64,6 +71,9 @@ def _interleaved_cuda(calls: Mapping[str, Call], seconds: float, buffers: int) -
                 call(number)
         torch.cuda.current_stream().wait_stream(stream)
         torch.cuda.synchronize()
+        replays[name] = lambda call=call: [call(number) for number in range(buffers)]
+        if not graphs:
+            continue
         outside = torch.cuda.current_stream()
         try:
             graph = torch.cuda.CUDAGraph()
@@ -74,11 +84,10 @@ def _interleaved_cuda(calls: Mapping[str, Call], seconds: float, buffers: int) -
         except RuntimeError:  # the call synchronises or allocates behind torch's back: time it as it is
             torch.cuda.set_stream(outside)  # torch stays on the stream of a capture that went wrong
             torch.cuda.synchronize()
-            replays[name] = lambda call=call: [call(number) for number in range(buffers)]
     samples: dict[str, list[float]] = {name: [] for name in calls}
     until = time.perf_counter() + seconds
     rounds = 0
-    while rounds < (5 if seconds else 1) or time.perf_counter() < until:
+    while rounds < (least if seconds else 1) or time.perf_counter() < until:
         for name, replay in replays.items():
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             start.record()

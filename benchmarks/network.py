@@ -30,6 +30,7 @@ from famseg.models import create_model
 from famseg_kernels.registry import Operation
 
 CLASSES = 3
+ROUNDS = 3  # at least; a round of famseg_base takes a minute on two cores
 
 
 @contextmanager
@@ -90,25 +91,29 @@ def famseg_rows(options: argparse.Namespace, where: dict[str, str], console: Con
                 unet = smp.Unet("resnet34", encoder_weights=None, in_channels=1, classes=CLASSES).to(device)
                 contestants["U-Net (ResNet-34)"] = (functools.partial(fk.use_backend, "auto"), unet, x)
             check_same_output(contestants)
-            for kind in ("inference", "training step"):
+            kinds = ["inference", "training step"]
+            if device == "cuda":
+                kinds.insert(1, "inference without CUDA graph")
+            for kind in kinds:
                 calls: dict[str, measure.Call] = {}
                 for build, (context, model, image) in contestants.items():
                     model.train(kind == "training step")
-                    if kind == "inference":
+                    if kind != "training step":
                         run = functools.partial(infer, model, image)
                     else:
                         optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
                         run = functools.partial(train_step, model, optimizer, image, target)
-                    calls[build] = functools.partial(within, context, run)
+                    calls[build] = functools.partial(within, context, device, options.dtype, run)
                     calls[build](0)
-                times = measure.interleaved(calls, device, options.seconds, buffers=1)
+                # A training step is not replayed from a graph: nobody trains so, and its optimizer cannot be recorded.
+                times = measure.interleaved(calls, device, options.seconds, 1, ROUNDS, graphs=kind == "inference")
                 memory = {build: measure.peak_megabytes(call, device) for build, call in calls.items()}
                 rows = [
                     {
                         "model": name if not build.startswith("U-Net") else "unet_resnet34",
                         "batch": batch,
                         "size": size,
-                        "dtype": "fp32",
+                        "dtype": options.dtype,
                         "kind": kind,
                         "build": build,
                         "ms": round(times[build].median, 2),
@@ -118,12 +123,14 @@ def famseg_rows(options: argparse.Namespace, where: dict[str, str], console: Con
                     }
                     for build in calls
                 ]
-                show(console, f"{name} {kind}, batch {batch}, {size}x{size}", rows)
+                show(console, f"{name} {kind}, batch {batch}, {size}x{size}, {options.dtype}", rows)
                 yield from (row | where for row in rows)
 
 
-def within(context: Callable[[], AbstractContextManager[None]], run: Callable[[], Any], _: int) -> Any:
-    with context():
+def within(
+    context: Callable[[], AbstractContextManager[None]], device: str, dtype: str, run: Callable[[], Any], _: int
+) -> Any:
+    with context(), torch.autocast(device, torch.bfloat16, enabled=dtype == "bf16", cache_enabled=False):
         return run()
 
 
@@ -214,6 +221,7 @@ def main() -> int:
     add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     add("--model", action="append", help="FAMSeg size (may be repeated; default famseg_nano and famseg_tiny)")
     add("--shapes", type=shape, nargs="+", metavar="BATCHxSIZE", help="default 2x256 and 1x256 (cuda: 16x512, 1x512)")
+    add("--dtype", choices=("fp32", "bf16"), default="fp32", help="bf16: FAMSeg under autocast")
     add("--seconds", type=float, default=20.0, help="measuring time a group")
     add("--csv", type=Path, help="result file (default benchmarks/results/<device>-network.csv)")
     options = parser.parse_args()
