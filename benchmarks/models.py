@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from benchmarks.peers import scan_matmul
 
 
 class AttentionModule(nn.Module):
@@ -118,3 +123,70 @@ class CarafeNeck(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.smooth(self.up2(F.relu(self.up1(x))))
+
+
+class SS2D(nn.Module):
+    """VMamba's scan block in its Mamba-2 form (forward_type "m0"): names and data flow as published.
+
+    Four sequences are unrolled from the image, scanned as 1D sequences (by the batched chunks of `peers`; upstream
+    has a Triton kernel for GPUs, einsum elsewhere) and merged again.
+    """
+
+    def __init__(self, d_model: int, d_state: int = 64, dt_rank: int | None = None) -> None:
+        super().__init__()
+        inner, heads = 2 * d_model, dt_rank or math.ceil(d_model / 16)
+        self.in_proj = nn.Linear(d_model, 2 * inner, bias=False)
+        self.conv2d = nn.Conv2d(inner, inner, 3, padding=1, groups=inner)
+        self.x_proj_weight = nn.Parameter(torch.randn(4, heads + 2 * d_state, inner) * inner**-0.5)
+        self.Ds = nn.Parameter(torch.ones(4, heads, inner // heads))
+        self.A_logs = nn.Parameter(torch.zeros(4, heads))
+        self.dt_projs_bias = nn.Parameter(0.1 * torch.rand(4, heads))
+        self.out_norm = nn.LayerNorm(inner)
+        self.out_proj = nn.Linear(inner, d_model, bias=False)
+        self.forward_core = functools.partial(self.forward_corem0, dstate=d_state)
+
+    def forward_corem0(self, x: Tensor, dstate: int) -> Tensor:
+        n, h, w, _ = x.shape
+        directions, heads, headdim = self.Ds.shape
+        rows, columns = x.flatten(1, 2), x.transpose(1, 2).flatten(1, 2)
+        xs = torch.stack([rows, columns, rows.flip(1), columns.flip(1)], 2)
+        projected = torch.einsum("nlkd,kcd->nlkc", xs, self.x_proj_weight)
+        dts, Bs, Cs = projected.split([heads, dstate, dstate], -1)
+        xs = xs.unflatten(-1, (heads, headdim)).flatten(2, 3)
+        A, D, bias = -self.A_logs.exp().flatten(), self.Ds.flatten(0, 1), self.dt_projs_bias.flatten()
+        ys = scan_matmul(xs, dts.flatten(2), A, Bs, Cs, D, None, bias, None, None, None, 64, True)
+        ys = ys.unflatten(2, (directions, heads)).flatten(-2)
+        y = ys[:, :, 0] + ys[:, :, 2].flip(1)
+        column = ys[:, :, 1] + ys[:, :, 3].flip(1)
+        y = y.view(n, h, w, -1) + column.view(n, w, h, -1).transpose(1, 2)
+        return self.out_norm(y).to(x.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, z = self.in_proj(x).chunk(2, -1)
+        x = F.silu(self.conv2d(x.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
+        return self.out_proj(self.forward_core(x) * F.silu(z))
+
+
+class VMambaStage(nn.Module):
+    """Two blocks of VMamba: scan and MLP with residuals, on (N, C, H, W)."""
+
+    def __init__(self, dim: int, headdim: int) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            nn.ModuleDict(
+                {
+                    "norm": nn.LayerNorm(dim),
+                    "op": SS2D(dim, dt_rank=2 * dim // headdim),
+                    "norm2": nn.LayerNorm(dim),
+                    "mlp": nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim)),
+                }
+            )
+            for _ in range(2)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.permute(0, 2, 3, 1)
+        for block in self.blocks:
+            x = x + block["op"](block["norm"](x))
+            x = x + block["mlp"](block["norm2"](x))
+        return x.permute(0, 3, 1, 2)

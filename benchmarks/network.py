@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 import famseg_kernels as fk
 from benchmarks import measure, peers
-from benchmarks.models import MSCAN, CarafeNeck
+from benchmarks.models import MSCAN, CarafeNeck, VMambaStage
 from famseg.models import create_model
 from famseg_kernels.registry import Operation
 
@@ -155,6 +155,7 @@ def accelerate_rows(options: argparse.Namespace, where: dict[str, str], console:
     for name, make, shape in (
         ("SegNeXt MSCAN-T", functools.partial(MSCAN, (32, 64, 160, 256), (3, 3, 5, 2)), (2, 3, 256, 256)),
         ("CARAFE neck", functools.partial(CarafeNeck, 64), (1, 64, 32, 32)),
+        ("VMamba stage (m0)", functools.partial(VMambaStage, 96, 32), (2, 96, 32, 32)),
     ):
         torch.manual_seed(0)
         plain = make().to(device)

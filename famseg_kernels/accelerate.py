@@ -1,12 +1,16 @@
-"""fk.accelerate: swap the known slow modules of SegNeXt, mmseg and mmcv models for ours, in place."""
+"""fk.accelerate: swap the known slow modules of SegNeXt, mmseg, mmcv and VMamba models for ours, in place."""
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field
+from typing import Any
 
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from famseg_kernels.reassembly.layer import FeatureAwareUpsample
+from famseg_kernels.ssd_scan.op import ssd_scan_2d
 from famseg_kernels.strip_conv.layer import StripAttention
 
 
@@ -26,6 +30,7 @@ class Report:
 def accelerate(model: nn.Module) -> Report:
     """Replace SegNeXt's AttentionModule (mmseg's MSCAAttention) and mmcv's CARAFEPack inside `model`, in place.
 
+    VMamba's SS2D stays; where it scans as Mamba-2 does (forward_type "m0…"), its `forward_core` becomes one op.
     Modules are known by class name and checked by structure; a look-alike that differs is left and reported. The new
     modules hold the very same Parameter objects, so optimizers and tied weights stay valid; training mode is kept.
 
@@ -42,6 +47,8 @@ def accelerate(model: nn.Module) -> Report:
             "for example in torch.nn.Sequential"
         )
     for path, module in list(model.named_modules()):
+        if type(module).__name__ == "SS2D":
+            _accelerate_core(path, module, report)
         replace = _REPLACEMENTS.get(type(module).__name__)
         if replace is None or isinstance(module, (StripAttention, FeatureAwareUpsample)):
             continue
@@ -96,6 +103,47 @@ def _adopt(old: nn.Module, new: nn.Module) -> tuple[nn.Module | None, str]:
         parent, _, leaf = name.rpartition(".")
         setattr(new.get_submodule(parent), leaf, parameter)
     return new, ""
+
+
+# VMamba's order of directions is row forward, column forward, row backward, column backward.
+_ORDER = [0, 2, 1, 3]
+
+
+def _accelerate_core(path: str, module: Any, report: Report) -> None:
+    core = getattr(module, "forward_core", None)
+    keywords = getattr(core, "keywords", {})
+    function = getattr(getattr(core, "func", core), "__name__", "none")
+    if function == _scan_core.__name__:
+        return
+    if function != "forward_corem0":
+        reason = f"its forward_core is {function}; only Mamba-2's (forward_type m0) is this library's scan"
+    elif keywords.get("scan_mode", "cross2d") != "cross2d":
+        reason = f"it scans in the order {keywords['scan_mode']}, not cross2d"
+    elif getattr(module, "initial_state", None) is not None:
+        reason = "it carries a state from one call to the next"
+    elif getattr(module, "x_proj_bias", None) is not None:
+        reason = "its x_proj has a bias"
+    else:
+        module.forward_core = functools.partial(_scan_core, module)
+        report.swapped[path] = "SS2D.forward_core → ssd_scan_2d"
+        return
+    report.left[path] = reason
+
+
+def _scan_core(module: Any, x: Tensor) -> Tensor:
+    """VMamba's forward_corem0, x (N, H, W, heads·p): every pixel is projected where it lies, nothing is unrolled."""
+    directions, heads, headdim = module.Ds.shape
+    weight = module.x_proj_weight[_ORDER]
+    state = (weight.shape[1] - heads) // 2
+    projected = F.linear(x, weight.flatten(0, 1)).unflatten(-1, (directions, -1))
+    dt, B, C = projected.split([heads, state, state], -1)
+    A = -module.A_logs[_ORDER].float().exp()
+    image = x.unflatten(-1, (heads, headdim))
+    y = ssd_scan_2d(
+        image, dt, A, B.unsqueeze(-2), C.unsqueeze(-2), dt_bias=module.dt_projs_bias[_ORDER], dt_softplus=True
+    )
+    y = y + image * module.Ds.sum(0)
+    return module.out_norm(y.flatten(-2)).to(x.dtype)
 
 
 _REPLACEMENTS = {

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 import famseg_kernels as fk
-from benchmarks.models import AttentionModule, CARAFEPack
+from benchmarks.models import AttentionModule, CARAFEPack, VMambaStage
 
 
 @pytest.mark.parametrize("size", [(95, 27), (8, 8), (3, 5)])
@@ -97,6 +99,39 @@ def test_accelerate_swaps_in_place_and_keeps_parameters_and_results():
     torch.testing.assert_close(model(x), before, rtol=1e-4, atol=1e-5)
     assert "encoder.1" in str(report)
     assert not fk.accelerate(model).swapped
+
+
+def test_accelerate_knows_vmamba_s_mamba_2_scan():
+    torch.manual_seed(0)
+    model = VMambaStage(16, headdim=8)
+    for block in model.blocks:  # directions and heads that differ, so that a wrong order shows
+        for parameter in (block["op"].Ds, block["op"].A_logs, block["op"].dt_projs_bias):
+            nn.init.normal_(parameter)
+    x = torch.randn(2, 16, 7, 5)
+    before, parameters = model(x), list(model.parameters())
+    before.square().sum().backward()
+    expected = [parameter.grad for parameter in parameters]
+    model.zero_grad()
+    report = fk.accelerate(model)
+    assert report.swapped == {f"blocks.{i}.op": "SS2D.forward_core → ssd_scan_2d" for i in range(2)}
+    for again in (model, copy.deepcopy(model)):
+        y = again(x)
+        torch.testing.assert_close(y, before, rtol=1e-4, atol=1e-4)
+        y.square().sum().backward()
+        for parameter, gradient in zip(again.parameters(), expected, strict=True):
+            torch.testing.assert_close(parameter.grad, gradient, rtol=1e-3, atol=1e-3 * float(gradient.abs().max()))
+        model.zero_grad()
+    assert not fk.accelerate(model).swapped
+
+
+def test_accelerate_leaves_other_scans_of_vmamba():
+    model = VMambaStage(16, headdim=8)
+    scans = [block["op"] for block in model.blocks]
+    scans[0].forward_core = scans[0].forward  # as Mamba-1's forms, under another name
+    scans[1].initial_state = torch.zeros(1)
+    report = fk.accelerate(model)
+    assert not report.swapped
+    assert "m0" in report.left["blocks.0.op"] and "state" in report.left["blocks.1.op"]
 
 
 def test_accelerate_leaves_what_it_does_not_know():
