@@ -6,7 +6,6 @@ image's pixels before the class is chosen: enlarged labels would show the teeth 
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import zipfile
 from collections.abc import Iterable, Iterator
@@ -23,7 +22,7 @@ from torch import Tensor, nn
 from famseg.data.augment import letterbox, letterbox_window, normalise
 from famseg.data.errors import DataError
 from famseg.data.sample import CLASSES
-from famseg.models import FAMSegConfig, create_model
+from famseg.models import create_model, option_names
 from famseg_kernels.backends import requesting
 
 
@@ -81,9 +80,9 @@ def load_network(path: str | Path) -> Network:
     weights = checkpoint.get("ema") or {
         name.removeprefix("model."): value for name, value in states.items() if name.startswith("model.")
     }
-    known = {field.name for field in dataclasses.fields(FAMSegConfig)}
     try:
-        model = create_model(config["model"], len(CLASSES), **{name: config[name] for name in known & config.keys()})
+        options = option_names(config["model"]) & config.keys()
+        model = create_model(config["model"], len(CLASSES), **{name: config[name] for name in options})
         model.load_state_dict(weights)
     except (KeyError, ValueError, TypeError, RuntimeError) as error:
         reason = str(error).strip().splitlines()

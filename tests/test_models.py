@@ -6,9 +6,10 @@ import pytest
 import torch
 
 import famseg
-from famseg.models import MODELS, load_mscan
+from famseg.models import MODELS, UNeXt, load_mscan
 from famseg.models.hamburger import LightHam, NMF2d
 from famseg.models.summary import summarise
+from famseg.models.unext import _shift
 
 OPTIONS = [
     {},
@@ -29,9 +30,10 @@ def test_every_option_gives_full_size_logits(options):
     assert y.shape == (1, options.get("num_classes", 3), 48, 64)
 
 
+@pytest.mark.parametrize("name", ["famseg_nano", "unet_mobilenetv2", "sc_unext"])
 @pytest.mark.parametrize("size", [(1, 1), (33, 57), (95, 27), (64, 31), (7, 130)])
-def test_any_input_size(size):
-    model = famseg.create_model("famseg_nano").eval()
+def test_any_input_size(size, name):
+    model = famseg.create_model(name).eval()
     with torch.no_grad():
         assert model(torch.randn(1, 1, *size)).shape == (1, 3, *size)
 
@@ -54,11 +56,30 @@ def test_same_input_same_output_also_from_another_instance():
         assert torch.equal(model(x), again(x))
 
 
-def test_gradients_reach_every_parameter():
+@pytest.mark.parametrize("name", ["famseg_nano", "unet_mobilenetv2", "sc_unext"])
+def test_gradients_reach_every_parameter(name):
     torch.manual_seed(0)
-    model = famseg.create_model("famseg_nano")
+    model = famseg.create_model(name)
     model(torch.randn(2, 1, 64, 64)).square().mean().backward()
     assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0] == []
+
+
+def test_sizes_are_the_published_ones():
+    def parameters(module):
+        return sum(parameter.numel() for parameter in module.parameters())
+
+    assert parameters(UNeXt(1, in_channels=3)) == 253_561  # UNeXt-S
+    unet = famseg.create_model("unet_mobilenetv2", 1)
+    assert parameters(unet.decoder) == 4_404_928  # "4.4M trainable parameters"
+    assert parameters(famseg.create_model("sc_unext")) < 1.1 * parameters(famseg.create_model("unext"))
+
+
+def test_unext_shifts_five_groups_of_channels():
+    tokens = torch.arange(7.0).view(1, 7, 1, 1).expand(1, 7, 3, 10)
+    moved = _shift(tokens, 1)[0, 3, 0]
+    torch.testing.assert_close(moved, torch.tensor([5.0, 5, 4, 4, 3, 3, 2, 2, 1, 1]))
+    assert _shift(tokens, 1)[0, 6, 0, 0] == 0  # beyond the border
+    torch.testing.assert_close(_shift(tokens.transpose(1, 2), 2), _shift(tokens, 1).transpose(1, 2))
 
 
 def test_wrong_names_are_refused():
@@ -73,6 +94,8 @@ def test_wrong_names_are_refused():
         famseg.create_model("famseg_nano", shortcut="none")
     with pytest.raises(ValueError, match="model option: expected one of"):
         famseg.create_model("famseg_nano", depth=3)
+    with pytest.raises(ValueError, match="model option: unext has none, got fusion"):
+        famseg.create_model("unext", fusion=False)
 
 
 def published_mscan(model, *, dwconv="dwconv.dwconv", prefix=""):

@@ -99,7 +99,7 @@ def labels(*shape: int) -> torch.Tensor:
     return torch.randint(0, 3, shape, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize("terms", ["ce", "dice", "focal", "ce+dice", "focal+dice", "ce+focal+dice"])
+@pytest.mark.parametrize("terms", ["ce", "dice", "focal", "edge", "ce+dice", "focal+dice+edge", "ce+focal+dice"])
 @pytest.mark.parametrize("weights", [None, [1.0, 3.0, 2.0]])
 def test_loss_is_small_for_the_truth_and_large_for_its_opposite(terms, weights):
     target = labels(2, 8, 8)
@@ -118,6 +118,18 @@ def test_pixel_terms_are_the_known_ones():
     torch.testing.assert_close(SegmentationLoss("focal")(logits, target), (-((1 - right) ** 2) * right.log()).mean())
     both = SegmentationLoss("ce+dice")(logits, target)
     torch.testing.assert_close(both, F.cross_entropy(logits, target) + SegmentationLoss("dice")(logits, target))
+
+
+def test_edge_counts_the_pixels_on_both_sides_of_an_outline():
+    target = torch.zeros(1, 6, 7, dtype=torch.long)
+    target[0, 2:4, 3:5] = 2
+    edge = torch.zeros(6, 7, dtype=torch.bool)
+    edge[1:5, 2:6] = True
+    logits = torch.randn(1, 3, 6, 7)
+    expected = F.cross_entropy(logits, target, reduction="none")[0, edge].mean()
+    torch.testing.assert_close(SegmentationLoss("edge")(logits, target), expected)
+    nothing = SegmentationLoss("edge")(logits, torch.ones_like(target))
+    assert nothing == 0
 
 
 def test_dice_ignores_background_and_absent_classes():
@@ -150,7 +162,9 @@ def test_pixels_without_any_weight_make_no_loss():
         ({"decay": "linear"}, "decay: expected one of cos, step, adadelta, got 'linear'"),
         ({"learning_rate": 0.0}, "learning_rate: expected a positive number"),
         ({"precision": "fp8"}, "precision: expected one of fp32, bf16, fp16, got 'fp8'"),
-        ({"loss": "ce+hinge"}, "loss: expected some of ce, focal, dice"),
+        ({"model": "unext", "fusion": False}, "fusion: is an option of FAMSeg, unext has none"),
+        ({"trainable": "decoder:"}, "trainable: expected all, encoder, decoder"),
+        ({"loss": "ce+hinge"}, "loss: expected some of ce, focal, dice, edge"),
         ({"loss": "ce+ce"}, "loss: expected some of"),
         ({"class_weights": "1,2"}, "class_weights: expected none, balanced, or 3 numbers"),
         ({"class_weights": "1,-2,1"}, "class_weights: expected none"),

@@ -57,7 +57,7 @@ _CHOICES = {
     "context": ("hamburger", "lightham", "none"),
 }
 
-MODELS = {
+SIZES = {
     "famseg_nano": FAMSegConfig(
         widths=(16, 32, 48, 64),
         strips=(1, 1, 2, 1),
@@ -85,6 +85,10 @@ class FAMSeg(nn.Module):
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
         self.classifier = nn.Conv2d(self.decoder.out_channels, config.num_classes, 1)
+
+    @property
+    def decoder_layers(self) -> nn.ModuleList:
+        return self.decoder.steps
 
     def forward(self, x: Tensor) -> Tensor:
         return self.classifier(self.decoder(self.encoder(x), x.shape[2:]))
@@ -186,7 +190,7 @@ class UpStep(nn.Module):
         return self.conv(x if skip is None else torch.cat([x, skip], 1))
 
 
-def create_model(name: str, num_classes: int = 3, **options: object) -> FAMSeg:
+def create_famseg(name: str, num_classes: int = 3, **options: object) -> FAMSeg:
     """A freshly initialised FAMSeg.
 
     Args:
@@ -195,14 +199,12 @@ def create_model(name: str, num_classes: int = 3, **options: object) -> FAMSeg:
         options: any field of FAMSegConfig, for example shortcut="identity", upsample="bilinear", context="none".
 
     Raises:
-        ValueError: unknown model, option or value.
+        ValueError: unknown option or value.
     """
-    if name not in MODELS:
-        raise ValueError(f"model: expected one of {', '.join(MODELS)}, got {name!r}")
     known = {f.name for f in dataclasses.fields(FAMSegConfig)}
     if unknown := options.keys() - known:
         raise ValueError(f"model option: expected one of {', '.join(sorted(known))}, got {', '.join(unknown)}")
-    config = dataclasses.replace(MODELS[name], num_classes=num_classes, **options)  # type: ignore[arg-type]
+    config = dataclasses.replace(SIZES[name], num_classes=num_classes, **options)  # type: ignore[arg-type]
     model = FAMSeg(config)
     init_convolutions(model)
     for module in model.modules():  # these have an initialisation of their own

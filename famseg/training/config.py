@@ -9,7 +9,8 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import torch
 
 from famseg.data.sample import CLASSES
-from famseg.models import MODELS
+from famseg.models import MODELS, option_names
+from famseg.training.finetune import parse_trainable
 from famseg.training.loss import parse_class_weights, parse_loss
 from famseg.training.schedule import Phase, parse_phases, with_adadelta
 from famseg_kernels import available_backends
@@ -24,6 +25,9 @@ def option(default: Any, help: str) -> Any:
     return dataclasses.field(default=default, metadata={"help": help})
 
 
+_ABLATIONS = ("shortcut", "upsample", "context", "fusion")
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """One training run. Defaults train famseg_nano on the synthetic phantom in minutes on two CPU cores."""
@@ -36,7 +40,7 @@ class TrainConfig:
         "cos", "how the learning rate falls: cos, step, or adadelta (constant, then Adadelta runs the last phase)"
     )
     decay_epochs: int | None = option(None, "epochs over which the rate decays, constant after; default: all")
-    loss: str = option("ce+dice", "ce, focal and dice, joined by +")
+    loss: str = option("ce+dice", "ce, focal, dice and edge, joined by +")
     class_weights: str = option("none", f"of ce and focal: none, balanced, or {len(CLASSES)} numbers joined by commas")
     batch_size: int = option(8, "images a step and process")
     image_size: int = option(128, "side of the square network input, px; images are letterboxed into it")
@@ -68,6 +72,10 @@ class TrainConfig:
     upsample: Literal["fam", "bilinear"] = option("fam", "decoder upsampling: fam or bilinear (ablation)")
     context: Literal["hamburger", "lightham", "none"] = option("hamburger", "hamburger, lightham or none")
     fusion: bool = option(True, "fuse encoder stages 2 and 3 in the decoder (false: ablation)")
+    weights: str | None = option(
+        None, "start from this file: a checkpoint of famseg-train, MSCAN (FAMSeg) or MobileNetV2 (U-Net)"
+    )
+    trainable: str = option("all", "what learns: all, encoder, decoder, or layers of it like decoder:1,2 (1: deepest)")
     out: str | None = option(None, "output folder; default runs/<time>-<model>")
     resume: str | None = option(
         None, "auto: continue the run in OUT, if there is one; or a checkpoint to continue from"
@@ -78,6 +86,10 @@ class TrainConfig:
         for name, hint in get_type_hints(TrainConfig).items():
             if get_origin(hint) is Literal:
                 self._expect(name, get_args(hint))
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        for name in _ABLATIONS:
+            if name not in option_names(self.model) and getattr(self, name) != defaults[name]:
+                raise ConfigError(f"{name}: is an option of FAMSeg, {self.model} has none; leave it out")
         minima = {
             "batch_size": 1, "image_size": 16, "workers": 0, "epochs": 1, "decay_epochs": 1, "devices": 1, "folds": 0,
             "patience": 0, "clip_norm": 0, "weight_decay": 0,
@@ -102,6 +114,7 @@ class TrainConfig:
             self.plan()
             parse_loss(self.loss)
             parse_class_weights(self.class_weights)
+            parse_trainable(self.trainable)
         except ValueError as error:
             raise ConfigError(str(error)) from None
 
@@ -115,7 +128,7 @@ class TrainConfig:
         return with_adadelta(phases) if self.decay == "adadelta" else phases
 
     def model_options(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in ("shortcut", "upsample", "context", "fusion")}
+        return {name: getattr(self, name) for name in _ABLATIONS if name in option_names(self.model)}
 
 
 def device_for(device: str, backend: str) -> str:

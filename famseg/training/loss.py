@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from famseg.data.sample import CLASSES
 
-TERMS = ("ce", "focal", "dice")
+TERMS = ("ce", "focal", "dice", "edge")
 _FOCUS = 2.0  # exponent of the focal loss, as Lin et al. 2017
 
 
@@ -51,6 +51,8 @@ class SegmentationLoss(nn.Module):
       and would take a third of the femur's weight. Neither has a class that no image of the batch contains; the pixel
       terms alone speak against its false alarms. The Dice of a class is taken over the whole batch: a femur covers 1 %
       of the pixels, and an image without one would make its own Dice 0/0.
+    - edge: mean cross-entropy of the pixels at the objects' outlines, those whose 3×3 neighbourhood holds another class
+      (the joint loss of SC-UNeXt, whose paper does not define its edges).
 
     Args:
         terms: as "ce+dice".
@@ -86,6 +88,11 @@ class SegmentationLoss(nn.Module):
             parts.append((probability * truth).sum((0, 2, 3)))
             parts.append((probability + truth).sum((0, 2, 3)))
             parts.append(truth.sum((0, 2, 3)))
+        if "edge" in self.terms:
+            labels = target[:, None].float()
+            edge = (F.max_pool2d(labels, 3, 1, 1) != -F.max_pool2d(-labels, 3, 1, 1))[:, 0]
+            entropy = F.cross_entropy(logits, target, reduction="none")
+            parts.append(torch.stack([(entropy * edge).sum(), edge.sum().to(entropy.dtype)]))
         return torch.cat(parts)
 
     def value(self, sums: Tensor) -> Tensor:
@@ -97,10 +104,14 @@ class SegmentationLoss(nn.Module):
                 # The weights of all pixels are 0 where a batch has only classes of weight 0.
                 loss, rest = loss + rest[0] / pixels.clamp(min=1e-12), rest[1:]
         if "dice" in self.terms:
-            overlap, size, truth = rest.chunk(3)
+            classes = len(rest) // 3  # "edge" has two sums more
+            overlap, size, truth = rest[: 3 * classes].chunk(3)
+            rest = rest[3 * classes :]
             present = (truth > 0)[1:].to(sums.dtype)
             missing = 1.0 - (2 * overlap[1:] + 1.0) / (size[1:] + 1.0)
             loss = loss + (missing * present).sum() / present.sum().clamp(min=1.0)
+        if "edge" in self.terms:
+            loss = loss + rest[0] / rest[1].clamp(min=1.0)
         return loss
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:

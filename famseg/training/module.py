@@ -17,6 +17,7 @@ from famseg.metrics import SegmentationMetrics
 from famseg.models import create_model
 from famseg.training.config import TrainConfig
 from famseg.training.distributed import sum_over_processes
+from famseg.training.finetune import freeze
 from famseg.training.loss import SegmentationLoss
 from famseg.training.schedule import Phase, fit_learning_rates, learning_rate, phase_at, total_epochs
 from famseg_kernels import use_backend
@@ -43,6 +44,7 @@ class SegmentationModule(L.LightningModule):
         self.config = config
         self.phases = config.plan()
         self.model: nn.Module = create_model(config.model, len(CLASSES), **config.model_options())
+        self.frozen = freeze(self.model, config.trainable)
         if config.channels_last:
             self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.loss = SegmentationLoss(config.loss, class_weights)
@@ -143,6 +145,8 @@ class SegmentationModule(L.LightningModule):
         self.ema = {name: value.to(self.device) for name, value in self.ema.items()}
 
     def on_train_epoch_start(self) -> None:
+        for module in self.frozen:
+            module.eval()
         phase = self.phase
         if self.current_epoch == phase.start and phase.start > 0:
             self.start_epoch = self.current_epoch
@@ -197,7 +201,7 @@ def _split_by_decay(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Param
     """Parameters with and without weight decay: matrices and kernels have it; biases, norms, scales do not."""
     decayed: list[nn.Parameter] = []
     exempt: list[nn.Parameter] = []
-    for parameter in model.parameters():
+    for parameter in filter(lambda p: p.requires_grad, model.parameters()):
         small = parameter.dim() < 2 or getattr(parameter, "_no_weight_decay", False)
         (exempt if small else decayed).append(parameter)
     return decayed, exempt

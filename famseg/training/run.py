@@ -42,6 +42,7 @@ from famseg.training.checkpoint import (
 )
 from famseg.training.config import ConfigError, TrainConfig, device_for
 from famseg.training.distributed import Processes, RankBatches, synchronise_batch_norm, this_process
+from famseg.training.finetune import load_weights
 from famseg.training.loss import parse_class_weights
 from famseg.training.module import SegmentationModule
 from famseg.training.schedule import total_epochs
@@ -113,7 +114,10 @@ def prepare(config: TrainConfig, processes: Processes) -> Prepared:
 
     L.seed_everything(config.seed, workers=True, verbose=False)
     weights = _balanced(pixels) if config.class_weights == "balanced" else parse_class_weights(config.class_weights)
-    module = SegmentationModule(config, processes=processes.count, class_weights=weights, images=images)
+    try:
+        module = SegmentationModule(config, processes=processes.count, class_weights=weights, images=images)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
     if processes.count > 1:
         module.model = synchronise_batch_norm(module.model, accelerator)
     if config.compile:
@@ -179,6 +183,10 @@ def train(config: TrainConfig) -> Path | None:
         except RuntimeError as error:
             reason = str(error).split("\n")[1].strip()
             raise ConfigError(f"resume: the weights in {checkpoint_path} do not fit {config.model}: {reason}") from None
+    elif config.weights:
+        loaded = load_weights(module.model, config.weights)
+        if processes.rank == 0:
+            print(f"starting from {loaded}")
     if processes.rank == 0:
         out.mkdir(parents=True, exist_ok=True)
         settings = yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
