@@ -104,6 +104,7 @@ def test_options_reach_the_prediction(checkpoint: str, tmp_path: Path, monkeypat
         raise Stop
 
     monkeypatch.setattr("famseg.cli.evaluate.predict", predict)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)  # or a CPU would be taken without being asked for
     options = ["--flips", "--batch-size", "3", "--device", "cpu", "--backend", "reference"]
     with pytest.raises(Stop):
         main([checkpoint, "--out", str(tmp_path / "out"), *options])
@@ -126,6 +127,7 @@ def test_settings_come_from_yaml_under_the_same_names(checkpoint: str, tmp_path:
         (["{checkpoint}", "--backend", "abacus"], "abacus"),
         (["{checkpoint}", "--split", "most"], "most"),
         (["{checkpoint}", "--batch-size", "many"], "many"),
+        (["{checkpoint}", "--batch-size", "0"], "batch_size: expected at least 1"),
     ],
 )
 def test_bad_usage_is_one_line_and_exit_code_2(

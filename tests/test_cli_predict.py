@@ -117,7 +117,9 @@ def test_options_reach_the_prediction(
         return []
 
     monkeypatch.setattr("famseg.cli.predict.predict", predict)
-    options = ["--flips", "--batch-size", "3", "--device", "cpu", "--backend", "reference"]
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)  # or a CPU would be taken without being asked for
+    (tmp_path / "predict.yaml").write_text("backend: reference\nbatch_size: 2\n")
+    options = ["--config", str(tmp_path / "predict.yaml"), "--flips", "--batch-size", "3", "--device", "cpu"]
     main([checkpoint, str(inputs), "--out", str(tmp_path / "out"), *options])
     assert given == {"flips": True, "batch_size": 3, "device": "cpu", "backend": "reference"}
 
@@ -166,6 +168,7 @@ def test_a_bad_file_is_told_and_skipped_and_the_others_are_done(
         (["{checkpoint}", "{inputs}/grey_png.png", "{empty}/../grey_png.png"], "overwrite"),
         (["{checkpoint}", "{inputs}", "--pixel-size", "-1"], "pixel_size"),
         (["{checkpoint}", "{inputs}", "--pixel-size", "none.csv"], "none.csv"),
+        (["{checkpoint}", "{inputs}", "--batch-size", "0"], "batch_size: expected at least 1"),
         (["{checkpoint}", "{inputs}", "--no-such-flag", "1"], "no-such-flag"),
     ],
 )

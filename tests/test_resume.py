@@ -140,10 +140,16 @@ def test_a_full_disk_ends_in_one_line_and_keeps_the_old_checkpoint(whole, tmp_pa
 
 
 def test_a_device_without_room_leaves_the_old_checkpoint(tmp_path):
-    path = tmp_path / "last.ckpt"
+    path, partial = tmp_path / "last.ckpt", tmp_path / "last.ckpt.partial"
+    partial.symlink_to("/dev/full")  # every write to it is ENOSPC
+    with pytest.raises(
+        CheckpointWriteError, match=r"last.ckpt: .*No space left on device\)\. Make room.*--resume auto"
+    ):
+        AtomicCheckpointIO().save_checkpoint({"epoch": 1, "weights": torch.zeros(100_000)}, path)
+    assert not list(tmp_path.iterdir())
     AtomicCheckpointIO().save_checkpoint({"epoch": 1}, path)
-    (tmp_path / "last.ckpt.partial").symlink_to("/dev/full")  # every write to it is ENOSPC
-    with pytest.raises(CheckpointWriteError, match=r"last.ckpt: .*No space left on device.*--resume auto"):
+    partial.symlink_to("/dev/full")
+    with pytest.raises(CheckpointWriteError, match=r"No space left on device\); the previous one is whole\. Make room"):
         AtomicCheckpointIO().save_checkpoint({"epoch": 2, "weights": torch.zeros(100_000)}, path)
     assert torch.load(path, weights_only=True) == {"epoch": 1}
     assert list(tmp_path.iterdir()) == [path]

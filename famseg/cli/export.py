@@ -1,9 +1,9 @@
 """famseg-export: a trained network as one ONNX or PT2 file that runs without this library.
 
-The file takes `image`, float32 (batch, 1, S, S): grey values in [0, 1], letterboxed to S x S, minus the mean, over the
-standard deviation; and gives `logits`, float32 (batch, classes, S, S). The batch is free, S is fixed (--image-size):
-the scan's chunks are unrolled. Its metadata, a JSON text under "famseg", say all of this. The written file is run and
-compared with the network before the command says that it is done.
+The file takes `image`, float32 (batch, 1, H, W): grey values in [0, 1], letterboxed to H x W, minus the mean, over the
+standard deviation; and gives `logits`, float32 (batch, classes, H, W). H and W are any multiples of 32 from 64 on; the
+network is at its best at the size it was trained at. The metadata, a JSON text under "famseg", say all of this. The
+written file is run at two sizes and compared with the network before the command says that it is done.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ from famseg_kernels.ssd_scan.op import SCAN_2D_OPERATION
 from famseg_kernels.strip_conv.op import OPERATION as STRIP_OPERATION
 
 PROG = "famseg-export"
-_BATCHES = (1, 3)  # checked: a batch of one is where a fixed batch would hide
+# The deepest stage has a stride of 32; its one pixel at 32 px would be traced as a constant.
+_MULTIPLE, _SMALLEST = 32, 64
 # fp32 through other kernels in another order: measured 1e-6 of the largest logit, on a trained network.
 _TOLERANCE = 1e-4
 
@@ -48,7 +49,6 @@ class Options:
     checkpoint: str | None = option(None, "a run's checkpoints/best.ckpt")
     out: str | None = option(None, "file to write; default: the checkpoint's name with .onnx or .pt2, beside it")
     format: Literal["onnx", "pt2"] = option("onnx", "onnx, or pt2 (torch.export; load with torch.export.load)")
-    image_size: int | None = option(None, "side of the square input, px; default: the network's own")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -60,47 +60,47 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _export(options: Options) -> int:
     required("checkpoint", options.checkpoint, f"{PROG} runs/NAME/checkpoints/best.ckpt")
     assert options.checkpoint is not None
-    if options.image_size is not None and options.image_size < 16:
-        raise ConfigError(f"image_size: expected at least 16, got {options.image_size}")
     if options.format == "onnx":
         missing = [name for name in ("onnx", "onnxruntime", "onnxscript") if importlib.util.find_spec(name) is None]
         if missing:
             raise ConfigError(f"format: onnx needs {', '.join(missing)}; pip install 'famseg[onnx]'")
     network = load_network(options.checkpoint)
-    size = options.image_size or network.image_size
     out = Path(options.out) if options.out else network.path.with_suffix(f".{options.format}")
     if not out.parent.is_dir():
         raise DataError(f"{out}: its folder does not exist; make it first")
     if out.is_dir():
         raise DataError(f"{out}: is a folder; give a file name")
 
-    metadata = describe(network, size)
-    program = export_program(network, size)
+    metadata = describe(network)
+    program = export_program(network)
     write, load = (_write_onnx, _load_onnx) if options.format == "onnx" else (_write_pt2, _load_pt2)
     # Written beside the target, checked, then renamed: nothing unchecked ever has the target's name.
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder:
         partial = Path(folder) / out.name
         write(program, metadata, partial)
-        error = _largest_error(network, load(partial), size)
+        shapes = _checked_shapes(metadata["image_size"])
+        error = _largest_error(network, load(partial), shapes)
         if not error <= _TOLERANCE:
             raise RuntimeError(
                 f"{out} was not written: its logits differ from the network's by {error:.1e} of their size"
             )
         partial.replace(out)
+    sizes = " and ".join(f"{batch} x {height} x {width}" for batch, height, width in shapes)
     print(
-        f"{out}: {out.stat().st_size / 1e6:.1f} MB, input (batch, 1, {size}, {size}); checked at batch "
-        f"{' and '.join(map(str, _BATCHES))}: largest difference {error:.1e} of the largest logit"
+        f"{out}: {out.stat().st_size / 1e6:.1f} MB, input (batch, 1, height, width); checked at {sizes}: "
+        f"largest difference {error:.1e} of the largest logit"
     )
     return 0
 
 
-def describe(network: Network, size: int) -> dict[str, Any]:
+def describe(network: Network) -> dict[str, Any]:
     """What a program must know to use the exported file."""
     return {
         "classes": list(CLASSES),
-        "image_size": size,
-        "input": "image, float32 (batch, 1, image_size, image_size): (grey / 255 - mean) / std",
-        "output": "logits, float32 (batch, classes, image_size, image_size); resize them, then take the largest",
+        "image_size": max(math.ceil(network.image_size / _MULTIPLE) * _MULTIPLE, _SMALLEST),
+        "sizes": f"image_size x image_size is what the network knows; multiples of {_MULTIPLE} from {_SMALLEST} on run",
+        "input": "image, float32 (batch, 1, height, width): (grey / 255 - mean) / std",
+        "output": "logits, float32 (batch, classes, height, width); resize them, then take the largest",
         "mean": MEAN,
         "std": STD,
         "letterbox": "keep the aspect ratio, centre on black; area averaging to shrink, bilinear to enlarge",
@@ -112,18 +112,20 @@ def describe(network: Network, size: int) -> dict[str, Any]:
     }
 
 
-def export_program(network: Network, size: int) -> ExportedProgram:
-    """The network with its custom ops replaced by their references: aten only, batch free, size fixed.
+def export_program(network: Network) -> ExportedProgram:
+    """The network with its custom ops replaced by their references: aten only; batch, height and width are free.
 
     The same network, traced once: the references are the ops' definitions, so nothing is rewritten by hand.
     """
-    example = torch.zeros(2, 1, size, size)  # a batch of one would be taken for a constant
-    table = {operation.overload: _definition(operation) for operation in (STRIP_OPERATION, REASSEMBLE_OPERATION)}
-    table[SCAN_2D_OPERATION.overload] = _scan_definition
+    # No size of the example may be 1 or equal another, or the trace would take it for a constant or for that other one:
+    # the deepest stage has 9 x 10 positions, more than one chunk of the scan.
+    example = torch.zeros(2, 1, 9 * _MULTIPLE, 10 * _MULTIPLE)
+    free = {0: Dim("batch", min=1), 2: _MULTIPLE * Dim("rows", min=2), 3: _MULTIPLE * Dim("columns", min=2)}
+    operations = (STRIP_OPERATION, REASSEMBLE_OPERATION, SCAN_2D_OPERATION)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # torch's own, about its pytrees
-        program = torch.export.export(network.model, (example,), dynamic_shapes=({0: Dim("batch", min=1)},))
-        return program.run_decompositions(table)
+        program = torch.export.export(network.model, (example,), dynamic_shapes=(free,))
+        return program.run_decompositions({operation.overload: _definition(operation) for operation in operations})
 
 
 def _definition(operation: Operation) -> Callable[..., Any]:
@@ -131,22 +133,17 @@ def _definition(operation: Operation) -> Callable[..., Any]:
     return lambda *args: forward(*args[:-1])  # the last one is the backend's name
 
 
-def _scan_definition(*args: Any) -> Tensor:
-    """The scan's reference with chunks of √(tokens): fewest unrolled steps for the memory, at any image size."""
-    *given, chunk_size, softplus, low, high, _ = args
-    _, height, width, _, _ = given[0].shape
-    chunk_size = chunk_size or max(64, math.isqrt(height * width))
-    return SCAN_2D_OPERATION.implementations["reference"].forward(*given, chunk_size, softplus, low, high)
-
-
 def _write_onnx(program: ExportedProgram, metadata: dict[str, Any], path: Path) -> None:
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of torch.onnx and onnxscript, about each other's versions
+        # Not optimised: rewriting in Python takes minutes, and onnxruntime folds and fuses as it loads a file.
         exported = torch.onnx.export(
-            program, dynamo=True, verbose=False, input_names=["image"], output_names=["logits"]
+            program, dynamo=True, verbose=False, input_names=["image"], output_names=["logits"], optimize=False
         )
     assert exported is not None
+    for node in exported.model.graph:  # stack traces, four times the size of the weights
+        node.metadata_props.clear()
     exported.model.metadata_props["famseg"] = json.dumps(metadata)
     exported.save(str(path))
 
@@ -169,12 +166,19 @@ def _load_pt2(path: Path) -> Callable[[Tensor], np.ndarray]:
     return lambda x: module(x).detach().numpy()
 
 
-def _largest_error(network: Network, exported: Callable[[Tensor], np.ndarray], size: int) -> float:
+def _checked_shapes(size: int) -> list[tuple[int, int, int]]:
+    """(batch, height, width): the network's own, and another of everything, with a batch of one among them."""
+    return [(1, size, size), (3, size + _MULTIPLE, _SMALLEST)]
+
+
+def _largest_error(
+    network: Network, exported: Callable[[Tensor], np.ndarray], shapes: Sequence[tuple[int, int, int]]
+) -> float:
     """Largest difference of the logits, over the largest logit, on noise of the network's input range."""
     generator = torch.Generator().manual_seed(0)
     errors = []
-    for batch in _BATCHES:
-        x = torch.randn(batch, 1, size, size, generator=generator)
+    for batch, height, width in shapes:
+        x = torch.randn(batch, 1, height, width, generator=generator)
         with torch.no_grad():
             expected = network.model(x).numpy()
         found = exported(x)

@@ -56,6 +56,10 @@ class Options:
     device: Literal["auto", "cpu", "cuda"] = option("auto", "auto, cpu or cuda")
     backend: str = option("auto", f"famseg_kernels backend: {', '.join(BACKENDS)}")
 
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise ConfigError(f"batch_size: expected at least 1, got {self.batch_size}")
+
 
 @dataclass(frozen=True)
 class Source:

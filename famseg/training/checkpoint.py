@@ -52,8 +52,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             # torch reports a failed write as RuntimeError, with the reason in its context.
             if isinstance(error, (OSError, RuntimeError)):
                 reason = next((e.strerror for e in (error, error.__context__) if isinstance(e, OSError)), None)
+                kept = "; the previous one is whole" if path.exists() else ""
                 raise CheckpointWriteError(
-                    f"{path}: the checkpoint cannot be written ({reason or error}); the previous one is whole. "
+                    f"{path}: the checkpoint cannot be written ({reason or error}){kept}. "
                     "Make room, then continue with --resume auto"
                 ) from error
             raise

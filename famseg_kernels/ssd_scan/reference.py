@@ -54,57 +54,82 @@ def _chunked(
     B: Tensor,
     C: Tensor,
     initial: Tensor | None,
-    segments: Tensor | None,
+    resets: Tensor | None,
     chunk_size: int | None,
 ) -> tuple[Tensor, Tensor]:
     """y (b, l, h, p) and the final state (b, h, p, n) of the recurrence, in chunks.
 
-    segments (b, l): non-decreasing ids; the state is zero where the id grows, `initial` belongs to id 0.
+    resets (b, l): the tokens that find a state of zero.
     """
     b, length, heads, headdim = x.shape
     groups, n = B.shape[2:]
-    q = min(chunk_size or DEFAULT_CHUNK, max(length, 1))
-    chunks = -(-length // q)
-    pad = chunks * q - length  # padded tokens have dt = 0: they keep the state and add nothing
-    if segments is None:
-        segments = torch.zeros((b, length), dtype=torch.long, device=x.device)
-    tail = segments[:, -1:].expand(b, pad)
-    segments = torch.cat([segments, tail], 1).view(b, chunks, q)
-    x, B, C = (F.pad(t, (0, 0, 0, 0, 0, pad)).view(b, chunks, q, *t.shape[2:]) for t in (x, B, C))
-    dt = F.pad(dt, (0, 0, 0, pad)).view(b, chunks, q, heads)
+    log_decay = (dt * A).clamp(min=LOWEST_LOG_DECAY)
+    if resets is not None:
+        log_decay = log_decay.masked_fill(resets[..., None], -torch.inf)
+    log_decay, x, B, C = (_blocks(t, chunk_size or DEFAULT_CHUNK) for t in (log_decay, x * dt[..., None], B, C))
+    log_decay = log_decay.permute(0, 1, 3, 2)  # (b, c, h, q)
+    chunks, q = x.shape[1:3]
+    x = x.view(b, chunks, q, groups, heads // groups, headdim)
 
-    log_decay = (dt * A).clamp(min=LOWEST_LOG_DECAY).permute(0, 1, 3, 2)  # (b, c, h, q)
-    weighted = (x * dt[..., None]).view(b, chunks, q, groups, heads // groups, headdim)
-
-    # decay[i, j] = exp(Σ_{j<t≤i} log_decay_t): summed term by term, never as a difference of long sums; masked
-    # before exp, so that neither the value nor the gradient meets an overflow.
-    lower = torch.ones(q, q, dtype=torch.bool, device=x.device).tril()
-    steps = log_decay[..., None].expand(*log_decay.shape, q).masked_fill(~lower.tril(-1), 0.0)
-    same = segments[:, :, None, :, None] == segments[:, :, None, None, :]
-    decay = steps.cumsum(-2).masked_fill(~(lower & same), -torch.inf).exp()
-
+    decay = _decay(log_decay)
     gram = torch.einsum("bcign,bcjgn->bcgij", C, B)
     mixing = gram[:, :, :, None] * decay.view(b, chunks, groups, heads // groups, q, q)
-    y = torch.einsum("bcgrij,bcjgrp->bcigrp", mixing, weighted)
+    y = torch.einsum("bcgrij,bcjgrp->bcigrp", mixing, x)
 
     to_end = decay[..., -1, :].view(b, chunks, groups, heads // groups, q)
-    added = torch.einsum("bcgrj,bcjgrp,bcjgn->bcgrpn", to_end, weighted, B).view(b, chunks, heads, headdim, n)
-    from_start = log_decay.cumsum(-1).exp()
-    state = x.new_zeros(b, heads, headdim, n) if initial is None else initial
-    owner = segments.new_zeros(b)
-    entering = []
-    for c in range(chunks):
-        entering.append(state * (segments[:, c, 0] == owner)[:, None, None, None])
-        owner = segments[:, c, -1]
-        survives = (segments[:, c, 0] == owner)[:, None, None, None]
-        state = entering[-1] * from_start[:, c, :, -1, None, None] * survives + added[:, c]
-    if chunks:
-        # A token in a later segment than its chunk's first one has no part of the entering state.
-        reach = from_start * (segments == segments[:, :, :1])[:, :, None]
-        states = torch.stack(entering, 1).view(b, chunks, groups, heads // groups, headdim, n)
-        reach = reach.view(b, chunks, groups, heads // groups, q)
-        y = y + torch.einsum("bcign,bcgrpn,bcgri->bcigrp", C, states, reach)
-    return y.reshape(b, chunks * q, heads, headdim)[:, :length], state
+    added = torch.einsum("bcgrj,bcjgrp,bcjgn->bcgrpn", to_end, x, B).view(b, chunks, heads, headdim, n)
+    if initial is None:
+        initial = x.new_zeros(b, heads, headdim, n)
+    total = log_decay.sum(-1)
+    states = _states(total, added, initial)
+    final = total[:, -1, :, None, None].exp() * states[:, -1] + added[:, -1]
+    states = states.view(b, chunks, groups, heads // groups, headdim, n)
+    from_start = log_decay.cumsum(-1).exp().view(b, chunks, groups, heads // groups, q)
+    y = y + torch.einsum("bcign,bcgrpn,bcgri->bcigrp", C, states, from_start)
+    return y.reshape(b, chunks * q, heads, headdim)[:, :length], final
+
+
+def _states(log_decay: Tensor, added: Tensor, initial: Tensor) -> Tensor:
+    """The state that each chunk finds: (b, c, h), (b, c, h, p, n), (b, h, p, n) → (b, c, h, p, n).
+
+    Without a loop, so that a graph traced from this holds for any number of chunks: all pairs of blocks, then all pairs
+    of the chunks in each. All pairs of chunks would take 1 GB a head for an image of 1024 x 1024.
+    """
+    chunks = added.shape[1]
+    log_decay, added = (_blocks(t, 16) for t in (log_decay, added))
+    to_end = _decay(log_decay.permute(0, 1, 3, 2))[..., -1, :]
+    initial = _pairwise(log_decay.sum(2), torch.einsum("bkhj,bkjhpn->bkhpn", to_end, added), initial)
+    states = _pairwise(*(t.flatten(0, 1) for t in (log_decay, added, initial)))
+    return states.unflatten(0, initial.shape[:2]).flatten(1, 2)[:, :chunks]
+
+
+def _pairwise(log_decay: Tensor, added: Tensor, initial: Tensor) -> Tensor:
+    """s_0 = initial, s_{t+1} = exp(log_decay_t) s_t + added_t, as a sum over pairs of steps; shapes as in `_states`."""
+    parts = torch.cat([initial[:, None], added[:, :-1]], 1)
+    decay = _decay(F.pad(log_decay[:, :-1], (0, 0, 1, 0)).transpose(1, 2))
+    return torch.einsum("bhij,bjhpn->bihpn", decay, parts)
+
+
+def _blocks(t: Tensor, size: int) -> Tensor:
+    """(b, l, ...) → (b, blocks, q, ...), padded with zeros: they keep the state and add nothing."""
+    length = max(t.shape[1], 1)
+    # Traced for any length, a minimum in every later shape would make the trace take minutes: blocks stay whole.
+    q = min(size, length) if isinstance(length, int) else size
+    blocks = (length + q - 1) // q  # not -(-length // q): exported, a division may round towards zero
+    pad = blocks * q - t.shape[1]
+    return F.pad(t, (0, 0) * (t.dim() - 2) + (0, pad)).view(t.shape[0], blocks, q, *t.shape[2:])
+
+
+def _decay(log_decay: Tensor) -> Tensor:
+    """decay[i, j] = exp(Σ_{j<t≤i} log_decay_t), 0 above the diagonal: (..., q) → (..., q, q).
+
+    Summed term by term, never as a difference of long sums; masked before exp, so that neither the value nor the
+    gradient meets an overflow.
+    """
+    q = log_decay.shape[-1]
+    lower = torch.ones(q, q, dtype=torch.bool, device=log_decay.device).tril()
+    steps = log_decay[..., None].expand(*log_decay.shape, q).masked_fill(~lower.tril(-1), 0.0)
+    return steps.cumsum(-2).masked_fill(~lower, -torch.inf).exp()
 
 
 def _scan(
@@ -129,7 +154,7 @@ def _scan(
     dtype = x.dtype
     x, dt, A, B, C, D, z, dt_bias, initial = _wide(x, dt, A, B, C, D, z, dt_bias, initial_states)
     step = step_size(dt, dt_bias, dt_softplus, dt_min, dt_max)
-    y, state = _chunked(x, step, A, B, C, initial, _segments(seq_idx), chunk_size)
+    y, state = _chunked(x, step, A, B, C, initial, spec.resets(seq_idx), chunk_size)
     if D is not None:
         y = y + (D if D.dim() == 2 else D[:, None]) * x
     if z is not None:
@@ -145,14 +170,6 @@ def _scan(
             states.append(_chunked(px, pdt, A, pB, pC, first, None, chunk_size)[1])
         results.append(torch.cat(states))
     return results
-
-
-def _segments(seq_idx: Tensor | None) -> Tensor | None:
-    """Ids that grow by one wherever seq_idx changes, 0 where the initial state holds (seq_idx 0 from the start)."""
-    resets = spec.resets(seq_idx)
-    if resets is None:
-        return None
-    return resets.cumsum(1)
 
 
 def _scan_2d(
@@ -177,14 +194,14 @@ def _scan_2d(
     sequences = []
     for image in (x[:, :, :, None].expand(-1, -1, -1, directions, -1, -1), step[..., None], B, C):
         image = image.expand(-1, -1, -1, directions, -1, -1)
-        parts = [_unroll(image[:, :, :, k], k) for k in range(directions)]
+        parts = [_unroll(image.select(3, k), k) for k in range(directions)]
         sequences.append(torch.stack(parts, 2).flatten(2, 3))
     px, pdt, pB, pC = sequences
     y, _ = _chunked(px, pdt[..., 0], A.flatten(), pB, pC, None, None, chunk_size)
     y = y.view(n, h * w, directions, heads, headdim)
     total = torch.zeros_like(x)
     for k in range(directions):
-        total = total + _roll_up(y[:, :, k], k, h, w)
+        total = total + _roll_up(y.select(2, k), k, h, w)
     if D is not None:
         total = total + (D if D.dim() == 1 else D.sum(0))[:, None] * x
     return total.to(dtype).contiguous()
