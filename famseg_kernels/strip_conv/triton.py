@@ -103,6 +103,7 @@ def _strips(
     B: tl.constexpr,  # columns of a block
     WINDOW: tl.constexpr,  # columns of x that the square stage of a block loads
     STEPS: tl.constexpr,  # blocks of a program
+    HOISTED: tl.constexpr,  # the square kernel's bands stay in registers
     DOT: tl.constexpr,  # dtype of the factors of products
 ):
     plane, channel, tile, segment = _place(tiles, segments, channels)
@@ -112,7 +113,6 @@ def _strips(
     mine = (tl.arange(0, F) >= HALO) & (tl.arange(0, F) < F - HALO) & (row < height)
     inside_rows = (row >= 0) & (row < height)
     PAD: tl.constexpr = (WINDOW - B) // 2
-    HOISTED: tl.constexpr = SQUARE <= 7  # bands of a longer square kernel would not fit in registers
 
     # Bands that stay the same for all blocks; Triton does not hoist their loads out of the loop by itself.
     square_bands = ()
@@ -339,9 +339,13 @@ def _cut(x: Tensor, height: int, width: int, tall: int, wide: int) -> _Cut:
     steps = max(1, min(tuned.steps, blocks))  # an empty image has no blocks
     # NumPy has no bf16 arithmetic: the interpreter multiplies in fp32.
     dot = torch.float32 if backends.TRITON_INTERPRETS and x.dtype == torch.bfloat16 else x.dtype
-    # fp32 factors take twice the registers, and their three parts as much again.
-    rows = tuned.rows_per_warp // (2 if x.dtype == torch.float32 else 1)
-    config = launch.Config(max(1, frame // rows), tuned.num_stages)
+    rows, stages = tuned.rows_per_warp, tuned.num_stages
+    if x.dtype == torch.float32:
+        # Factors take twice the registers, and their three parts as much again: no room for loads of the next block,
+        # nor for as many rows. But on Hopper four warps share 64 rows of a product: more of them hold the other factor
+        # again.
+        rows, stages = rows if capability == 90 else rows // 2, 1
+    config = launch.Config(max(1, frame // rows), stages)
     constants = {"F": frame, "HALO": halo, "B": block, "STEPS": steps, "DOT": _TL[dot]}
     return _Cut(tiles, triton.cdiv(blocks, steps), config, constants)
 
@@ -485,6 +489,8 @@ def _convolve(
         COLS=tall,
         FLIP=flip,
         WINDOW=window,
+        # Bands of a longer square kernel would not fit in registers, nor would those of fp32, split into three parts.
+        HOISTED=size <= (3 if x.dtype == torch.float32 else 7),
         **cut.constants,
     )
     return y
