@@ -606,8 +606,9 @@ class _Problem:
         tuned = CONFIGURATIONS.get(launch.capability(x.device), CONFIGURATIONS[0])
         longest, tile = (tuned.backward_chunk, tuned.backward_tile) if backward else (tuned.chunk, tuned.tile)
         limit = 64 if x.dtype == torch.bfloat16 else 32
-        # TF32's operands are twice as wide as the fp16 they come from, which leaves `_matrix_gradients` less room.
-        self.tile = min(16 if backward and x.dtype == torch.float16 else limit, tile)
+        # Of fp16, as TF32, `_matrix_gradients` takes all of 64 channels at once: unrolled by the compiler, a loop over
+        # 16 or 32 of them keeps too much in registers (88 and 296 bytes of stack a thread, and none of 64).
+        self.tile = min(64 if backward and x.dtype == torch.float16 else limit, tile)
         self.state_tile = min(limit, max(tuned.tile, tuned.backward_tile))
         self.config = launch.Config(_WARPS, tuned.num_stages)
         longest = min(limit, longest, longest if chunk is None else _power_of_two(chunk))
