@@ -16,7 +16,7 @@ import shutil
 import subprocess
 import sysconfig
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -62,6 +62,14 @@ def build(directory: Path) -> Emulation:
     return Emulation(library)
 
 
+class Launch(NamedTuple):
+    """What a launcher asked for: the kernel's symbol, threads of a block, bytes of its dynamic shared memory."""
+
+    kernel: str
+    threads: int
+    shared: int
+
+
 class Emulation:
     def __init__(self, library: Path) -> None:
         spec = importlib.util.spec_from_file_location("_cuda", library)
@@ -73,6 +81,20 @@ class Emulation:
     def configure(self, reverse: bool = False, shared: tuple[int, int] = H200) -> None:
         """The order in which threads run between barriers, and the GPU's shared memory."""
         self._settings.emulate(reverse, *map(ctypes.c_size_t, shared))
+
+    def record(self) -> None:
+        """Until `configure` is called, launches are recorded and not run."""
+        self._settings.record()
+
+    def recorded(self) -> list[Launch]:
+        self._settings.recorded.restype = ctypes.c_size_t
+        self._settings.recorded_launch.restype = ctypes.c_char_p
+        threads, shared = ctypes.c_uint(), ctypes.c_size_t()
+        launches = []
+        for index in range(self._settings.recorded()):
+            symbol = self._settings.recorded_launch(ctypes.c_size_t(index), ctypes.byref(threads), ctypes.byref(shared))
+            launches.append(Launch(symbol.decode(), threads.value, shared.value))
+        return launches
 
     def install(self, monkeypatch: Any) -> None:
         """Backends' modules find the emulation where they look for the GPU."""

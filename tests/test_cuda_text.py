@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import famseg_kernels as fk
+from benchmarks.shapes import shapes_for
 from famseg_kernels import tolerance
 from famseg_kernels.registry import Operation
 from famseg_kernels.strip_conv.op import OPERATION as STRIP_CONV
@@ -227,22 +228,95 @@ def inspect():
     return run
 
 
+# Name, element type, and which of its flags are set: of the symbols of nvcc, and of g++ in the emulation.
+KERNEL = re.compile(r"\d([a-z][a-z_]*)I(?:NS_8baseline)?\d*(f|Bfloat16|Float16|__nv_bfloat16|__half)E?((?:Lb[01]E)*)")
+
+
+def kernel_of(symbol: str) -> tuple[str, str, str]:
+    found = KERNEL.search(symbol)
+    assert found is not None, symbol
+    return found[1], found[2].strip("_").removeprefix("nv_").lower(), found[3]
+
+
+def resources(inspect, arch: int) -> dict[tuple[str, str, str], dict[str, int]]:
+    """REG, STACK, SHARED and LOCAL of each kernel: registers of a thread, static shared memory of a block."""
+    usage = inspect("--dump-resource-usage", f"--gpu-architecture=sm_{arch}")
+    return {
+        kernel_of(symbol): {name: int(number) for name, number in re.findall(r"(\w+):(\d+)", numbers)}
+        for symbol, numbers in re.findall(r"Function (\S+):\s*(REG:.*)", usage)
+    }
+
+
 @pytest.mark.parametrize("arch", [80, 90])
 def test_kernels_neither_spill_nor_miss_their_occupancy(inspect, arch: int) -> None:
-    usage = inspect("--dump-resource-usage", f"--gpu-architecture=sm_{arch}")
-    pattern = r"Function (\S+):\s*REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)"
-    found = set()
-    for symbol, registers, stack, shared, local in re.findall(pattern, usage):
-        # Itanium mangling: the length of a name stands before it.
-        names = [name for name in OCCUPANCY if f"{len(name)}{name}I" in symbol]
-        assert len(names) == 1, f"{symbol}: no occupancy is stated for it"
-        found.add(names[0])
-        threads, blocks = OCCUPANCY[names[0]]
-        each = -(-int(registers) // 8) * 8  # registers are handed out in eights
-        assert (int(stack), int(local)) == (0, 0), f"{symbol}: stack frame of {stack}, local memory of {local} bytes"
-        assert each * threads * blocks <= REGISTERS, f"{symbol}: {registers} registers"
-        assert int(shared) <= STATIC_SHARED
-    assert found == set(OCCUPANCY)
+    usage = resources(inspect, arch)
+    for kernel, used in usage.items():
+        threads, blocks = OCCUPANCY[kernel[0]]
+        each = -(-used["REG"] // 8) * 8  # registers are handed out in eights
+        assert (used["STACK"], used["LOCAL"]) == (0, 0), f"{kernel}: {used}"
+        assert each * threads * blocks <= REGISTERS, f"{kernel}: {used}"
+        assert used["SHARED"] <= STATIC_SHARED
+    assert {name for name, *_ in usage} == set(OCCUPANCY)
+
+
+# What a multiprocessor shall hold of each kernel at once, (blocks, warps), whatever is timed in the benchmarks.
+RESIDENT = {
+    # Two blocks, so that one loads while the other computes; a warp for each of the four schedulers, which can issue an
+    # FMA in every clock: a thread's 64 sums do not wait for each other.
+    "strips": (2, 4),
+    "weight_gradients": (2, 4),
+    # Two warps a scheduler: a warp's products on tensor cores wait for each other in its sums.
+    "strips_toeplitz": (2, 8),
+    # Nothing but loads, which take half of the 64 warps to have enough of them under way.
+    "sum_partials": (2, 32),
+    # 25 weights of an output in registers leave room for three warps a scheduler, the launch bounds ask for them.
+    "forward_tuned": (3, 12),
+    "gradient_weights_tuned": (3, 12),
+    "gradient_x_tuned": (3, 12),
+}
+# On an A100 two blocks hold tiles of 128 x 16, with one warp each and 96 FMAs an element for 73 in tiles of 128 x 64.
+ALONE = ("weight_gradients", 80, "mscan_s_stage1_n16")
+# Of a block and of a multiprocessor.
+SHARED = {80: (163 * 1024, 164 * 1024), 90: emulated_cuda.H200}
+# The driver keeps 1 KB of each block's; what cuobjdump says of sm_90 holds it already.
+RESERVED = {80: 1024, 90: 0}
+
+
+def resident(arch: int, threads: int, registers: int, shared: int) -> tuple[int, int]:
+    """Blocks of a kernel that a multiprocessor holds, and their warps."""
+    warps = -(-threads // 32)
+    of_warp = -(-registers * 32 // 256) * 256  # units of 256, from a quarter of the registers
+    by_registers = REGISTERS // 4 // of_warp * 4 // warps
+    by_shared = SHARED[arch][1] // (-(-(shared + RESERVED[arch]) // 128) * 128)
+    blocks = min(by_registers, by_shared, 64 // warps, 32)
+    return blocks, blocks * warps
+
+
+@needs_emulation
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("arch", [80, 90])
+def test_multiprocessors_hold_enough_blocks_of_every_benchmark(inspect, emulation, arch: int, dtype) -> None:
+    """By registers, by static and dynamic shared memory and by threads, of what the launchers ask for."""
+    usage, launched = resources(inspect, arch), set()
+    emulation.configure(shared=SHARED[arch])
+    for operation in OPERATIONS:
+        for case in shapes_for(operation.spec.name, "cuda"):
+            emulation.record()
+            args = case.make(lambda *shape: torch.empty(shape, dtype=dtype))
+            backend = operation.implementations["cuda"]
+            backend.backward(backend.forward(*args), [t is not None for t in operation.flatten(args)], *args)
+            for launch in emulation.recorded():
+                kernel = kernel_of(launch.kernel)
+                used = usage[kernel]
+                blocks, warps = resident(arch, launch.threads, used["REG"], used["SHARED"] + launch.shared)
+                least, least_warps = RESIDENT[kernel[0]]
+                if (kernel[0], arch, case.name) == ALONE:
+                    least = 1
+                assert blocks >= least, f"{case.name}: {kernel} {launch}, {used}"
+                assert warps >= least_warps, f"{case.name}: {kernel} {launch}, {used}"
+                launched.add(kernel[0])
+    sixteen_bits = {"strips_toeplitz"} if dtype == torch.bfloat16 else {"strips"}
+    assert launched == set(RESIDENT) - {"strips", "strips_toeplitz"} | sixteen_bits
 
 
 @pytest.mark.parametrize("arch", [80, 90])

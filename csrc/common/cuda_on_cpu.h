@@ -67,6 +67,16 @@ inline thread_local char* dynamic_shared = nullptr;
 // The order in which threads run between two barriers.
 inline bool reverse_order = false;
 
+// What a launcher asked for. Where launches are only recorded, a GPU's occupancy can be counted for
+// shapes that would take the fibers hours.
+struct Launch {
+  const void* kernel;
+  unsigned threads;
+  size_t shared_bytes;
+};
+inline std::vector<Launch> launches;
+inline bool only_recorded = false;
+
 inline void wait(Waits what) {
   running->waits = what;
   swapcontext(&running->context, &scheduler);
@@ -273,6 +283,10 @@ void launch(dim3 grid, unsigned threads, size_t shared_bytes, void* /*stream*/,
             void (*kernel)(Parameters...), const Arguments&... arguments) {
   if (shared_bytes > device_limits().shared_per_block) {
     throw std::runtime_error("a block wants more shared memory than there is");
+  }
+  if (cuda_on_cpu::only_recorded) {
+    cuda_on_cpu::launches.push_back({reinterpret_cast<const void*>(kernel), threads, shared_bytes});
+    return;
   }
   cuda_on_cpu::launch(grid, {threads}, shared_bytes, [&] { kernel(arguments...); });
 }

@@ -202,8 +202,10 @@ inline Plan plan_of_toeplitz_tile(Kind kind, const Arguments& args, int tile_u, 
 }
 
 // The cheapest plan that fits: FMAs with what tiles compute twice, a quarter more where a
-// multiprocessor holds only one block, which cannot load while it computes. `floats` are what a
-// block may have of shared memory and what two blocks may have each. False: none fits.
+// multiprocessor holds only one block, which cannot load while it computes: for its shared memory,
+// or for its registers, of which a thread of the FMA kernels has up to 255 and 65536 are there.
+// `floats` are what a block may have of shared memory and what two blocks may have each. False:
+// none fits.
 inline bool make_plan(Kind kind, bool toeplitz, const Arguments& args, int floats, int half_floats,
                       Plan& best) {
   const int height = kind == Kind::x_gradient ? args.columns : args.rows;
@@ -218,8 +220,8 @@ inline bool make_plan(Kind kind, bool toeplitz, const Arguments& args, int float
     const double columns = smaller(width, tile_v + 2 * plan.first_reach);
     const double tile = k * k * rows * columns + 2.0 * plan.first_reach * rows * tile_v +
                         2.0 * plan.second_reach * tile_u * tile_v;
-    const double cost =
-        (tile + 1.0) * plan.tiles_u * plan.tiles_v * (plan.slot_floats > half_floats ? 1.25 : 1.0);
+    const bool alone = plan.slot_floats > half_floats || (!toeplitz && plan.threads > kThreads / 2);
+    const double cost = (tile + 1.0) * plan.tiles_u * plan.tiles_v * (alone ? 1.25 : 1.0);
     if (lowest != 0.0 && cost >= lowest) return;
     lowest = cost;
     best = plan;

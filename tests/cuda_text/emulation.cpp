@@ -1,8 +1,30 @@
 // Settings of the emulation that tests/test_cuda_text.py builds the CUDA module with.
 
+#include <dlfcn.h>
+
 #include "common/cuda_on_cpu.h"
 
 extern "C" void emulate(bool reverse_order, size_t shared_per_block, size_t shared_per_processor) {
   cuda_on_cpu::reverse_order = reverse_order;
   famseg::simulated_limits = {shared_per_block, shared_per_processor};
+  cuda_on_cpu::only_recorded = false;
+}
+
+// Launches from here to the next call of `emulate` are recorded and not run.
+extern "C" void record() {
+  cuda_on_cpu::launches.clear();
+  cuda_on_cpu::only_recorded = true;
+}
+
+extern "C" size_t recorded() {
+  return cuda_on_cpu::launches.size();
+}
+
+// The symbol of a recorded launch's kernel, its threads and its dynamic shared memory.
+extern "C" const char* recorded_launch(size_t index, unsigned* threads, size_t* shared_bytes) {
+  const cuda_on_cpu::Launch& launch = cuda_on_cpu::launches.at(index);
+  *threads = launch.threads;
+  *shared_bytes = launch.shared_bytes;
+  Dl_info found;
+  return dladdr(launch.kernel, &found) != 0 ? found.dli_sname : nullptr;
 }
