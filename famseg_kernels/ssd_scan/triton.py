@@ -10,10 +10,11 @@ pixel, so nothing is transposed. Per chunk and head, with X (Q, p), B and C (Q, 
 
 An element of M off the diagonal belongs to one direction only, so two directions cost one exponential and one product
 M X. Kernels: `_chunk_states` (each chunk's own Xᵀ (weight ∘ B)), `_pass_states` (the recurrence over chunks, in place)
-and `_mix` (Y), once an axis; the column launch adds to what the row launch has left. A sequence of a single chunk
-needs `_mix` alone. The gradient of X is the same computation on dY with M transposed, B and C swapped and the
-gradients of the states for the states: `_mix` again. `_matrix_gradients` makes the rest, and `_step_gradients` takes
-the steps' gradients through softplus and clamp. Only the inputs are kept for backward.
+and `_mix` (Y), once an axis; the column launch adds to what the row launch has left. A sequence of a single chunk (64
+tokens in bf16, else 32) needs `_mix` alone; what one matrix of all directions would be worth to larger images is
+counted in docs/gpu-notes.md. The gradient of X is the same computation on dY with M transposed, B and C swapped and
+the gradients of the states for the states: `_mix` again. `_matrix_gradients` makes the rest, and `_step_gradients`
+takes the steps' gradients through softplus and clamp. Only the inputs are kept for backward.
 
 Log-decays are summed in fixed point, int64 with 40 bits after the point: the sum is exact, so a step of -110 costs its
 neighbours no digits, as it would in fp32, and no segmented sum is needed.
