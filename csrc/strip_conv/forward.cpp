@@ -9,19 +9,24 @@
 //    across cache lines, at two slots each, and planes narrower than a vector or two starve the FMA
 //    units.) Channels-last images have this form; others are transposed in registers on their way
 //    in and out, some 8 shuffles a vector.
-//  * One tap goes to as many sums as half the registers hold: 17 loads for 16 FMAs, of two loads a
-//    cycle. The sums lie along the direction of the kernel, so that what they load is nearly the
-//    same lines for all taps: a column of 16 sums and 21 taps reads 36 lines, not 336.
-//  * The chain of stages goes down the image in bands that fit into the L2 cache. What a later band
-//    needs again moves to the front of its buffer: nothing is computed twice. Wide images are cut
-//    into blocks of columns, which do compute their borders twice.
+//  * A few taps stay in registers beside as many sums as half the registers hold, and every vector
+//    of pixels is loaded once for all of them: 16 sums and 7 taps make 112 FMAs of 29 loads. The
+//    sums lie along the direction of the kernel.
+//  * The chain of stages goes down the image in bands that fit into the L2 cache. Rows of x and a
+//    that a later band needs again move to the front of their buffers; row results at a band's
+//    edge are computed twice. Wide images are cut into blocks of columns, which compute their
+//    borders twice.
+//  * Within a band rows and columns take turns on strips of 16 pixels: all row results of a strip
+//    are in the L2 cache when its columns read them, and y is a tile that never leaves the L1 cache
+//    before it is transposed and stored.
+//  * What the next tiles of y will be stored to is prefetched during FMAs.
 //
 //    x    (rows, pixels), pixels beyond the block on either side as far as square and rows reach
 //    a    (rows, pixels), beyond the block as far as rows reach
-//    r_i  row results, (pixels, rows): a column of sums reads consecutive memory
-//    y    (pixels, rows)
+//    r_i  (rows, pixels) of a strip, from as far above the band as columns reach
+//    y    (rows, pixels) of a tile
 //
-// Beyond the image all of these hold zeros. Strides are odd numbers of cache lines: even ones would
+// Beyond the image x, a and r_i hold zeros. Strides are odd numbers of cache lines: even ones would
 // crowd a column into few sets of the L1 cache.
 
 #include "common/scratch.h"
@@ -36,16 +41,19 @@ using strip_conv::Branch;
 using strip_conv::Problem;
 
 constexpr int kSums = kVectorRegisters / 2;
-// Columns of a block; the border that two blocks compute is a tenth of that.
-constexpr int64_t kBlockWidth = 256;
-constexpr int64_t kBandBytes = 1 << 20;
+constexpr int kTaps = kVectorRegisters == 32 ? 7 : 5;  // with one vector of pixels the rest fits
+// Columns of a block; the border that a block computes beside it is a sixth of that.
+constexpr int64_t kBlockWidth = 128;
+constexpr int64_t kStripWidth = 16;
+constexpr int64_t kPitch = kStripWidth + 1;  // vectors from row to row of r_i and y
+constexpr int64_t kXRows = 16;               // of x at a time
+constexpr int64_t kBandBytes = 1 << 20;      // of a and r_i: half of an L2 cache of 2 MB
 
 template <typename T>
 struct Strip {
   Taps<T> row, column;
   T* row_bias;
-  T* rows;           // r_i from row -reach of the band on
-  int64_t capacity;  // rows
+  T* rows;  // r_i of a strip from row -reach of the band on
 };
 
 template <typename T>
@@ -61,7 +69,7 @@ struct Space {
   T* x;  // null without a square kernel
   T* a;
   T* y;
-  int64_t x_stride, a_stride, y_capacity;
+  int64_t x_stride, a_stride;
 };
 
 // Elements of `vectors` vectors, an odd number.
@@ -93,32 +101,26 @@ Space<T> lay_out(const Problem& p, Arena& arena) {
     s.reach_row = larger(s.reach_row, row.width / 2);
     s.reach_column = larger(s.reach_column, column.height / 2);
     columns += column.height;
-    if (arena.base != nullptr) s.strips[i] = {row, column, bias, nullptr, 0};
+    if (arena.base != nullptr) s.strips[i] = {row, column, bias, nullptr};
   }
   s.square_bias = arena.take<T>(lanes);
   s.bias = arena.take<T>(lanes);
-  // As many rows as the budget allows, in whole columns of sums.
-  const int64_t line = (s.width + 2 * s.reach_row) * kVectorBytes;
-  const int64_t kept = columns + 2 * (s.reach_column + s.reach_square);
-  const int64_t affordable = (kBandBytes / line - kept) / (3 + p.branch_count);
-  s.band = smaller(larger(affordable / kSums, 1) * kSums, round_up(p.h, kSums));
   s.a_stride = odd_stride<T>(s.width + 2 * s.reach_row);
-  s.a = arena.take<T>((s.band + s.reach_column) * s.a_stride);
+  // As many rows as the budget allows, in whole columns of sums.
+  const int64_t row = (s.a_stride / lanes + p.branch_count * kPitch) * kVectorBytes;
+  const int64_t affordable = kBandBytes / row - 2 * s.reach_column;
+  s.band = smaller(larger(affordable / kSums, 1) * kSums, p.h);
+  s.a = arena.take<T>(smaller(s.band + 2 * s.reach_column, p.h) * s.a_stride);
   if (p.square_weight != nullptr) {
     s.x_stride = odd_stride<T>(s.width + 2 * (s.reach_row + s.reach_square));
-    s.x = arena.take<T>((s.band + s.reach_column + 2 * s.reach_square) * s.x_stride);
+    s.x = arena.take<T>((kXRows + 2 * s.reach_square) * s.x_stride);
   }
   for (int64_t i = 0; i < p.branch_count; ++i) {
     const int64_t column = cropped(p.branches[i].column_size, p.h);
-    const int64_t capacity = (s.band + column - 1) | 1;
-    T* rows = arena.take<T>(s.width * capacity * lanes);
-    if (arena.base != nullptr) {
-      s.strips[i].rows = rows;
-      s.strips[i].capacity = capacity;
-    }
+    T* rows = arena.take<T>((s.band + column - 1) * kPitch * lanes);
+    if (arena.base != nullptr) s.strips[i].rows = rows;
   }
-  s.y_capacity = s.band | 1;
-  s.y = arena.take<T>(s.width * s.y_capacity * lanes);
+  s.y = arena.take<T>(kSums * kPitch * lanes);
   return s;
 }
 
@@ -155,15 +157,47 @@ template <int N = kSums, typename F>
   if constexpr (N > 1) for_runs<N / 2>(from, to, f);
 }
 
-// sum[q] += taps . in[q ...], consecutive vectors.
-template <int N, typename T>
+// sum[q] += taps . in[q ...], STRIDE vectors apart. Each vector is loaded once.
+template <int TAPS, int STRIDE, int N, typename T>
+[[gnu::always_inline]] inline void add_products(Vector<T> (&sum)[N], const T* in, const T* weight) {
+  // Hides that the next call loads some of the same vectors: GCC would keep those in registers
+  // that it does not have.
+  asm("" : "+r"(in), "+r"(weight));
+  Vector<T> tap[TAPS];
+#pragma GCC unroll 16
+  for (int t = 0; t < TAPS; ++t) tap[t] = load(weight + t * kLanes<T>);
+#pragma GCC unroll 32
+  for (int i = 0; i < N + TAPS - 1; ++i) {
+    const Vector<T> value = load(in + i * STRIDE * kLanes<T>);
+#pragma GCC unroll 16
+    for (int t = 0; t < TAPS; ++t) {
+      if (i - t >= 0 && i - t < N) sum[i - t] += tap[t] * value;
+    }
+  }
+}
+
+// The same for a number of taps below MORE.
+template <int STRIDE, int MORE, int N, typename T>
+[[gnu::always_inline]] inline void add_rest(Vector<T> (&sum)[N], const T* in, const T* weight,
+                                            int64_t taps) {
+  if constexpr (MORE > 1) {
+    if (taps == MORE - 1) {
+      add_products<MORE - 1, STRIDE>(sum, in, weight);
+    } else {
+      add_rest<STRIDE, MORE - 1>(sum, in, weight, taps);
+    }
+  }
+}
+
+template <int STRIDE, int N, typename T>
 [[gnu::always_inline]] inline void add_taps(Vector<T> (&sum)[N], const T* in, const T* weight,
                                             int64_t taps) {
-  for (int64_t t = 0; t < taps; ++t, in += kLanes<T>, weight += kLanes<T>) {
-    const Vector<T> tap = load(weight);
-#pragma GCC unroll 16
-    for (int q = 0; q < N; ++q) sum[q] += tap * load(in + q * kLanes<T>);
+  for (; taps >= kTaps; taps -= kTaps) {
+    add_products<kTaps, STRIDE>(sum, in, weight);
+    in += kTaps * STRIDE * kLanes<T>;
+    weight += kTaps * kLanes<T>;
   }
+  add_rest<STRIDE, kTaps>(sum, in, weight, taps);
 }
 
 template <int N, typename T>
@@ -180,6 +214,33 @@ struct Place {
   int64_t n, left, width;
 };
 
+// Pixels [begin, first) and [last, end) of a row, which lie outside the image. In an image that is
+// one block nothing else is ever written there.
+template <typename T>
+void clear_sides(const Problem& p, T* row, int64_t begin, int64_t first, int64_t last,
+                 int64_t end) {
+  if (p.w <= kBlockWidth) return;
+  clear(row, row + (first - begin) * kLanes<T>);
+  clear(row + (last - begin) * kLanes<T>, row + (end - begin) * kLanes<T>);
+}
+
+// Brings `count` pixels of a row of the result to the L2 cache.
+template <typename S>
+[[gnu::always_inline]] inline void prefetch(const Problem& p, const Place& place, int64_t row,
+                                            int64_t column, int64_t count, const void* image) {
+  if (row >= p.h) return;
+  const Group& channels = place.channels;
+  const int64_t n = place.n;
+  const S* from = static_cast<const S*>(image);
+  if (p.channels_last) {
+    from += ((n * p.h + row) * p.w + column) * p.c + channels.first;
+    for (int64_t q = 0; q < count; ++q) __builtin_prefetch(from + q * p.c, 0, 2);
+  } else {
+    from += ((n * p.c + channels.first) * p.h + row) * p.w + column;
+    for (int64_t l = 0; l < channels.count; ++l) __builtin_prefetch(from + l * p.h * p.w, 0, 2);
+  }
+}
+
 // Rows [from, to) of the image, and zeros beyond it; `row` is where row `from` of the buffer
 // begins, `reach` pixels left of the block.
 template <typename S, typename T>
@@ -194,7 +255,7 @@ void load_image(const Problem& p, const Place& place, int64_t from, int64_t to, 
       clear(row, row + (end - begin) * lanes);
       continue;
     }
-    clear(row, row + (first - begin) * lanes);
+    clear_sides(p, row, begin, first, last, end);
     T* inside = row + (first - begin) * lanes;
     if (p.channels_last) {
       load_channels_last(image + ((place.n * p.h + i) * p.w + first) * p.c + place.channels.first,
@@ -203,7 +264,6 @@ void load_image(const Problem& p, const Place& place, int64_t from, int64_t to, 
       load_channels_first(image + ((place.n * p.c + place.channels.first) * p.h + i) * p.w + first,
                           p.h * p.w, place.channels.count, last - first, inside);
     }
-    clear(row + (last - begin) * lanes, row + (end - begin) * lanes);
   }
 }
 
@@ -216,87 +276,81 @@ void square_stage(const Problem& p, const Space<T>& s, const Place& place, int64
   const int64_t first = larger(begin, 0), last = smaller(end, p.w);
   const T* x = s.x + ((s.reach_square - s.square.height / 2) * s.x_stride) +
                (s.reach_square - s.square.width / 2) * lanes;
-  for (int64_t i = from; i < to; ++i, row += s.a_stride, x += s.x_stride) {
-    if (i >= p.h) {
-      clear(row, row + (end - begin) * lanes);
-      continue;
-    }
-    clear(row, row + (first - begin) * lanes);
-    for_runs(first - begin, last - begin, [&](int64_t j, auto count) {
+  for (int64_t i = 0; i < to - from; ++i) {
+    clear_sides(p, row + i * s.a_stride, begin, first, last, end);
+  }
+  for_runs(first - begin, last - begin, [&](int64_t j, auto count) {
+    for (int64_t i = 0; i < to - from; ++i) {
       Vector<T> sum[count.value];
       fill(sum, s.square_bias);
       for (int64_t t = 0; t < s.square.height; ++t) {
-        add_taps(sum, x + t * s.x_stride + j * lanes, s.square.weight + t * s.square.width * lanes,
-                 s.square.width);
+        add_taps<1>(sum, x + (i + t) * s.x_stride + j * lanes,
+                    s.square.weight + t * s.square.width * lanes, s.square.width);
       }
 #pragma GCC unroll 16
-      for (int q = 0; q < count.value; ++q) store(row + (j + q) * lanes, sum[q]);
-    });
-    clear(row + (last - begin) * lanes, row + (end - begin) * lanes);
-  }
-}
-
-// Rows [from, to) of r_i, of which `out` is the first; a's row `from` is `row`.
-template <typename T>
-void row_stage(const Problem& p, const Space<T>& s, const Strip<T>& strip, const Place& place,
-               int64_t from, int64_t to, const T* row, T* out) {
-  constexpr int64_t lanes = kLanes<T>;
-  const int64_t inside = larger(smaller(to, p.h) - from, 0);
-  row += (s.reach_row - strip.row.width / 2) * lanes;
-  const int64_t pixel = strip.capacity * lanes;
-  for_runs(0, place.width, [&](int64_t j, auto count) {
-    for (int64_t i = 0; i < inside; ++i) {
-      Vector<T> sum[count.value];
-      fill(sum, strip.row_bias);
-      add_taps(sum, row + i * s.a_stride + j * lanes, strip.row.weight, strip.row.width);
-#pragma GCC unroll 16
-      for (int q = 0; q < count.value; ++q) store(out + (j + q) * pixel + i * lanes, sum[q]);
-    }
-    for (int q = 0; q < count.value; ++q) {
-      T* column = out + (j + q) * pixel;
-      clear(column + inside * lanes, column + (to - from) * lanes);
+      for (int q = 0; q < count.value; ++q) store(row + i * s.a_stride + (j + q) * lanes, sum[q]);
     }
   });
 }
 
-// `rows` rows of y.
-template <typename T>
-void column_stage(const Space<T>& s, const Place& place, int64_t rows) {
+// Rows [from, to) of all r_i for `width` pixels, in a band that begins at row `band`; a's row
+// `from` at the first of these pixels is `a`. Calls before_row(i) before each row.
+template <typename T, typename BeforeRow>
+void row_stage(const Space<T>& s, int64_t band, int64_t from, int64_t to, int64_t width, const T* a,
+               const BeforeRow& before_row) {
   constexpr int64_t lanes = kLanes<T>;
-  for (int64_t j = 0; j < place.width; ++j) {
-    const T* a = s.a + (s.reach_row + j) * lanes;
-    T* y = s.y + j * s.y_capacity * lanes;
-    for_runs(0, rows, [&](int64_t i, auto count) {
-      Vector<T> sum[count.value];
-      fill(sum, s.bias);
-#pragma GCC unroll 16
-      for (int q = 0; q < count.value; ++q) sum[q] += load(a + (i + q) * s.a_stride);
+  for_runs(0, width, [&](int64_t j, auto count) {
+    const T* row = a + (s.reach_row + j) * lanes;
+    for (int64_t i = from; i < to; ++i, row += s.a_stride) {
+      before_row(i);
       for (int64_t k = 0; k < s.branch_count; ++k) {
         const Strip<T>& strip = s.strips[k];
-        add_taps(sum, strip.rows + (j * strip.capacity + i) * lanes, strip.column.weight,
-                 strip.column.height);
-      }
+        const int64_t at = i - band + strip.column.height / 2;
+        if (at < 0 || at >= s.band + strip.column.height - 1) continue;
+        Vector<T> sum[count.value];
+        fill(sum, strip.row_bias);
+        add_taps<1>(sum, row - strip.row.width / 2 * lanes, strip.row.weight, strip.row.width);
+        T* out = strip.rows + (at * kPitch + j) * lanes;
 #pragma GCC unroll 16
-      for (int q = 0; q < count.value; ++q) store(y + (i + q) * lanes, sum[q]);
-    });
+        for (int q = 0; q < count.value; ++q) store(out + q * lanes, sum[q]);
+      }
+    }
+  });
+}
+
+// N rows of y for `width` pixels, from row `row` of the band on; a's is `a`.
+template <int N, typename T>
+void column_stage(const Space<T>& s, int64_t row, int64_t width, const T* a) {
+  constexpr int64_t lanes = kLanes<T>;
+  for (int64_t j = 0; j < width; ++j) {
+    Vector<T> sum[N];
+    fill(sum, s.bias);
+#pragma GCC unroll 16
+    for (int q = 0; q < N; ++q) sum[q] += load(a + q * s.a_stride + j * lanes);
+    for (int64_t k = 0; k < s.branch_count; ++k) {
+      const Strip<T>& strip = s.strips[k];
+      add_taps<kPitch>(sum, strip.rows + (row * kPitch + j) * lanes, strip.column.weight,
+                       strip.column.height);
+    }
+#pragma GCC unroll 16
+    for (int q = 0; q < N; ++q) store(s.y + (q * kPitch + j) * lanes, sum[q]);
   }
 }
 
+// Stores `rows` rows of y for `width` pixels at (row, column) of the image.
 template <typename S, typename T>
-void store_image(const Problem& p, const Space<T>& s, const Place& place, int64_t from,
-                 int64_t rows, S* image) {
+void store_image(const Problem& p, const Space<T>& s, const Place& place, int64_t row,
+                 int64_t column, int64_t rows, int64_t width, S* image) {
   constexpr int64_t lanes = kLanes<T>;
-  const int64_t pixel = s.y_capacity * lanes;
-  for (int64_t i = 0; i < rows; ++i) {
-    const int64_t row = from + i;
+  const Group& channels = place.channels;
+  const T* y = s.y;
+  for (int64_t i = row; i < row + rows; ++i, y += kPitch * lanes) {
     if (p.channels_last) {
-      store_channels_last(
-          s.y + i * lanes, pixel, p.c, place.channels.count, place.width,
-          image + ((place.n * p.h + row) * p.w + place.left) * p.c + place.channels.first);
+      store_channels_last(y, lanes, p.c, channels.count, width,
+                          image + ((place.n * p.h + i) * p.w + column) * p.c + channels.first);
     } else {
-      store_channels_first(
-          s.y + i * lanes, pixel, p.h * p.w, place.channels.count, place.width,
-          image + ((place.n * p.c + place.channels.first) * p.h + row) * p.w + place.left);
+      store_channels_first(y, lanes, p.h * p.w, channels.count, width,
+                           image + ((place.n * p.c + channels.first) * p.h + i) * p.w + column);
     }
   }
 }
@@ -307,6 +361,19 @@ int64_t groups_of(const Problem& p, int64_t lanes) {
 
 int64_t columns_of(const Problem& p) {
   return round_up(p.w, kBlockWidth) / kBlockWidth;
+}
+
+// Clears what the strips' r_i hold of rows outside the image, in the band that begins at `row`. In
+// an image that is one band nothing else is ever written there.
+template <typename T>
+void clear_beyond(const Problem& p, const Space<T>& s, int64_t row) {
+  constexpr int64_t line = kPitch * kLanes<T>;
+  for (int64_t k = 0; k < s.branch_count; ++k) {
+    const Strip<T>& strip = s.strips[k];
+    const int64_t reach = strip.column.height / 2, rows = s.band + 2 * reach;
+    clear(strip.rows, strip.rows + larger(reach - row, 0) * line);
+    clear(strip.rows + smaller(p.h - row + reach, rows) * line, strip.rows + rows * line);
+  }
 }
 
 template <typename S, typename T>
@@ -322,48 +389,47 @@ void forward_block(const Problem& p, void* y, int64_t block, void* scratch) {
                        left,
                        smaller(kBlockWidth, p.w - left)};
   load_weights<S>(p, place.channels, s);
-  for (int64_t k = 0; k < p.branch_count; ++k) {
-    const Strip<T>& strip = s.strips[k];
-    for (int64_t j = 0; j < place.width; ++j) {
-      T* column = strip.rows + j * strip.capacity * lanes;
-      clear(column, column + strip.column.height / 2 * lanes);
-    }
-  }
-  // `ready`: rows of a that are there. The first band starts with what all later ones find ready.
-  for (int64_t top = 0, ready = 0; top < p.h; top += s.band) {
-    const int64_t needed = top + s.band + s.reach_column;
-    T* a = s.a + (ready - top) * s.a_stride;
-    if (p.square_weight == nullptr) {
-      load_image<S>(p, place, ready, needed, s.reach_row, s.a_stride, a);
-    } else {
-      // The rows above the new ones are there already, but for the first band.
-      const int64_t reach = s.reach_square;
-      const int64_t first = top == 0 ? -reach : ready + reach;
-      load_image<S>(p, place, first, needed + reach, s.reach_row + reach, s.x_stride,
-                    s.x + (first - (ready - reach)) * s.x_stride);
-      square_stage(p, s, place, ready, needed, a);
-      move_down(s.x + (needed - ready) * s.x_stride, 2 * reach * s.x_stride, s.x);
-    }
-    for (int64_t k = 0; k < p.branch_count; ++k) {
-      const Strip<T>& strip = s.strips[k];
-      const int64_t reach = strip.column.height / 2;
-      const int64_t from = top == 0 ? 0 : top + reach;
-      row_stage(p, s, strip, place, from, top + s.band + reach, s.a + (from - top) * s.a_stride,
-                strip.rows + (from - (top - reach)) * lanes);
-    }
-    const int64_t rows = smaller(s.band, p.h - top);
-    column_stage(s, place, rows);
-    store_image(p, s, place, top, rows, static_cast<S*>(y));
-    ready = needed;
-    if (top + s.band >= p.h) break;
-    move_down(s.a + s.band * s.a_stride, s.reach_column * s.a_stride, s.a);
-    for (int64_t k = 0; k < p.branch_count; ++k) {
-      const Strip<T>& strip = s.strips[k];
-      for (int64_t j = 0; j < place.width; ++j) {
-        T* column = strip.rows + j * strip.capacity * lanes;
-        move_down(column + s.band * lanes, (strip.column.height - 1) * lanes, column);
+  // a holds the rows [top, ready) of the image.
+  int64_t ready = 0;
+  for (int64_t row = 0; row < p.h; row += s.band) {
+    const int64_t top = larger(row - s.reach_column, 0);
+    const int64_t end = smaller(row + s.band + s.reach_column, p.h);
+    while (ready < end) {
+      T* a = s.a + (ready - top) * s.a_stride;
+      if (p.square_weight == nullptr) {
+        load_image<S>(p, place, ready, end, s.reach_row, s.a_stride, a);
+        ready = end;
+      } else {
+        const int64_t reach = s.reach_square;
+        const int64_t next = smaller(ready + kXRows, end);
+        const int64_t first = ready == 0 ? -reach : ready + reach;
+        load_image<S>(p, place, first, next + reach, s.reach_row + reach, s.x_stride,
+                      s.x + (first - (ready - reach)) * s.x_stride);
+        square_stage(p, s, place, ready, next, a);
+        move_down(s.x + (next - ready) * s.x_stride, 2 * reach * s.x_stride, s.x);
+        ready = next;
       }
     }
+    const int64_t bottom = smaller(row + s.band, p.h);
+    if (s.band < p.h) clear_beyond(p, s, row);
+    const int64_t width = smaller(kStripWidth, place.width);
+    for (int64_t done = 0; done < place.width; done += width) {
+      // The last strip overlaps the one before: a narrower one would take as long.
+      const int64_t j = smaller(done, place.width - width);
+      const T* a = s.a + j * lanes;
+      // All of a strip's prefetches at once would wait for each other: one row of y at a time.
+      row_stage(s, row, top, end, width, a,
+                [&](int64_t i) { prefetch<S>(p, place, i, place.left + j, width, y); });
+      a += (row - top) * s.a_stride + s.reach_row * lanes;
+      for_runs(0, bottom - row, [&](int64_t i, auto count) {
+        column_stage<count.value>(s, i, width, a + i * s.a_stride);
+        store_image<S>(p, s, place, row + i, place.left + j, count.value, width,
+                       static_cast<S*>(y));
+      });
+    }
+    if (bottom == p.h) break;
+    const int64_t next = larger(bottom - s.reach_column, 0);
+    move_down(s.a + (next - top) * s.a_stride, (ready - next) * s.a_stride, s.a);
   }
 }
 
