@@ -412,10 +412,8 @@ void forward_block(const Problem& p, void* y, int64_t block, void* scratch) {
     }
     const int64_t bottom = smaller(row + s.band, p.h);
     if (s.band < p.h) clear_beyond(p, s, row);
-    const int64_t width = smaller(kStripWidth, place.width);
-    for (int64_t done = 0; done < place.width; done += width) {
-      // The last strip overlaps the one before: a narrower one would take as long.
-      const int64_t j = smaller(done, place.width - width);
+    for (int64_t j = 0; j < place.width; j += kStripWidth) {
+      const int64_t width = smaller(kStripWidth, place.width - j);
       const T* a = s.a + j * lanes;
       // All of a strip's prefetches at once would wait for each other: one row of y at a time.
       row_stage(s, row, top, end, width, a,
