@@ -33,6 +33,7 @@
 #include "common/scratch.h"
 #include "common/simd.h"
 #include "strip_conv/channels.h"
+#include "strip_conv/correlation.h"
 #include "strip_conv/cpu.h"
 
 namespace famseg::FAMSEG_ISA {
@@ -50,121 +51,16 @@ constexpr int kPitch = kBand | 1;  // vectors from pixel to pixel where only the
 constexpr int64_t kBlockBytes = 7 << 18;
 // As many pieces of work, if there are images enough: plenty for all threads, and few partial sums.
 constexpr int64_t kPieces = 256;
-// Sums of a run along a kernel, and taps in registers beside them.
-constexpr int kRun = kVectorRegisters / 2;
-constexpr int kShortRun = kRun / 2;
-constexpr int kMostTaps = kVectorRegisters >= 32 ? 11 : 6;
 // Sums of a weight's gradient in registers beside what they are made from.
 constexpr int kMostSums = kVectorRegisters >= 32 ? 11 : 6;
 
-// ---- correlation ----------------------------------------------------------------------------
-
-// out[q] = start[q] + sum over taps t of weight[t] in[q + t], for all `lines`; summed over several
-// lines of `in`, each with taps of its own, for a square kernel. All steps in elements.
-template <typename T>
-struct Correlation {
-  const T* in;
-  int64_t in_line;
-  const T* weight;  // (kernel_lines, taps)
-  int64_t taps, kernel_lines;
-  const T* start;
-  int64_t start_step, start_line;
-  T* out;
-  int64_t out_step, out_line;
-  int64_t lines;
-};
+// ---- gradients of weights -------------------------------------------------------------------
 
 // Keeps loads behind it. Left to itself, the compiler holds what two pieces of a kernel both read
 // in more registers than there are.
 [[gnu::always_inline]] inline void hold_loads() {
   asm volatile("" ::: "memory");
 }
-
-// sum[q] += taps . in[q ...], STEP vectors apart. Each is loaded once.
-template <int STEP, int TAPS, int N, typename T>
-[[gnu::always_inline]] inline void add_taps(Vector<T> (&sum)[N], const T* in, const T* weight) {
-  Vector<T> tap[TAPS];
-#pragma GCC unroll 16
-  for (int t = 0; t < TAPS; ++t) tap[t] = load(weight + t * kLanes<T>);
-#pragma GCC unroll 32
-  for (int i = 0; i < N + TAPS - 1; ++i) {
-    hold_loads();
-    const Vector<T> value = load(in + i * STEP * kLanes<T>);
-#pragma GCC unroll 16
-    for (int t = 0; t < TAPS; ++t) {
-      if (i - t >= 0 && i - t < N) sum[i - t] += tap[t] * value;
-    }
-  }
-}
-
-// Taps in pieces of TAPS and of one fewer: 21 are 11 + 10.
-template <int STEP, int N, int TAPS, typename T>
-[[gnu::noinline]] void correlate_lines(const Correlation<T>& c) {
-  constexpr int64_t lanes = kLanes<T>;
-  const int64_t pieces = (c.taps + TAPS - 1) / TAPS, shorter = pieces * TAPS - c.taps;
-  const T *in_line = c.in, *start = c.start;
-  T* out = c.out;
-  for (int64_t line = 0; line < c.lines; ++line) {
-    Vector<T> sum[N];
-#pragma GCC unroll 16
-    for (int q = 0; q < N; ++q) sum[q] = load(start + q * c.start_step);
-    const T* weight = c.weight;
-    for (int64_t k = 0; k < c.kernel_lines; ++k) {
-      const T* in = in_line + k * c.in_line;
-      for (int64_t piece = shorter; piece < pieces; ++piece) {
-        add_taps<STEP, TAPS>(sum, in, weight);
-        in += TAPS * STEP * lanes;
-        weight += TAPS * lanes;
-      }
-      if constexpr (TAPS > 1) {
-        for (int64_t piece = 0; piece < shorter; ++piece) {
-          add_taps<STEP, TAPS - 1>(sum, in, weight);
-          in += (TAPS - 1) * STEP * lanes;
-          weight += (TAPS - 1) * lanes;
-        }
-      }
-    }
-#pragma GCC unroll 16
-    for (int q = 0; q < N; ++q) store(out + q * c.out_step, sum[q]);
-    in_line += c.in_line;
-    start += c.start_line;
-    out += c.out_line;
-  }
-}
-
-// The longest of equal pieces of at most kMostTaps.
-int64_t piece_of(int64_t taps) {
-  const int64_t pieces = (taps + kMostTaps - 1) / kMostTaps;
-  return (taps + pieces - 1) / pieces;
-}
-
-template <int STEP, int N, int TAPS = kMostTaps, typename T>
-void correlate_run(const Correlation<T>& c, int64_t piece) {
-  if constexpr (TAPS > 1) {
-    if (piece < TAPS) return correlate_run<STEP, N, TAPS - 1>(c, piece);
-  }
-  correlate_lines<STEP, N, TAPS>(c);
-}
-
-// `length` sums of each line, and up to kShortRun - 1 more that mean nothing.
-template <int STEP, typename T>
-void correlate(Correlation<T> c, int64_t length) {
-  const int64_t piece = piece_of(c.taps);
-  while (length > 0) {
-    const int64_t run = length > kShortRun ? kRun : kShortRun;
-    if (run == kRun) {
-      correlate_run<STEP, kRun>(c, piece);
-    } else {
-      correlate_run<STEP, kShortRun>(c, piece);
-    }
-    c.in += run * STEP * kLanes<T>;
-    c.start += run * c.start_step;
-    c.out += run * c.out_step;
-    length -= run;
-  }
-}
-
-// ---- gradients of weights -------------------------------------------------------------------
 
 // out[t] += sum over all lines and q < length of gradient[q] in[q + t]; for a square kernel with
 // further lines of `in`, each into sums of its own. All steps in elements.
@@ -391,8 +287,8 @@ Space<T> lay_out(const Problem& p, Arena& arena) {
   const auto odd = [](int64_t rows) { return rows | 1; };
   const int64_t x_rows = odd(kBand + 2 * s.reach_square_y),
                 dy_rows = odd(kBand + 2 * s.reach_column);
-  // The last band makes the rows of dx that are late as well, in whole runs.
-  s.da_rows = kBand + 3 * s.reach_square_y + kShortRun - 1;
+  // The last band makes the rows of dx that are late as well.
+  s.da_rows = kBand + 3 * s.reach_square_y;
   const int64_t column = x_rows + kPitch * (1 + p.branch_count) + dy_rows + odd(s.da_rows);
   const int64_t around = 2 * (s.reach_row + s.reach_square_x) + kTile;
   const int64_t widest = larger(kBlockBytes / (column * kVectorBytes) - around, 2 * kTile);
@@ -403,18 +299,16 @@ Space<T> lay_out(const Problem& p, Arena& arena) {
     s.border_da = s.reach_square_x;
     s.border_r = s.reach_row + s.reach_square_x;
   }
-  const auto take = [&](int64_t margin, int64_t rows, int64_t beyond) {
-    T* first = arena.take<T>((s.width + 2 * margin + beyond) * rows * lanes);
+  const auto take = [&](int64_t margin, int64_t rows) {
+    T* first = arena.take<T>((s.width + 2 * margin) * rows * lanes);
     return Buffer<T>{first == nullptr ? nullptr : first + margin * rows * lanes, rows * lanes};
   };
-  // What runs along rows read and write beyond the last pixel.
-  const int64_t beyond = s.blocks == 1 && s.width % kShortRun == 0 ? 0 : kShortRun - 1;
-  if (p.square_weight != nullptr) s.x = take(s.border_a + s.reach_square_x, x_rows, 0);
-  s.a = take(s.reach_row, kPitch, beyond);
-  s.dy = take(s.border_r, dy_rows, beyond);
-  s.da = take(s.reach_square_x, odd(s.da_rows), beyond);
+  if (p.square_weight != nullptr) s.x = take(s.border_a + s.reach_square_x, x_rows);
+  s.a = take(s.reach_row, kPitch);
+  s.dy = take(s.border_r, dy_rows);
+  s.da = take(s.reach_square_x, odd(s.da_rows));
   for (int64_t i = 0; i < p.branch_count; ++i) {
-    const Buffer<T> gradient = take(s.border_da + s.reach_row, kPitch, beyond);
+    const Buffer<T> gradient = take(s.border_da + s.reach_row, kPitch);
     if (arena.base != nullptr) s.strips[i].gradient = gradient;
   }
   s.r = {arena.take<T>(kTile * kPitch * lanes), kPitch * lanes};
@@ -538,7 +432,6 @@ void move_rows(const Buffer<T>& buffer, int64_t begin, int64_t end, int64_t kept
 // a, from x.
 template <typename T>
 void square_stage(const Space<T>& s, const Place& place, int64_t rows) {
-  constexpr int64_t lanes = kLanes<T>;
   const int64_t begin = place.begin(s.border_a);
   Correlation<T> c{};
   c.in = s.x.at(begin - s.reach_square_x, 0);
@@ -548,26 +441,22 @@ void square_stage(const Space<T>& s, const Place& place, int64_t rows) {
   c.kernel_lines = s.square.width;
   c.start = s.square_bias;
   c.out = s.a.at(begin, 0);
-  c.out_step = lanes;
   c.out_line = s.a.pixel;
   c.lines = place.end(s.border_a) - begin;
-  correlate<1>(c, rows);
+  correlate<1, true>(c, rows);
 }
 
 // dr_i of the pixels [begin, end).
 template <typename T>
 void column_stage(const Space<T>& s, const Strip<T>& strip, int64_t begin, int64_t end,
                   int64_t rows) {
-  constexpr int64_t lanes = kLanes<T>;
   Correlation<T> c{};
   c.in = s.dy.at(begin, s.reach_column - strip.column.height / 2);
   c.in_line = s.dy.pixel;
   c.weight = strip.column.reversed;
   c.taps = strip.column.height;
-  c.kernel_lines = 1;
   c.start = s.zero;
   c.out = strip.gradient.at(begin, 0);
-  c.out_step = lanes;
   c.out_line = strip.gradient.pixel;
   c.lines = end - begin;
   correlate<1>(c, rows);
@@ -584,10 +473,8 @@ void strip_stage(const Space<T>& s, const Strip<T>& strip, const BranchGradients
     c.in_line = lanes;
     c.weight = strip.row.weight;
     c.taps = strip.row.width;
-    c.kernel_lines = 1;
     c.start = strip.row_bias;
     c.out = s.r.first;
-    c.out_step = s.r.pixel;
     c.out_line = lanes;
     c.lines = rows;
     correlate<kPitch>(c, end - begin);
@@ -636,14 +523,13 @@ void row_stage(const Space<T>& s, const Place& place, int64_t rows) {
   constexpr int64_t half = kBand / 2;
   for (int64_t row = 0; row < rows; row += half) {
     for (int64_t j = begin; j < end; j += kTile) {
+      const int64_t width = smaller(kTile, end - j);
       Correlation<T> c{};
       c.in_line = lanes;
-      c.kernel_lines = 1;
       c.start = s.dy.at(j, s.reach_column + row);
       c.start_step = s.dy.pixel;
       c.start_line = lanes;
-      c.out = s.da.at(j, before + row);
-      c.out_step = s.da.pixel;
+      c.out = s.r.first;
       c.out_line = lanes;
       c.lines = smaller(half, rows - row);
       for (int64_t i = 0; i < s.branch_count; ++i) {
@@ -651,18 +537,15 @@ void row_stage(const Space<T>& s, const Place& place, int64_t rows) {
         c.in = strip.gradient.at(j - strip.row.width / 2, row);
         c.weight = strip.row.reversed;
         c.taps = strip.row.width;
-        correlate<kPitch>(c, smaller(kTile, end - j));
+        correlate<kPitch>(c, width);
         c.start = c.out;
-        c.start_step = c.out_step;
+        c.start_step = s.r.pixel;
       }
-      if (s.branch_count > 0) continue;
-      for (int64_t k = j; k < smaller(j + kTile, end); ++k) {
-        move_down(s.dy.at(k, s.reach_column + row), c.lines * lanes, s.da.at(k, before + row));
+      for (int64_t k = 0; k < width; ++k) {
+        move_down(c.start + k * c.start_step, c.lines * lanes, s.da.at(j + k, before + row));
       }
     }
   }
-  const int64_t written = begin + round_up(end - begin, kShortRun);
-  clear_rows(s.da, end, written, before, before + rows);
 }
 
 // The square kernel's gradient, from da and x.
@@ -687,7 +570,6 @@ void square_products(const Space<T>& s, const Place& place, int64_t rows) {
 template <typename S, typename T>
 void store_x_gradient(const Problem& p, const Space<T>& s, const Place& place, int64_t row,
                       int64_t rows, int64_t at, S* image) {
-  constexpr int64_t lanes = kLanes<T>;
   if (p.square_weight == nullptr) {
     store_image(p, place, row, rows, s.da.at(0, at), s.da.pixel, image);
     return;
@@ -702,10 +584,9 @@ void store_x_gradient(const Problem& p, const Space<T>& s, const Place& place, i
     c.kernel_lines = s.square.width;
     c.start = s.zero;
     c.out = s.a.first;  // which is no longer needed
-    c.out_step = lanes;
     c.out_line = s.a.pixel;
     c.lines = place.width;
-    correlate<1>(c, some);
+    correlate<1, true>(c, some);
     store_image(p, place, row + done, some, s.a.first, s.a.pixel, image);
   }
 }

@@ -80,16 +80,16 @@ void load_channels_first(const S* from, int64_t stride, int64_t channels, int64_
   }
 }
 
-// The way back.
+// The way back, `bias` added to every pixel.
 template <typename S, typename T>
 void store_channels_first(const T* from, int64_t pixel, int64_t stride, int64_t channels,
-                          int64_t count, S* to) {
+                          int64_t count, S* to, Vector<T> bias = Vector<T>{}) {
   constexpr int lanes = kLanes<T>;
   if (channels == lanes && count >= lanes) {
     for (int64_t j = 0;; j = smaller(j + lanes, count - lanes)) {
       Vector<T> block[lanes];
 #pragma GCC unroll 16
-      for (int k = 0; k < lanes; ++k) block[k] = load(from + (j + k) * pixel);
+      for (int k = 0; k < lanes; ++k) block[k] = load(from + (j + k) * pixel) + bias;
       transpose_from<1, T>(block);
 #pragma GCC unroll 16
       for (int l = 0; l < lanes; ++l) narrow_vector<S, T>(to + l * stride + j, block[l]);
@@ -97,7 +97,7 @@ void store_channels_first(const T* from, int64_t pixel, int64_t stride, int64_t 
     }
   }
   for (int64_t l = 0; l < channels; ++l) {
-    for (int64_t j = 0; j < count; ++j) narrow(to[l * stride + j], from[j * pixel + l]);
+    for (int64_t j = 0; j < count; ++j) narrow(to[l * stride + j], from[j * pixel + l] + bias[l]);
   }
 }
 
@@ -117,13 +117,13 @@ void load_channels_last(const S* from, int64_t stride, int64_t channels, int64_t
 
 template <typename S, typename T>
 void store_channels_last(const T* from, int64_t pixel, int64_t stride, int64_t channels,
-                         int64_t count, S* to) {
+                         int64_t count, S* to, Vector<T> bias = Vector<T>{}) {
   constexpr int lanes = kLanes<T>;
   for (int64_t j = 0; j < count; ++j, from += pixel, to += stride) {
     if (channels == lanes) {
-      narrow_vector<S, T>(to, load(from));
+      narrow_vector<S, T>(to, load(from) + bias);
     } else {
-      for (int64_t l = 0; l < channels; ++l) narrow(to[l], from[l]);
+      for (int64_t l = 0; l < channels; ++l) narrow(to[l], from[l] + bias[l]);
     }
   }
 }

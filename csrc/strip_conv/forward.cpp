@@ -9,9 +9,8 @@
 //    across cache lines, at two slots each, and planes narrower than a vector or two starve the FMA
 //    units.) Channels-last images have this form; others are transposed in registers on their way
 //    in and out, some 8 shuffles a vector.
-//  * A few taps stay in registers beside as many sums as half the registers hold, and every vector
-//    of pixels is loaded once for all of them: 16 sums and 7 taps make 112 FMAs of 29 loads. The
-//    sums lie along the direction of the kernel.
+//  * Sums lie along the direction of the kernel (correlation.h): every vector of pixels is loaded
+//    once for several taps.
 //  * The chain of stages goes down the image in bands that fit into the L2 cache. Rows of x and a
 //    that a later band needs again move to the front of their buffers; row results at a band's
 //    edge are computed twice. Wide images are cut into blocks of columns, which compute their
@@ -19,7 +18,8 @@
 //  * Within a band rows and columns take turns on strips of 16 pixels: all row results of a strip
 //    are in the L2 cache when its columns read them, and y is a tile that never leaves the L1 cache
 //    before it is transposed and stored.
-//  * What the next tiles of y will be stored to is prefetched during FMAs.
+//  * What is loaded of x next, and what y will be stored to, is prefetched during FMAs, a few lines
+//    at a time: a burst of prefetches waits for itself.
 //
 //    x    (rows, pixels), pixels beyond the block on either side as far as square and rows reach
 //    a    (rows, pixels), beyond the block as far as rows reach
@@ -32,6 +32,7 @@
 #include "common/scratch.h"
 #include "common/simd.h"
 #include "strip_conv/channels.h"
+#include "strip_conv/correlation.h"
 #include "strip_conv/cpu.h"
 
 namespace famseg::FAMSEG_ISA {
@@ -40,13 +41,12 @@ namespace {
 using strip_conv::Branch;
 using strip_conv::Problem;
 
-constexpr int kSums = kVectorRegisters / 2;
-constexpr int kTaps = kVectorRegisters == 32 ? 7 : 5;  // with one vector of pixels the rest fits
 // Columns of a block; the border that a block computes beside it is a sixth of that.
 constexpr int64_t kBlockWidth = 128;
 constexpr int64_t kStripWidth = 16;
 constexpr int64_t kPitch = kStripWidth + 1;  // vectors from row to row of r_i and y
-constexpr int64_t kXRows = 16;               // of x at a time
+constexpr int64_t kXRows = 8;                // of x at a time
+constexpr int64_t kRows = 8;                 // of r_i at a time
 constexpr int64_t kBandBytes = 1 << 20;      // of a and r_i: half of an L2 cache of 2 MB
 
 template <typename T>
@@ -142,70 +142,6 @@ void load_weights(const Problem& p, const Group& group, const Space<T>& s) {
   store(s.bias, bias);
 }
 
-// ---- sums -----------------------------------------------------------------------------------
-
-template <int N>
-struct Count {
-  static constexpr int value = N;
-};
-
-// Calls f(first, Count) for runs that cover [from, to): as many of N as there are, then shorter
-// ones.
-template <int N = kSums, typename F>
-[[gnu::always_inline]] inline void for_runs(int64_t from, int64_t to, const F& f) {
-  for (; from + N <= to; from += N) f(from, Count<N>());
-  if constexpr (N > 1) for_runs<N / 2>(from, to, f);
-}
-
-// sum[q] += taps . in[q ...], STRIDE vectors apart. Each vector is loaded once.
-template <int TAPS, int STRIDE, int N, typename T>
-[[gnu::always_inline]] inline void add_products(Vector<T> (&sum)[N], const T* in, const T* weight) {
-  // Hides that the next call loads some of the same vectors: GCC would keep those in registers
-  // that it does not have.
-  asm("" : "+r"(in), "+r"(weight));
-  Vector<T> tap[TAPS];
-#pragma GCC unroll 16
-  for (int t = 0; t < TAPS; ++t) tap[t] = load(weight + t * kLanes<T>);
-#pragma GCC unroll 32
-  for (int i = 0; i < N + TAPS - 1; ++i) {
-    const Vector<T> value = load(in + i * STRIDE * kLanes<T>);
-#pragma GCC unroll 16
-    for (int t = 0; t < TAPS; ++t) {
-      if (i - t >= 0 && i - t < N) sum[i - t] += tap[t] * value;
-    }
-  }
-}
-
-// The same for a number of taps below MORE.
-template <int STRIDE, int MORE, int N, typename T>
-[[gnu::always_inline]] inline void add_rest(Vector<T> (&sum)[N], const T* in, const T* weight,
-                                            int64_t taps) {
-  if constexpr (MORE > 1) {
-    if (taps == MORE - 1) {
-      add_products<MORE - 1, STRIDE>(sum, in, weight);
-    } else {
-      add_rest<STRIDE, MORE - 1>(sum, in, weight, taps);
-    }
-  }
-}
-
-template <int STRIDE, int N, typename T>
-[[gnu::always_inline]] inline void add_taps(Vector<T> (&sum)[N], const T* in, const T* weight,
-                                            int64_t taps) {
-  for (; taps >= kTaps; taps -= kTaps) {
-    add_products<kTaps, STRIDE>(sum, in, weight);
-    in += kTaps * STRIDE * kLanes<T>;
-    weight += kTaps * kLanes<T>;
-  }
-  add_rest<STRIDE, kTaps>(sum, in, weight, taps);
-}
-
-template <int N, typename T>
-[[gnu::always_inline]] inline void fill(Vector<T> (&sum)[N], const T* value) {
-#pragma GCC unroll 16
-  for (int q = 0; q < N; ++q) sum[q] = load(value);
-}
-
 // ---- stages ---------------------------------------------------------------------------------
 
 // Where a block of work lies in the image.
@@ -224,21 +160,22 @@ void clear_sides(const Problem& p, T* row, int64_t begin, int64_t first, int64_t
   clear(row + (last - begin) * kLanes<T>, row + (end - begin) * kLanes<T>);
 }
 
-// Brings `count` pixels of a row of the result to the L2 cache.
+// `width` pixels of each line of an image, from (row, column) on.
 template <typename S>
-[[gnu::always_inline]] inline void prefetch(const Problem& p, const Place& place, int64_t row,
-                                            int64_t column, int64_t count, const void* image) {
-  if (row >= p.h) return;
+Fetch fetch_of(const Problem& p, const Place& place, int64_t row, int64_t column, int64_t width,
+               const void* image) {
   const Group& channels = place.channels;
-  const int64_t n = place.n;
-  const S* from = static_cast<const S*>(image);
+  const S* first = static_cast<const S*>(image);
   if (p.channels_last) {
-    from += ((n * p.h + row) * p.w + column) * p.c + channels.first;
-    for (int64_t q = 0; q < count; ++q) __builtin_prefetch(from + q * p.c, 0, 2);
+    first += ((place.n * p.h + row) * p.w + column) * p.c + channels.first;
   } else {
-    from += ((n * p.c + channels.first) * p.h + row) * p.w + column;
-    for (int64_t l = 0; l < channels.count; ++l) __builtin_prefetch(from + l * p.h * p.w, 0, 2);
+    first += ((place.n * p.c + channels.first) * p.h + row) * p.w + column;
   }
+  const int64_t step = p.channels_last ? p.c : p.h * p.w;
+  const int64_t line = p.channels_last ? p.w * p.c : p.w;
+  constexpr int64_t size = sizeof(S);
+  return {reinterpret_cast<const char*>(first), step * size, line * size,
+          p.channels_last ? width : channels.count};
 }
 
 // Rows [from, to) of the image, and zeros beyond it; `row` is where row `from` of the buffer
@@ -267,90 +204,110 @@ void load_image(const Problem& p, const Place& place, int64_t from, int64_t to, 
   }
 }
 
-// Rows [from, to) of a, of which `row` is the first; x's first row is `from` - reach.
-template <typename T>
+// Rows [from, to) of a, of which `row` is the first; x's first row is `from` - reach. What of x the
+// next rows will need is fetched meanwhile.
+template <typename S, typename T>
 void square_stage(const Problem& p, const Space<T>& s, const Place& place, int64_t from, int64_t to,
                   T* row) {
   constexpr int64_t lanes = kLanes<T>;
   const int64_t begin = place.left - s.reach_row, end = place.left + place.width + s.reach_row;
   const int64_t first = larger(begin, 0), last = smaller(end, p.w);
-  const T* x = s.x + ((s.reach_square - s.square.height / 2) * s.x_stride) +
-               (s.reach_square - s.square.width / 2) * lanes;
   for (int64_t i = 0; i < to - from; ++i) {
     clear_sides(p, row + i * s.a_stride, begin, first, last, end);
   }
-  for_runs(first - begin, last - begin, [&](int64_t j, auto count) {
-    for (int64_t i = 0; i < to - from; ++i) {
-      Vector<T> sum[count.value];
-      fill(sum, s.square_bias);
-      for (int64_t t = 0; t < s.square.height; ++t) {
-        add_taps<1>(sum, x + (i + t) * s.x_stride + j * lanes,
-                    s.square.weight + t * s.square.width * lanes, s.square.width);
-      }
-#pragma GCC unroll 16
-      for (int q = 0; q < count.value; ++q) store(row + i * s.a_stride + (j + q) * lanes, sum[q]);
-    }
-  });
-}
-
-// Rows [from, to) of all r_i for `width` pixels, in a band that begins at row `band`; a's row
-// `from` at the first of these pixels is `a`. Calls before_row(i) before each row.
-template <typename T, typename BeforeRow>
-void row_stage(const Space<T>& s, int64_t band, int64_t from, int64_t to, int64_t width, const T* a,
-               const BeforeRow& before_row) {
-  constexpr int64_t lanes = kLanes<T>;
-  for_runs(0, width, [&](int64_t j, auto count) {
-    const T* row = a + (s.reach_row + j) * lanes;
-    for (int64_t i = from; i < to; ++i, row += s.a_stride) {
-      before_row(i);
-      for (int64_t k = 0; k < s.branch_count; ++k) {
-        const Strip<T>& strip = s.strips[k];
-        const int64_t at = i - band + strip.column.height / 2;
-        if (at < 0 || at >= s.band + strip.column.height - 1) continue;
-        Vector<T> sum[count.value];
-        fill(sum, strip.row_bias);
-        add_taps<1>(sum, row - strip.row.width / 2 * lanes, strip.row.weight, strip.row.width);
-        T* out = strip.rows + (at * kPitch + j) * lanes;
-#pragma GCC unroll 16
-        for (int q = 0; q < count.value; ++q) store(out + q * lanes, sum[q]);
-      }
-    }
-  });
-}
-
-// N rows of y for `width` pixels, from row `row` of the band on; a's is `a`.
-template <int N, typename T>
-void column_stage(const Space<T>& s, int64_t row, int64_t width, const T* a) {
-  constexpr int64_t lanes = kLanes<T>;
-  for (int64_t j = 0; j < width; ++j) {
-    Vector<T> sum[N];
-    fill(sum, s.bias);
-#pragma GCC unroll 16
-    for (int q = 0; q < N; ++q) sum[q] += load(a + q * s.a_stride + j * lanes);
-    for (int64_t k = 0; k < s.branch_count; ++k) {
-      const Strip<T>& strip = s.strips[k];
-      add_taps<kPitch>(sum, strip.rows + (row * kPitch + j) * lanes, strip.column.weight,
-                       strip.column.height);
-    }
-#pragma GCC unroll 16
-    for (int q = 0; q < N; ++q) store(s.y + (q * kPitch + j) * lanes, sum[q]);
+  const T* x = s.x + (s.reach_square - s.square.height / 2) * s.x_stride +
+               (s.reach_square - s.square.width / 2) * lanes;
+  const int64_t next = to + s.reach_square;
+  for (int64_t j = first; j < last; j += kSums) {
+    const int64_t width = smaller(kSums, last - j);
+    Correlation<T> c{};
+    c.in = x + (j - begin) * lanes;
+    c.in_line = s.x_stride;
+    c.weight = s.square.weight;
+    c.taps = s.square.width;
+    c.kernel_lines = s.square.height;
+    c.start = s.square_bias;
+    c.out = row + (j - begin) * lanes;
+    c.out_line = s.a_stride;
+    c.lines = to - from;
+    if (next + c.lines <= p.h) c.fetch = fetch_of<S>(p, place, next, j, width, p.x);
+    correlate<1, true>(c, width);
   }
 }
 
-// Stores `rows` rows of y for `width` pixels at (row, column) of the image.
+// Rows [from, to) of all r_i for `width` pixels from pixel `column` of the image on, in a band that
+// begins at row `band`; a's row `from` at the first of these pixels is `a`. What of y these pixels
+// will be stored to is fetched meanwhile.
+template <typename S, typename T>
+void row_stage(const Problem& p, const Space<T>& s, const Place& place, int64_t band, int64_t from,
+               int64_t to, int64_t column, int64_t width, const T* a, const void* y) {
+  constexpr int64_t lanes = kLanes<T>;
+  for (int64_t i = from; i < to; i += kRows, a += kRows * s.a_stride) {
+    const Fetch fetch = fetch_of<S>(p, place, i, column, width, y);
+    const int64_t share = (fetch.count + s.branch_count - 1) / larger(s.branch_count, 1);
+    for (int64_t k = 0; k < s.branch_count; ++k) {
+      const Strip<T>& strip = s.strips[k];
+      const int64_t reach = strip.column.height / 2;
+      const int64_t first = larger(i, band - reach);
+      Correlation<T> c{};
+      c.in = a + (first - i) * s.a_stride + (s.reach_row - strip.row.width / 2) * lanes;
+      c.in_line = s.a_stride;
+      c.weight = strip.row.weight;
+      c.taps = strip.row.width;
+      c.start = strip.row_bias;
+      c.out = strip.rows + (first - band + reach) * kPitch * lanes;
+      c.out_line = kPitch * lanes;
+      c.lines = smaller(smaller(i + kRows, to), band + s.band + reach) - first;
+      c.fetch = fetch;
+      c.fetch.from += k * share * fetch.step;
+      c.fetch.count = smaller(share, fetch.count - k * share);
+      if (c.lines > 0) correlate<1>(c, width);
+    }
+  }
+}
+
+// y, biases of columns not included, of `rows` rows from row `row` of the band on and `width`
+// pixels; a's is `a`.
+template <typename T>
+void column_stage(const Space<T>& s, int64_t row, int64_t rows, int64_t width, const T* a) {
+  constexpr int64_t lanes = kLanes<T>;
+  Correlation<T> c{};
+  c.in_line = lanes;
+  c.start = a;
+  c.start_step = s.a_stride;
+  c.start_line = lanes;
+  c.out = s.y;
+  c.out_line = lanes;
+  c.lines = width;
+  for (int64_t k = 0; k < s.branch_count; ++k) {
+    const Strip<T>& strip = s.strips[k];
+    c.in = strip.rows + row * kPitch * lanes;
+    c.weight = strip.column.weight;
+    c.taps = strip.column.height;
+    correlate<kPitch>(c, rows);
+    c.start = s.y;
+    c.start_step = kPitch * lanes;
+  }
+}
+
+// Stores `rows` rows of `width` pixels, `stride` elements apart, at (row, column) of the image, and
+// adds the biases of columns.
 template <typename S, typename T>
 void store_image(const Problem& p, const Space<T>& s, const Place& place, int64_t row,
-                 int64_t column, int64_t rows, int64_t width, S* image) {
+                 int64_t column, int64_t rows, int64_t width, const T* from, int64_t stride,
+                 S* image) {
   constexpr int64_t lanes = kLanes<T>;
   const Group& channels = place.channels;
-  const T* y = s.y;
-  for (int64_t i = row; i < row + rows; ++i, y += kPitch * lanes) {
+  const Vector<T> bias = load(s.bias);
+  for (int64_t i = row; i < row + rows; ++i, from += stride) {
     if (p.channels_last) {
-      store_channels_last(y, lanes, p.c, channels.count, width,
-                          image + ((place.n * p.h + i) * p.w + column) * p.c + channels.first);
+      store_channels_last(from, lanes, p.c, channels.count, width,
+                          image + ((place.n * p.h + i) * p.w + column) * p.c + channels.first,
+                          bias);
     } else {
-      store_channels_first(y, lanes, p.h * p.w, channels.count, width,
-                           image + ((place.n * p.c + channels.first) * p.h + i) * p.w + column);
+      store_channels_first(from, lanes, p.h * p.w, channels.count, width,
+                           image + ((place.n * p.c + channels.first) * p.h + i) * p.w + column,
+                           bias);
     }
   }
 }
@@ -405,7 +362,7 @@ void forward_block(const Problem& p, void* y, int64_t block, void* scratch) {
         const int64_t first = ready == 0 ? -reach : ready + reach;
         load_image<S>(p, place, first, next + reach, s.reach_row + reach, s.x_stride,
                       s.x + (first - (ready - reach)) * s.x_stride);
-        square_stage(p, s, place, ready, next, a);
+        square_stage<S>(p, s, place, ready, next, a);
         move_down(s.x + (next - ready) * s.x_stride, 2 * reach * s.x_stride, s.x);
         ready = next;
       }
@@ -415,15 +372,15 @@ void forward_block(const Problem& p, void* y, int64_t block, void* scratch) {
     for (int64_t j = 0; j < place.width; j += kStripWidth) {
       const int64_t width = smaller(kStripWidth, place.width - j);
       const T* a = s.a + j * lanes;
-      // All of a strip's prefetches at once would wait for each other: one row of y at a time.
-      row_stage(s, row, top, end, width, a,
-                [&](int64_t i) { prefetch<S>(p, place, i, place.left + j, width, y); });
+      row_stage<S>(p, s, place, row, top, end, place.left + j, width, a, y);
       a += (row - top) * s.a_stride + s.reach_row * lanes;
-      for_runs(0, bottom - row, [&](int64_t i, auto count) {
-        column_stage<count.value>(s, i, width, a + i * s.a_stride);
-        store_image<S>(p, s, place, row + i, place.left + j, count.value, width,
-                       static_cast<S*>(y));
-      });
+      for (int64_t i = row; i < bottom; i += kSums, a += kSums * s.a_stride) {
+        const int64_t rows = smaller(kSums, bottom - i);
+        column_stage(s, i - row, rows, width, a);
+        const bool any = p.branch_count > 0;
+        store_image<S>(p, s, place, i, place.left + j, rows, width, any ? s.y : a,
+                       any ? kPitch * lanes : s.a_stride, static_cast<S*>(y));
+      }
     }
     if (bottom == p.h) break;
     const int64_t next = larger(bottom - s.reach_column, 0);
