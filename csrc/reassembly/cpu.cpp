@@ -91,16 +91,16 @@ void channels_last_tile(const Geometry& g, const T* x, int64_t x_row, Planes<T> 
 }
 
 // One vector of the gradient of the weights of some neighbouring taps and phases: adds the products
-// of `channels` channels.
+// of some channels, or begins with them.
 template <int TAPS, int PHASES, typename T>
-void weight_gradient_tile(const Geometry& g, int64_t channels, Planes<T> x, Planes<T> y_gradient,
-                          Planes<T> gradient) {
+void weight_gradient_tile(const Geometry& g, int64_t channels, bool first, Planes<T> x,
+                          Planes<T> y_gradient, Planes<T> gradient) {
   Vector<T> sum[TAPS][PHASES];
 #pragma GCC unroll 5
   for (int tap = 0; tap < TAPS; ++tap) {
 #pragma GCC unroll 4
     for (int phase = 0; phase < PHASES; ++phase)
-      sum[tap][phase] = load(gradient[tap * g.phases + phase]);
+      sum[tap][phase] = first ? Vector<T>{} : load(gradient[tap * g.phases + phase]);
   }
   for (int64_t c = 0; c < channels; ++c) {
     const T* in = x[c];
@@ -207,13 +207,19 @@ void forward_planes(const Geometry& g, const ForwardSpace<T>& space, int64_t cha
   for_each_run<T>(g, region, 0, [&](const Region& run, int64_t begin, int64_t end) {
     for_each_piece<kMostChannels>(channels, [&](auto piece, int64_t c) {
       constexpr int count = decltype(piece)::value;
-      for (int64_t k = c; k < c + count; ++k) prefetch(to.from_channel(k), run);
+      if (c == 0) {
+        for (int64_t k = 0; k < count; ++k) prefetch(to.from_channel(k), run);
+      }
+      const int64_t next = smaller(kMostChannels, channels - c - count);
+      Ahead result(g, to.from_channel(c + count), next, run,
+                      (end - begin) / kLanes<T> * g.phases);
       for_each_piece<kMostPhases>(g.phases, [&](auto phase_piece, int64_t phase) {
         for (int64_t at = begin; at < end; at += kLanes<T>) {
           forward_tile<count, decltype(phase_piece)::value, T>(
               g, shifted(space.x, c * space.x.stride + g.reach_y * g.pitch + at),
               shifted(space.weights, phase * space.weights.stride + at),
               shifted(space.out, phase * space.out.stride + at - begin));
+          result.ask(decltype(phase_piece)::value);
         }
       });
       store_planes(g, space.out, count, run, to.from_channel(c));
@@ -270,11 +276,15 @@ void forward_block(const Problem& p, void* y, int64_t number, void* scratch) {
   const ForwardSpace<T> space = forward_space<T>(p, g, arena);
   const auto [index, region] = block_at(g, number);
 
-  load_weights<S>(p, g, index, region, space.weights);
+  const int64_t vectors = vectors_of<T>(g, region);
   for (int64_t chunk = 0; chunk < g.channels; chunk += g.chunk) {
     const int64_t channels = smaller(g.chunk, g.channels - chunk);
     const auto from = features_image(p, g, static_cast<const S*>(p.x), 1, index, chunk);
     const auto to = features_image(p, g, static_cast<S*>(y), g.scale, index, chunk);
+    if (chunk == 0) {
+      Ahead x(g, from, channels, region.grown(g.reach_y, g.side), vectors);
+      load_weights<S>(p, g, index, region, space.weights, [&](int64_t done) { x.ask(done); });
+    }
     if (p.x_channels_last) {
       forward_pixels<S, T>(g, space, channels, region, from, to);
     } else {
@@ -339,10 +349,10 @@ BackwardSpace<T> backward_space(const Geometry& g, Arena& arena) {
   return space;
 }
 
-// Adds a chunk of channels to the gradient of the weights.
+// Adds a chunk of channels to the gradient of the weights, or begins with it.
 template <typename T, typename During>
 void add_weights_gradient(const Geometry& g, const BackwardSpace<T>& space, const Region& region,
-                          int64_t channels, const During& during) {
+                          int64_t channels, bool first, const During& during) {
   const int64_t radius = g.kernel / 2;
   for_each_run<T>(g, region, 0, [&](const Region&, int64_t begin, int64_t end) {
     for (int64_t at = begin; at < end; at += kLanes<T>) {
@@ -354,7 +364,7 @@ void add_weights_gradient(const Geometry& g, const BackwardSpace<T>& space, cons
           const int64_t row_tap = (ty + radius) * g.kernel + radius - g.reach_x;
           for_each_piece<kMostTaps>(2 * g.reach_x + 1, [&](auto tap_piece, int64_t tap) {
             weight_gradient_tile<decltype(tap_piece)::value, decltype(phase_piece)::value, T>(
-                g, channels, shifted(x, tap), y_gradient,
+                g, channels, first, shifted(x, tap), y_gradient,
                 {space.weights_gradient[(row_tap + tap) * g.phases + phase] + at,
                  space.weights_gradient.stride});
           });
@@ -419,37 +429,53 @@ void backward_block(const Problem& p, const Gradients& gradients, int64_t number
   const Region with_reach = region.grown(g.reach_y, g.side);
   const bool wants_x = gradients.x != nullptr, wants_weights = gradients.weights != nullptr;
 
+  const auto y_gradient_from = [&](int64_t chunk) {
+    return features_image(p, g, static_cast<const S*>(gradients.y), g.scale, index, chunk);
+  };
+  const auto x_from = [&](int64_t chunk) {
+    return features_image(p, g, static_cast<const S*>(p.x), 1, index, chunk);
+  };
+  const int64_t planes = p.softmax ? g.taps * g.phases : g.taps;
+  const int64_t vectors = vectors_of<T>(g, with_halo);
+
+  // What is needed next comes from memory while something is computed.
   if (wants_x || p.softmax) {
-    load_weights<S>(p, g, index, with_halo, shifted(space.weights, -g.halo_side));
-  }
-  if (wants_weights) {
-    T* from = space.weights_gradient.at - g.margin;
-    for (int64_t i = 0; i < g.taps * g.phases * space.weights_gradient.stride; ++i) from[i] = T(0);
+    const int64_t channels = smaller(g.chunk, g.channels);
+    Ahead y_gradient(g, y_gradient_from(0), channels, with_halo, vectors);
+    Ahead x(g, x_from(0), wants_weights ? channels : 0, with_reach, vectors);
+    load_weights<S>(p, g, index, with_halo, shifted(space.weights, -g.halo_side),
+                    [&](int64_t done) {
+                      y_gradient.ask(done);
+                      x.ask(done);
+                    });
   }
   for (int64_t chunk = 0; chunk < g.channels; chunk += g.chunk) {
     const int64_t channels = smaller(g.chunk, g.channels - chunk);
-    const auto y_gradient =
-        features_image(p, g, static_cast<const S*>(gradients.y), g.scale, index, chunk);
-    const auto x = features_image(p, g, static_cast<const S*>(p.x), 1, index, chunk);
-    // While this chunk is computed with, the next one comes from memory.
     const int64_t next = smaller(g.chunk, g.channels - chunk - channels);
-    const int64_t work =
-        g.taps * g.phases * channels * vectors_of<T>(g, region) * (wants_x + wants_weights);
-    Ahead<S> next_y_gradient(g, y_gradient.from_channel(g.chunk), next, with_halo, work);
-    Ahead<S> next_x(g, x.from_channel(g.chunk), wants_weights ? next : 0, with_reach, work);
+    const int64_t work = g.taps * g.phases * channels * vectors * (wants_x + wants_weights);
+    Ahead y_gradient(g, y_gradient_from(chunk + channels), next, with_halo, work);
+    Ahead x(g, x_from(chunk + channels), wants_weights ? next : 0, with_reach, work);
+    Ahead result(g, weights_image(p, g, static_cast<S*>(gradients.weights), index),
+                    wants_weights && next == 0 ? planes : 0, region, work);
     const auto during = [&](int64_t done) {
-      next_y_gradient.ask(done);
-      next_x.ask(done);
+      y_gradient.ask(done);
+      x.ask(done);
+      result.ask(done);
     };
-    load_planes(g, y_gradient, channels, with_halo, shifted(space.y_gradient, -g.halo_side));
+    load_planes(g, y_gradient_from(chunk), channels, with_halo,
+                shifted(space.y_gradient, -g.halo_side));
     if (wants_weights) {
-      load_planes(g, x, channels, with_reach, shifted(space.x, -g.side));
-      add_weights_gradient(g, space, region, channels, during);
+      load_planes(g, x_from(chunk), channels, with_reach, shifted(space.x, -g.side));
+      add_weights_gradient(g, space, region, channels, chunk == 0, during);
     }
     if (wants_x) {
       store_x_gradient(g, space, region, channels,
                        features_image(p, g, static_cast<S*>(gradients.x), 1, index, chunk), during);
     }
+  }
+  if (wants_weights && g.channels == 0) {
+    T* from = space.weights_gradient.at - g.margin;
+    for (int64_t i = 0; i < g.taps * g.phases * space.weights_gradient.stride; ++i) from[i] = T(0);
   }
   if (wants_weights) {
     if (p.softmax) {
@@ -457,7 +483,7 @@ void backward_block(const Problem& p, const Gradients& gradients, int64_t number
                          space.weights_gradient);
     }
     // All phases of a tap of a mask are one channel and have one gradient each.
-    store_planes(g, space.weights_gradient, p.softmax ? g.taps * g.phases : g.taps, region,
+    store_planes(g, space.weights_gradient, planes, region,
                  weights_image(p, g, static_cast<S*>(gradients.weights), index));
   }
 }

@@ -338,36 +338,40 @@ template <typename S>
 template <typename S>
 class Ahead {
  public:
-  Ahead(const Geometry& g, Image<const S> image, int64_t channels, const Region& region,
+  Ahead(const Geometry& g, Image<S> image, int64_t channels, const Region& region,
         int64_t work)
       : work_(work) {
     const int64_t row = larger(region.row, 0), column = larger(region.column, 0);
     const int64_t lines = (smaller(region.row + region.rows, g.height) - row) * image.scale;
     const int64_t pixels =
         (smaller(region.column + region.columns, g.width) - column) * image.scale;
-    at_ = image.pixel(row, 0, column * image.scale);
+    line_ = image.pixel(row, 0, column * image.scale);
     if (image.channels_last()) {
       outer_ = {lines, image.line};
-      middle_ = {pixels, image.column};
+      inner_ = {pixels, image.column};
       length_ = channels;
     } else {
       outer_ = {channels, image.channel};
-      middle_ = {lines, image.line};
+      inner_ = {lines, image.line};
       length_ = pixels;
     }
-    total_ = outer_.count * middle_.count * ((length_ + kStep - 1) / kStep);
+    total_ = outer_.count * inner_.count * ((length_ + kStep - 1) / kStep);
+    left_ = inner_.count;
   }
 
   // When so much more of the work is done.
   void ask(int64_t done) {
     due_ += done * total_;
-    for (; due_ >= work_ && i_ < outer_.count; due_ -= work_) {
-      __builtin_prefetch(at_ + i_ * outer_.stride + j_ * middle_.stride + k_, 0, 2);
-      if ((k_ += kStep) < length_) continue;
-      k_ = 0;
-      if (++j_ < middle_.count) continue;
-      j_ = 0;
-      ++i_;
+    for (; due_ >= work_ && outer_.count > 0; due_ -= work_) {
+      __builtin_prefetch(line_ + at_, 0, 2);
+      at_ += kStep;
+      if (at_ < length_) continue;
+      at_ = 0;
+      line_ += inner_.stride;
+      if (--left_ > 0) continue;
+      left_ = inner_.count;
+      line_ += outer_.stride - inner_.count * inner_.stride;
+      --outer_.count;
     }
   }
 
@@ -376,10 +380,10 @@ class Ahead {
   struct Loop {
     int64_t count, stride;
   };
-  const S* at_;
-  Loop outer_, middle_;
-  int64_t length_, total_, work_;
-  int64_t i_ = 0, j_ = 0, k_ = 0, due_ = 0;
+  S* line_;
+  Loop outer_, inner_;
+  int64_t length_, total_, work_, left_;
+  int64_t at_ = 0, due_ = 0;
 };
 
 // ---- planes in and out --------------------------------------------------------------------------
@@ -619,21 +623,38 @@ void normalise_tile(const Geometry& g, Planes<T> weights) {
 }
 
 // The weights of a region of group `index` as planes (tap, phase). Gaps between rows are normalised
-// along: they hold finite numbers and meet zeros.
-template <typename S, typename T>
+// along: they hold finite numbers and meet zeros. Calls during(1) for each vector of pixels that it
+// normalises.
+template <typename S, typename T, typename During>
 void load_weights(const Problem& p, const Geometry& g, int64_t index, const Region& region,
-                  Planes<T> to) {
-  // As many rows at once as the block has: few streams from memory, long ones.
-  load_planes(g, weights_image(p, g, static_cast<const S*>(p.weights), index),
-              p.softmax ? g.taps * g.phases : g.taps, region, to);
-  if (!p.softmax) return;
-  for_each_run<T>(g, region, 0, [&](const Region&, int64_t begin, int64_t end) {
-    for (int64_t at = begin; at < end; at += kLanes<T>) {
-      for_each_piece<kMostPhases>(g.phases, [&](auto piece, int64_t phase) {
-        normalise_tile<decltype(piece)::value, T>(g, shifted(to, phase * to.stride + at));
-      });
-    }
-  });
+                  Planes<T> to, const During& during) {
+  const auto image = weights_image(p, g, static_cast<const S*>(p.weights), index);
+  if (!p.softmax) {
+    load_planes(g, image, g.taps, region, to);
+    return;
+  }
+  const int64_t planes = g.taps * g.phases;
+  // Two rows at a time, whole runs: the next ones come from memory while these are normalised.
+  const int64_t most = g.run_rows > 1 ? region.rows : 2;
+  for (int64_t row = 0; row < region.rows; row += most) {
+    const auto part = [&](int64_t first) {
+      return Region{region.row + first, smaller(most, region.rows - first), region.column,
+                    region.columns};
+    };
+    const Planes<T> rows = shifted(to, row * g.pitch);
+    load_planes(g, image, planes, part(row), rows);
+    Ahead next(g, image, row + most < region.rows ? planes : 0, part(row + most),
+                  vectors_of<T>(g, part(row)));
+    for_each_run<T>(g, part(row), 0, [&](const Region&, int64_t begin, int64_t end) {
+      for (int64_t at = begin; at < end; at += kLanes<T>) {
+        for_each_piece<kMostPhases>(g.phases, [&](auto piece, int64_t phase) {
+          normalise_tile<decltype(piece)::value, T>(g, shifted(rows, phase * rows.stride + at));
+        });
+        next.ask(1);
+        during(1);
+      }
+    });
+  }
 }
 
 }  // namespace famseg::FAMSEG_ISA
