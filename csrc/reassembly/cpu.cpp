@@ -211,8 +211,7 @@ void forward_planes(const Geometry& g, const ForwardSpace<T>& space, int64_t cha
         for (int64_t k = 0; k < count; ++k) prefetch(to.from_channel(k), run);
       }
       const int64_t next = smaller(kMostChannels, channels - c - count);
-      Ahead result(g, to.from_channel(c + count), next, run,
-                      (end - begin) / kLanes<T> * g.phases);
+      Ahead result(g, to.from_channel(c + count), next, run, (end - begin) / kLanes<T> * g.phases);
       for_each_piece<kMostPhases>(g.phases, [&](auto phase_piece, int64_t phase) {
         for (int64_t at = begin; at < end; at += kLanes<T>) {
           forward_tile<count, decltype(phase_piece)::value, T>(
@@ -403,8 +402,8 @@ void store_x_gradient(const Geometry& g, const BackwardSpace<T>& space, const Re
         T* sums[taps];
         for (int k = 0; k < taps; ++k) {
           sums[k] = space.sums[c * taps + k];
-          // Behind the run nothing comes from the right; a longer run may have left its sums there.
-          store(sums[k] + end - start, Vector<T>{});
+          // Nothing comes from behind the last row, where a longer run may have left its sums.
+          if (g.run_rows > 1) store(sums[k] + end - start, Vector<T>{});
         }
         T* to = space.x_gradient[c];
         for (int64_t at = 0; at < end - start; at += lanes) {
@@ -456,7 +455,7 @@ void backward_block(const Problem& p, const Gradients& gradients, int64_t number
     Ahead y_gradient(g, y_gradient_from(chunk + channels), next, with_halo, work);
     Ahead x(g, x_from(chunk + channels), wants_weights ? next : 0, with_reach, work);
     Ahead result(g, weights_image(p, g, static_cast<S*>(gradients.weights), index),
-                    wants_weights && next == 0 ? planes : 0, region, work);
+                 wants_weights && next == 0 ? planes : 0, region, work);
     const auto during = [&](int64_t done) {
       y_gradient.ask(done);
       x.ask(done);

@@ -338,8 +338,7 @@ template <typename S>
 template <typename S>
 class Ahead {
  public:
-  Ahead(const Geometry& g, Image<S> image, int64_t channels, const Region& region,
-        int64_t work)
+  Ahead(const Geometry& g, Image<S> image, int64_t channels, const Region& region, int64_t work)
       : work_(work) {
     const int64_t row = larger(region.row, 0), column = larger(region.column, 0);
     const int64_t lines = (smaller(region.row + region.rows, g.height) - row) * image.scale;
@@ -408,41 +407,59 @@ using Lanes = typename CountTo<kLanes<T>>::type;
 
 // One line of an image in NCHW into the rows of `scale` phases, which lie `stride` apart. The last
 // vector puts zeros into the gap behind the row or into the row behind that, which comes later.
+// Lines are short, a few vectors: inlined, because a call would be a third of their time.
 template <typename S, typename T>
-void load_line(const S* line, int64_t scale, int64_t width, T* to, int64_t stride) {
+[[gnu::always_inline]] inline void load_line(const S* line, int64_t scale, int64_t width, T* to,
+                                             int64_t stride) {
   constexpr int64_t lanes = kLanes<T>;
+  int64_t j = 0;
   if (scale == 1) {
-    for (int64_t j = 0; j < width; j += lanes) store(to + j, load_some(line + j, width - j));
+    for (; j + lanes <= width; j += lanes) store(to + j, load_wide(line + j));
+    if (j < width) store(to + j, load_some(line + j, width - j));
   } else if (scale == 2) {
-    for (int64_t j = 0; j < width; j += lanes) {
-      Vector<T> a = load_some(line + 2 * j, 2 * (width - j));
-      Vector<T> b = load_some(line + 2 * j + lanes, 2 * (width - j) - lanes);
+    const auto split = [&](Vector<T> a, Vector<T> b) {
       deinterleave<T>(a, b, Lanes<T>());
       store(to + j, a);
       store(to + stride + j, b);
+    };
+    for (; j + lanes <= width; j += lanes) {
+      split(load_wide(line + 2 * j), load_wide(line + 2 * j + lanes));
+    }
+    if (j < width) {
+      const int64_t rest = 2 * (width - j);
+      split(load_some(line + 2 * j, rest), load_some(line + 2 * j + lanes, rest - lanes));
     }
   } else {
     for (int64_t dx = 0; dx < scale; ++dx) {
-      for (int64_t j = 0; j < width; ++j) to[dx * stride + j] = widen(line[scale * j + dx]);
+      for (j = 0; j < width; ++j) to[dx * stride + j] = widen(line[scale * j + dx]);
     }
   }
 }
 
 template <typename S, typename T>
-void store_line(const T* from, int64_t stride, int64_t scale, int64_t width, S* line) {
+[[gnu::always_inline]] inline void store_line(const T* from, int64_t stride, int64_t scale,
+                                              int64_t width, S* line) {
   constexpr int64_t lanes = kLanes<T>;
+  int64_t j = 0;
   if (scale == 1) {
-    for (int64_t j = 0; j < width; j += lanes) store_some(line + j, load(from + j), width - j);
+    for (; j + lanes <= width; j += lanes) store_narrow(line + j, load(from + j));
+    if (j < width) store_some(line + j, load(from + j), width - j);
   } else if (scale == 2) {
-    for (int64_t j = 0; j < width; j += lanes) {
+    for (; j < width; j += lanes) {
       Vector<T> a = load(from + j), b = load(from + stride + j);
       interleave<T>(a, b, Lanes<T>());
-      store_some(line + 2 * j, a, 2 * (width - j));
-      store_some(line + 2 * j + lanes, b, 2 * (width - j) - lanes);
+      if (j + lanes <= width) {
+        store_narrow(line + 2 * j, a);
+        store_narrow(line + 2 * j + lanes, b);
+      } else {
+        const int64_t rest = 2 * (width - j);
+        store_some(line + 2 * j, a, rest);
+        store_some(line + 2 * j + lanes, b, rest - lanes);
+      }
     }
   } else {
     for (int64_t dx = 0; dx < scale; ++dx) {
-      for (int64_t j = 0; j < width; ++j) narrow(line[scale * j + dx], from[dx * stride + j]);
+      for (j = 0; j < width; ++j) narrow(line[scale * j + dx], from[dx * stride + j]);
     }
   }
 }
@@ -472,12 +489,13 @@ void load_planes(const Geometry& g, Image<const S> from, int64_t channels, const
   };
   if (!from.channels_last()) {
     for (int64_t c = 0; c < channels; ++c) {
-      for (int64_t i = begin; i < end; ++i) {
-        for (int64_t dy = 0; dy < scale; ++dy) {
-          const S* line = first_pixel(i, dy, 0) + c * from.channel;
+      const S* line = first_pixel(begin, 0, 0) + c * from.channel;
+      T* rows = to[c * phases] + begin * g.pitch + left;
+      for (int64_t i = begin; i < end; ++i, rows += g.pitch) {
+        T* row = rows;
+        for (int64_t dy = 0; dy < scale; ++dy, line += from.line, row += scale * to.stride) {
           if (c + 1 < channels) prefetch(line + from.channel, width * scale);
-          load_line(line, scale, width, to[c * phases + dy * scale] + i * g.pitch + left,
-                    to.stride);
+          load_line(line, scale, width, row, to.stride);
         }
       }
     }
@@ -644,7 +662,7 @@ void load_weights(const Problem& p, const Geometry& g, int64_t index, const Regi
     const Planes<T> rows = shifted(to, row * g.pitch);
     load_planes(g, image, planes, part(row), rows);
     Ahead next(g, image, row + most < region.rows ? planes : 0, part(row + most),
-                  vectors_of<T>(g, part(row)));
+               vectors_of<T>(g, part(row)));
     for_each_run<T>(g, part(row), 0, [&](const Region&, int64_t begin, int64_t end) {
       for (int64_t at = begin; at < end; at += kLanes<T>) {
         for_each_piece<kMostPhases>(g.phases, [&](auto piece, int64_t phase) {
