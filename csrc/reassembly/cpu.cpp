@@ -448,6 +448,12 @@ void backward_block(const Problem& p, const Gradients& gradients, int64_t number
                       x.ask(done);
                     });
   }
+  // Taps that nothing is added to: those that cannot reach the image, or all without channels.
+  const bool all_reach = 2 * smaller(g.reach_y, g.reach_x) + 1 == g.kernel;
+  if (wants_weights && (!all_reach || g.channels == 0)) {
+    T* from = space.weights_gradient.at - g.margin;
+    for (int64_t i = 0; i < g.taps * g.phases * space.weights_gradient.stride; ++i) from[i] = T(0);
+  }
   for (int64_t chunk = 0; chunk < g.channels; chunk += g.chunk) {
     const int64_t channels = smaller(g.chunk, g.channels - chunk);
     const int64_t next = smaller(g.chunk, g.channels - chunk - channels);
@@ -471,10 +477,6 @@ void backward_block(const Problem& p, const Gradients& gradients, int64_t number
       store_x_gradient(g, space, region, channels,
                        features_image(p, g, static_cast<S*>(gradients.x), 1, index, chunk), during);
     }
-  }
-  if (wants_weights && g.channels == 0) {
-    T* from = space.weights_gradient.at - g.margin;
-    for (int64_t i = 0; i < g.taps * g.phases * space.weights_gradient.stride; ++i) from[i] = T(0);
   }
   if (wants_weights) {
     if (p.softmax) {

@@ -234,13 +234,17 @@ constexpr int kMostPhases = 4;
   store(p, v);
 }
 
-// The vector form of half.h's to_bfloat16, which the compiler does not find within larger loops.
-[[gnu::always_inline]] inline void store_narrow(Bfloat16* p, Vector<float> v) {
-  typedef uint16_t Bits __attribute__((vector_size(kVectorBytes / 2), aligned(2), may_alias));
+// The vector form of half.h's to_bfloat16, which the compiler does not find within larger loops;
+// the result is in the upper halves.
+[[gnu::always_inline]] inline Vector<uint32_t> bfloat16_bits(Vector<float> v) {
   const auto bits = reinterpret_cast<Vector<uint32_t>>(v);
   const Vector<uint32_t> rounded = bits + 0x7fff + ((bits >> 16) & 1);
-  const Vector<uint32_t> result = v == v ? rounded : bits | 0x400000;
-  *reinterpret_cast<Bits*>(p) = __builtin_convertvector(result >> 16, Bits);
+  return v == v ? rounded : bits | 0x400000;
+}
+
+[[gnu::always_inline]] inline void store_narrow(Bfloat16* p, Vector<float> v) {
+  typedef uint16_t Bits __attribute__((vector_size(kVectorBytes / 2), aligned(2), may_alias));
+  *reinterpret_cast<Bits*>(p) = __builtin_convertvector(bfloat16_bits(v) >> 16, Bits);
 }
 
 [[gnu::always_inline]] inline void store_narrow(Float16* p, Vector<float> v) {
@@ -405,6 +409,42 @@ template <typename T, int... I>
 template <typename T>
 using Lanes = typename CountTo<kLanes<T>>::type;
 
+// Two vectors of elements of memory, the even ones and the odd ones.
+template <typename S>
+[[gnu::always_inline]] inline void load_split(const S* p, Vector<Compute<S>>& even,
+                                              Vector<Compute<S>>& odd) {
+  using T = Compute<S>;
+  even = load_wide(p);
+  odd = load_wide(p + kLanes<T>);
+  deinterleave<T>(even, odd, Lanes<T>());
+}
+
+template <typename S>
+[[gnu::always_inline]] inline void store_joined(S* p, Vector<Compute<S>> even,
+                                                Vector<Compute<S>> odd) {
+  using T = Compute<S>;
+  interleave<T>(even, odd, Lanes<T>());
+  store_narrow(p, even);
+  store_narrow(p + kLanes<T>, odd);
+}
+
+#if __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
+// A pair of bfloat16 is the upper halves of two floats: no shuffles, no conversion of widths.
+typedef uint32_t PairBits __attribute__((vector_size(kVectorBytes), aligned(2), may_alias));
+
+[[gnu::always_inline]] inline void load_split(const Bfloat16* p, Vector<float>& even,
+                                              Vector<float>& odd) {
+  const Vector<uint32_t> pairs = *reinterpret_cast<const PairBits*>(p);
+  even = reinterpret_cast<Vector<float>>(pairs << 16);
+  odd = reinterpret_cast<Vector<float>>(pairs & 0xffff0000);
+}
+
+[[gnu::always_inline]] inline void store_joined(Bfloat16* p, Vector<float> even,
+                                                Vector<float> odd) {
+  *reinterpret_cast<PairBits*>(p) = bfloat16_bits(even) >> 16 | (bfloat16_bits(odd) & 0xffff0000);
+}
+#endif
+
 // One line of an image in NCHW into the rows of `scale` phases, which lie `stride` apart. The last
 // vector puts zeros into the gap behind the row or into the row behind that, which comes later.
 // Lines are short, a few vectors: inlined, because a call would be a third of their time.
@@ -417,17 +457,18 @@ template <typename S, typename T>
     for (; j + lanes <= width; j += lanes) store(to + j, load_wide(line + j));
     if (j < width) store(to + j, load_some(line + j, width - j));
   } else if (scale == 2) {
-    const auto split = [&](Vector<T> a, Vector<T> b) {
-      deinterleave<T>(a, b, Lanes<T>());
-      store(to + j, a);
-      store(to + stride + j, b);
-    };
+    Vector<T> even, odd;
     for (; j + lanes <= width; j += lanes) {
-      split(load_wide(line + 2 * j), load_wide(line + 2 * j + lanes));
+      load_split(line + 2 * j, even, odd);
+      store(to + j, even);
+      store(to + stride + j, odd);
     }
     if (j < width) {
-      const int64_t rest = 2 * (width - j);
-      split(load_some(line + 2 * j, rest), load_some(line + 2 * j + lanes, rest - lanes));
+      S some[2 * lanes] = {};
+      for (int64_t i = 0; i < 2 * (width - j); ++i) some[i] = line[2 * j + i];
+      load_split(some, even, odd);
+      store(to + j, even);
+      store(to + stride + j, odd);
     }
   } else {
     for (int64_t dx = 0; dx < scale; ++dx) {
@@ -445,17 +486,13 @@ template <typename S, typename T>
     for (; j + lanes <= width; j += lanes) store_narrow(line + j, load(from + j));
     if (j < width) store_some(line + j, load(from + j), width - j);
   } else if (scale == 2) {
-    for (; j < width; j += lanes) {
-      Vector<T> a = load(from + j), b = load(from + stride + j);
-      interleave<T>(a, b, Lanes<T>());
-      if (j + lanes <= width) {
-        store_narrow(line + 2 * j, a);
-        store_narrow(line + 2 * j + lanes, b);
-      } else {
-        const int64_t rest = 2 * (width - j);
-        store_some(line + 2 * j, a, rest);
-        store_some(line + 2 * j + lanes, b, rest - lanes);
-      }
+    for (; j + lanes <= width; j += lanes) {
+      store_joined(line + 2 * j, load(from + j), load(from + stride + j));
+    }
+    if (j < width) {
+      S some[2 * lanes];
+      store_joined(some, load(from + j), load(from + stride + j));
+      for (int64_t i = 0; i < 2 * (width - j); ++i) line[2 * j + i] = some[i];
     }
   } else {
     for (int64_t dx = 0; dx < scale; ++dx) {
