@@ -435,11 +435,11 @@ void backward_block(const Problem& p, const Gradients& gradients, int64_t number
     return features_image(p, g, static_cast<const S*>(p.x), 1, index, chunk);
   };
   const int64_t planes = p.softmax ? g.taps * g.phases : g.taps;
-  const int64_t vectors = vectors_of<T>(g, with_halo);
 
   // What is needed next comes from memory while something is computed.
   if (wants_x || p.softmax) {
     const int64_t channels = smaller(g.chunk, g.channels);
+    const int64_t vectors = vectors_of<T>(g, with_halo);
     Ahead y_gradient(g, y_gradient_from(0), channels, with_halo, vectors);
     Ahead x(g, x_from(0), wants_weights ? channels : 0, with_reach, vectors);
     load_weights<S>(p, g, index, with_halo, shifted(space.weights, -g.halo_side),
@@ -457,10 +457,13 @@ void backward_block(const Problem& p, const Gradients& gradients, int64_t number
   for (int64_t chunk = 0; chunk < g.channels; chunk += g.chunk) {
     const int64_t channels = smaller(g.chunk, g.channels - chunk);
     const int64_t next = smaller(g.chunk, g.channels - chunk - channels);
-    const int64_t work = g.taps * g.phases * channels * vectors * (wants_x + wants_weights);
+    const int64_t work =
+        g.taps * g.phases * channels * vectors_of<T>(g, region) * (wants_x + wants_weights);
     Ahead y_gradient(g, y_gradient_from(chunk + channels), next, with_halo, work);
     Ahead x(g, x_from(chunk + channels), wants_weights ? next : 0, with_reach, work);
-    Ahead result(g, weights_image(p, g, static_cast<S*>(gradients.weights), index),
+    // Where no gradient is wanted, nothing is asked for, of an image that is there.
+    const void* weights = wants_weights ? gradients.weights : p.weights;
+    Ahead result(g, weights_image(p, g, static_cast<const S*>(weights), index),
                  wants_weights && next == 0 ? planes : 0, region, work);
     const auto during = [&](int64_t done) {
       y_gradient.ask(done);
