@@ -6,12 +6,14 @@ Runs under AddressSanitizer and UBSan as tests/native.py says.
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.measure import peak_megabytes
 from famseg_kernels import backends, tolerance
 from famseg_kernels.reassembly import cpu, reference
 from tests.native import DTYPES, NATIVE, needs_native
@@ -32,6 +34,8 @@ CASES = {
     "flat": ((2, 3, 1, 40), 5, 2, 3),
     "tall": ((2, 3, 45, 1), 5, 2, 1),
     "kernel_wider_than_a_vector": ((1, 2, 5, 70), 35, 1, 1),
+    "rows_cut": ((1, 3, 9, 601), 5, 2, 1),
+    "rows_cut_wide_kernel": ((1, 2, 3, 300), 35, 1, 1),
     "one_tap": ((2, 3, 5, 18), 1, 2, 1),
     "one_pixel": ((2, 5, 1, 1), 9, 2, 5),
 }
@@ -137,6 +141,23 @@ def test_memory_formats_give_the_same_bits(
         mixed = [t.contiguous(memory_format=torch.channels_last) if i in last else t for i, t in enumerate(args[:2])]
         for ours, expected in zip(run_native(operation, (*mixed, *args[2:])), plain, strict=True):
             assert torch.equal(ours, expected)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_memory_beside_the_results_does_not_grow_with_the_rows(
+    operation: str, memory_format: torch.memory_format
+) -> None:
+    x, weights, *rest = arguments(operation, (1, 4, 4, 20_000), 5, 2, 1, torch.float32)
+    args = (x.contiguous(memory_format=memory_format), weights, *rest)
+    native = OPERATIONS[operation][0]
+    y = native.forward(*args)
+    needed = peak_megabytes(lambda _: native.forward(*args), "cpu")
+    if math.isnan(needed):
+        pytest.skip("the system does not tell a process's peak memory")
+    assert needed <= y.nbytes / 1e6 + 4
+    grad, results = cotangent(y).contiguous(memory_format=memory_format), (x.nbytes + weights.nbytes) / 1e6
+    assert peak_megabytes(lambda _: native.backward(grad, [True, True], *args), "cpu") <= results + 4
 
 
 @pytest.mark.parametrize("wanted", [0, 1])

@@ -11,6 +11,9 @@
 // shorter than a vector lie as close as that allows, and one run of vectors goes over all of them:
 // a 4 x 4 image is 2 vectors of 16, not 4. Longer rows begin at whole vectors, a run each.
 //
+// Rows too long for the cache are cut into blocks of columns. What lies beside a block is then
+// loaded with it, whole vectors of it, into a gap wide enough for two.
+//
 // For kernel files only: see common/simd.h.
 #pragma once
 
@@ -43,10 +46,12 @@ struct Geometry {
   // How far taps reach within the image: what is farther off meets only zeros.
   int64_t reach_y, reach_x;
   int64_t margin, pitch;  // see the top of this file
-  int64_t rows, row_blocks;
-  int64_t halo;      // rows of weights above and below the block's own
-  int64_t run_rows;  // rows that one run of vectors goes over
-  int64_t chunk;     // channels whose images are in scratch at a time
+  int64_t rows, row_blocks, columns, column_blocks;
+  int64_t halo;       // rows of weights above and below the block's own
+  int64_t side;       // columns of x loaded on both sides of the block's own; 0: rows are not cut
+  int64_t halo_side;  // and columns of weights
+  int64_t run_rows;   // rows that one run of vectors goes over
+  int64_t chunk;      // channels whose images are in scratch at a time
 
   // Elements of a plane of so many rows: not a multiple of 4 KB, at which the same pixel of all
   // planes would compete for one set of the L1 cache.
@@ -73,20 +78,59 @@ Geometry geometry(const Problem& p, int64_t weight_bytes, bool with_halo) {
   g.reach_y = smaller(p.kernel_size / 2, p.h - 1);
   g.reach_x = smaller(p.kernel_size / 2, p.w - 1);
   // The last vector of a run may hang over by a vector, and loads are shifted by the reach.
-  g.margin = round_up(g.reach_x, lanes) + lanes;
-  g.pitch = p.w < lanes ? p.w + g.reach_x : round_up(p.w + g.reach_x, lanes);
+  const int64_t beside = round_up(g.reach_x, lanes);
+  g.margin = beside + lanes;
   g.halo = with_halo ? g.reach_y : 0;
 
-  const int64_t row_bytes = g.taps * g.phases * g.pitch * static_cast<int64_t>(sizeof(T));
+  // Rows are cut where the fewest of them that are worth a block would take twice the memory.
+  const int64_t column_bytes = g.taps * g.phases * static_cast<int64_t>(sizeof(T));
+  const int64_t fewest = larger(2 * g.reach_y, 1) + 2 * g.halo;
+  const int64_t longest = larger(2 * weight_bytes / (column_bytes * fewest), 8 * lanes);
+  g.column_blocks = (p.w + longest - 1) / longest;
+  const bool cut = g.column_blocks > 1;
+  g.columns = cut ? round_up((p.w + g.column_blocks - 1) / g.column_blocks, lanes) : p.w;
+  g.column_blocks = (p.w + g.columns - 1) / g.columns;
+  g.side = cut ? beside : 0;
+  g.halo_side = with_halo ? g.side : 0;
+  g.pitch = cut           ? g.columns + 2 * beside
+            : p.w < lanes ? p.w + g.reach_x
+                          : round_up(p.w + g.reach_x, lanes);
+
   // At least as many rows as the reach on both sides: x is loaded twice at most, and at most half
   // of the weights are computed for other blocks.
-  const int64_t fitting = larger(weight_bytes / row_bytes - 2 * g.halo, 2 * g.halo);
-  const int64_t fair = larger(p.h * p.n * p.groups / kBlocks, 2 * g.reach_y);
+  const int64_t fitting = larger(weight_bytes / (column_bytes * g.pitch) - 2 * g.halo, 2 * g.halo);
+  const int64_t fair = larger(p.h * p.n * p.groups * g.column_blocks / kBlocks, 2 * g.reach_y);
   const int64_t most = smaller(larger(smaller(fitting, fair), 1), p.h);
   g.row_blocks = (p.h + most - 1) / most;
   g.rows = (p.h + g.row_blocks - 1) / g.row_blocks;
   g.run_rows = p.w < lanes ? g.rows + 2 * g.halo : 1;
   return g;
+}
+
+// Rows and columns of x.
+struct Region {
+  int64_t row, rows, column, columns;
+
+  Region grown(int64_t by_rows, int64_t by_columns) const {
+    return {row - by_rows, rows + 2 * by_rows, column - by_columns, columns + 2 * by_columns};
+  }
+};
+
+// What is computed at a time: a region of group `index`, counted through the batch.
+struct Block {
+  int64_t index;
+  Region region;
+};
+
+inline int64_t block_count(const Problem& p, const Geometry& g) {
+  return p.n * p.groups * g.row_blocks * g.column_blocks;
+}
+
+inline Block block_at(const Geometry& g, int64_t number) {
+  const int64_t column = number % g.column_blocks * g.columns;
+  const int64_t row = number / g.column_blocks % g.row_blocks * g.rows;
+  return {number / (g.column_blocks * g.row_blocks),
+          {row, smaller(g.rows, g.height - row), column, smaller(g.columns, g.width - column)}};
 }
 
 // Planes of equal size, one behind the other; `at` is the first pixel of the first one.
@@ -112,14 +156,27 @@ Planes<T> take_planes(Arena& arena, const Geometry& g, int64_t count, int64_t ro
   return planes;
 }
 
-// Calls f(first row, rows, vectors) for the runs that cover `rows` rows.
+// Calls f(part, begin, end) for the runs that cover a region and `side` columns more on both sides:
+// the run's own part of the region, and where its vectors begin and end, counted from the region's
+// first pixel.
 template <typename T, typename F>
-[[gnu::always_inline]] inline void for_each_run(const Geometry& g, int64_t rows, const F& f) {
-  for (int64_t row = 0; row < rows; row += g.run_rows) {
-    const int64_t count = smaller(g.run_rows, rows - row);
-    const int64_t pixels = (count - 1) * g.pitch + g.width;
-    f(row, count, (pixels + kLanes<T> - 1) / kLanes<T>);
+[[gnu::always_inline]] inline void for_each_run(const Geometry& g, const Region& region,
+                                                int64_t side, const F& f) {
+  for (int64_t row = 0; row < region.rows; row += g.run_rows) {
+    const int64_t rows = smaller(g.run_rows, region.rows - row);
+    const int64_t pixels = (rows - 1) * g.pitch + region.columns + side;
+    f(Region{region.row + row, rows, region.column, region.columns}, row * g.pitch - side,
+      row * g.pitch + round_up(pixels, kLanes<T>));
   }
+}
+
+template <typename T>
+int64_t vectors_of(const Geometry& g, const Region& region) {
+  int64_t vectors = 0;
+  for_each_run<T>(g, region, 0, [&](const Region&, int64_t begin, int64_t end) {
+    vectors += (end - begin) / kLanes<T>;
+  });
+  return vectors;
 }
 
 template <int N>
@@ -177,13 +234,17 @@ constexpr int kMostPhases = 4;
   store(p, v);
 }
 
-// The vector form of half.h's to_bfloat16, which the compiler does not find within larger loops.
-[[gnu::always_inline]] inline void store_narrow(Bfloat16* p, Vector<float> v) {
-  typedef uint16_t Bits __attribute__((vector_size(kVectorBytes / 2), aligned(2), may_alias));
+// The vector form of half.h's to_bfloat16, which the compiler does not find within larger loops;
+// the result is in the upper halves.
+[[gnu::always_inline]] inline Vector<uint32_t> bfloat16_bits(Vector<float> v) {
   const auto bits = reinterpret_cast<Vector<uint32_t>>(v);
   const Vector<uint32_t> rounded = bits + 0x7fff + ((bits >> 16) & 1);
-  const Vector<uint32_t> result = v == v ? rounded : bits | 0x400000;
-  *reinterpret_cast<Bits*>(p) = __builtin_convertvector(result >> 16, Bits);
+  return v == v ? rounded : bits | 0x400000;
+}
+
+[[gnu::always_inline]] inline void store_narrow(Bfloat16* p, Vector<float> v) {
+  typedef uint16_t Bits __attribute__((vector_size(kVectorBytes / 2), aligned(2), may_alias));
+  *reinterpret_cast<Bits*>(p) = __builtin_convertvector(bfloat16_bits(v) >> 16, Bits);
 }
 
 [[gnu::always_inline]] inline void store_narrow(Float16* p, Vector<float> v) {
@@ -267,6 +328,67 @@ template <typename S>
   for (int64_t i = 0; i < count; i += step) __builtin_prefetch(line + i);
 }
 
+// A region of the first channel.
+template <typename S>
+[[gnu::always_inline]] inline void prefetch(Image<S> image, const Region& region) {
+  for (int64_t line = 0; line < region.rows * image.scale; ++line) {
+    prefetch(image.pixel(region.row, line, region.column * image.scale),
+             region.columns * image.scale);
+  }
+}
+
+// Asks for the memory of a region of some channels bit by bit while `work` is done on others: about
+// as fast as it arrives, and no faster than the core can keep in mind.
+template <typename S>
+class Ahead {
+ public:
+  Ahead(const Geometry& g, Image<S> image, int64_t channels, const Region& region, int64_t work)
+      : work_(work) {
+    const int64_t row = larger(region.row, 0), column = larger(region.column, 0);
+    const int64_t lines = (smaller(region.row + region.rows, g.height) - row) * image.scale;
+    const int64_t pixels =
+        (smaller(region.column + region.columns, g.width) - column) * image.scale;
+    line_ = image.pixel(row, 0, column * image.scale);
+    if (image.channels_last()) {
+      outer_ = {lines, image.line};
+      inner_ = {pixels, image.column};
+      length_ = channels;
+    } else {
+      outer_ = {channels, image.channel};
+      inner_ = {lines, image.line};
+      length_ = pixels;
+    }
+    total_ = outer_.count * inner_.count * ((length_ + kStep - 1) / kStep);
+    left_ = inner_.count;
+  }
+
+  // When so much more of the work is done.
+  void ask(int64_t done) {
+    due_ += done * total_;
+    for (; due_ >= work_ && outer_.count > 0; due_ -= work_) {
+      __builtin_prefetch(line_ + at_, 0, 2);
+      at_ += kStep;
+      if (at_ < length_) continue;
+      at_ = 0;
+      line_ += inner_.stride;
+      if (--left_ > 0) continue;
+      left_ = inner_.count;
+      line_ += outer_.stride - inner_.count * inner_.stride;
+      --outer_.count;
+    }
+  }
+
+ private:
+  static constexpr int64_t kStep = kAlignment / static_cast<int64_t>(sizeof(S));
+  struct Loop {
+    int64_t count, stride;
+  };
+  S* line_;
+  Loop outer_, inner_;
+  int64_t length_, total_, work_, left_;
+  int64_t at_ = 0, due_ = 0;
+};
+
 // ---- planes in and out --------------------------------------------------------------------------
 
 template <typename T, int... I>
@@ -287,67 +409,130 @@ template <typename T, int... I>
 template <typename T>
 using Lanes = typename CountTo<kLanes<T>>::type;
 
+// Two vectors of elements of memory, the even ones and the odd ones.
+template <typename S>
+[[gnu::always_inline]] inline void load_split(const S* p, Vector<Compute<S>>& even,
+                                              Vector<Compute<S>>& odd) {
+  using T = Compute<S>;
+  even = load_wide(p);
+  odd = load_wide(p + kLanes<T>);
+  deinterleave<T>(even, odd, Lanes<T>());
+}
+
+template <typename S>
+[[gnu::always_inline]] inline void store_joined(S* p, Vector<Compute<S>> even,
+                                                Vector<Compute<S>> odd) {
+  using T = Compute<S>;
+  interleave<T>(even, odd, Lanes<T>());
+  store_narrow(p, even);
+  store_narrow(p + kLanes<T>, odd);
+}
+
+#if __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
+// A pair of bfloat16 is the upper halves of two floats: no shuffles, no conversion of widths.
+typedef uint32_t PairBits __attribute__((vector_size(kVectorBytes), aligned(2), may_alias));
+
+[[gnu::always_inline]] inline void load_split(const Bfloat16* p, Vector<float>& even,
+                                              Vector<float>& odd) {
+  const Vector<uint32_t> pairs = *reinterpret_cast<const PairBits*>(p);
+  even = reinterpret_cast<Vector<float>>(pairs << 16);
+  odd = reinterpret_cast<Vector<float>>(pairs & 0xffff0000);
+}
+
+[[gnu::always_inline]] inline void store_joined(Bfloat16* p, Vector<float> even,
+                                                Vector<float> odd) {
+  *reinterpret_cast<PairBits*>(p) = bfloat16_bits(even) >> 16 | (bfloat16_bits(odd) & 0xffff0000);
+}
+#endif
+
 // One line of an image in NCHW into the rows of `scale` phases, which lie `stride` apart. The last
 // vector puts zeros into the gap behind the row or into the row behind that, which comes later.
+// Lines are short, a few vectors: inlined, because a call would be a third of their time.
 template <typename S, typename T>
-void load_line(const S* line, int64_t scale, int64_t width, T* to, int64_t stride) {
+[[gnu::always_inline]] inline void load_line(const S* line, int64_t scale, int64_t width, T* to,
+                                             int64_t stride) {
   constexpr int64_t lanes = kLanes<T>;
+  int64_t j = 0;
   if (scale == 1) {
-    for (int64_t j = 0; j < width; j += lanes) store(to + j, load_some(line + j, width - j));
+    for (; j + lanes <= width; j += lanes) store(to + j, load_wide(line + j));
+    if (j < width) store(to + j, load_some(line + j, width - j));
   } else if (scale == 2) {
-    for (int64_t j = 0; j < width; j += lanes) {
-      Vector<T> a = load_some(line + 2 * j, 2 * (width - j));
-      Vector<T> b = load_some(line + 2 * j + lanes, 2 * (width - j) - lanes);
-      deinterleave<T>(a, b, Lanes<T>());
-      store(to + j, a);
-      store(to + stride + j, b);
+    Vector<T> even, odd;
+    for (; j + lanes <= width; j += lanes) {
+      load_split(line + 2 * j, even, odd);
+      store(to + j, even);
+      store(to + stride + j, odd);
+    }
+    if (j < width) {
+      S some[2 * lanes] = {};
+      for (int64_t i = 0; i < 2 * (width - j); ++i) some[i] = line[2 * j + i];
+      load_split(some, even, odd);
+      store(to + j, even);
+      store(to + stride + j, odd);
     }
   } else {
     for (int64_t dx = 0; dx < scale; ++dx) {
-      for (int64_t j = 0; j < width; ++j) to[dx * stride + j] = widen(line[scale * j + dx]);
+      for (j = 0; j < width; ++j) to[dx * stride + j] = widen(line[scale * j + dx]);
     }
   }
 }
 
 template <typename S, typename T>
-void store_line(const T* from, int64_t stride, int64_t scale, int64_t width, S* line) {
+[[gnu::always_inline]] inline void store_line(const T* from, int64_t stride, int64_t scale,
+                                              int64_t width, S* line) {
   constexpr int64_t lanes = kLanes<T>;
+  int64_t j = 0;
   if (scale == 1) {
-    for (int64_t j = 0; j < width; j += lanes) store_some(line + j, load(from + j), width - j);
+    for (; j + lanes <= width; j += lanes) store_narrow(line + j, load(from + j));
+    if (j < width) store_some(line + j, load(from + j), width - j);
   } else if (scale == 2) {
-    for (int64_t j = 0; j < width; j += lanes) {
-      Vector<T> a = load(from + j), b = load(from + stride + j);
-      interleave<T>(a, b, Lanes<T>());
-      store_some(line + 2 * j, a, 2 * (width - j));
-      store_some(line + 2 * j + lanes, b, 2 * (width - j) - lanes);
+    for (; j + lanes <= width; j += lanes) {
+      store_joined(line + 2 * j, load(from + j), load(from + stride + j));
+    }
+    if (j < width) {
+      S some[2 * lanes];
+      store_joined(some, load(from + j), load(from + stride + j));
+      for (int64_t i = 0; i < 2 * (width - j); ++i) line[2 * j + i] = some[i];
     }
   } else {
     for (int64_t dx = 0; dx < scale; ++dx) {
-      for (int64_t j = 0; j < width; ++j) narrow(line[scale * j + dx], from[dx * stride + j]);
+      for (j = 0; j < width; ++j) narrow(line[scale * j + dx], from[dx * stride + j]);
     }
   }
 }
 
-// Rows [first, first + rows) of some channels as planes (channel, phase), zeros outside the image.
+// A region of some channels as planes (channel, phase), zeros outside the image.
 template <typename S, typename T>
-void load_planes(const Geometry& g, Image<const S> from, int64_t channels, int64_t first,
-                 int64_t rows, Planes<T> to) {
+void load_planes(const Geometry& g, Image<const S> from, int64_t channels, const Region& region,
+                 Planes<T> to) {
   constexpr int64_t lanes = kLanes<T>;
   const int64_t scale = from.scale, phases = scale * scale;
-  for (int64_t i = 0; i < rows; ++i) {
-    if (first + i >= 0 && first + i < g.height) continue;
+  const int64_t begin = larger(0, -region.row), end = smaller(region.rows, g.height - region.row);
+  const int64_t left = larger(0, -region.column);
+  const int64_t right = smaller(region.columns, g.width - region.column), width = right - left;
+  const auto clear = [&](int64_t row, int64_t from_column, int64_t to_column) {
+    if (from_column >= to_column) return;
     for (int64_t plane = 0; plane < channels * phases; ++plane) {
-      for (int64_t j = 0; j < g.width; ++j) to[plane][i * g.pitch + j] = T(0);
+      for (int64_t j = from_column; j < to_column; ++j) to[plane][row * g.pitch + j] = T(0);
     }
+  };
+  for (int64_t i = 0; i < region.rows; ++i) {
+    const bool inside = begin <= i && i < end;
+    clear(i, 0, inside ? left : region.columns);
+    clear(i, inside ? right : region.columns, region.columns);
   }
-  const int64_t begin = larger(0, -first), end = smaller(rows, g.height - first);
+  const auto first_pixel = [&](int64_t row, int64_t dy, int64_t dx) {
+    return from.pixel(region.row + row, dy, (region.column + left) * scale + dx);
+  };
   if (!from.channels_last()) {
     for (int64_t c = 0; c < channels; ++c) {
-      for (int64_t i = begin; i < end; ++i) {
-        for (int64_t dy = 0; dy < scale; ++dy) {
-          const S* line = from.pixel(first + i, dy, 0) + c * from.channel;
-          if (c + 1 < channels) prefetch(line + from.channel, g.width * scale);
-          load_line(line, scale, g.width, to[c * phases + dy * scale] + i * g.pitch, to.stride);
+      const S* line = first_pixel(begin, 0, 0) + c * from.channel;
+      T* rows = to[c * phases] + begin * g.pitch + left;
+      for (int64_t i = begin; i < end; ++i, rows += g.pitch) {
+        T* row = rows;
+        for (int64_t dy = 0; dy < scale; ++dy, line += from.line, row += scale * to.stride) {
+          if (c + 1 < channels) prefetch(line + from.channel, width * scale);
+          load_line(line, scale, width, row, to.stride);
         }
       }
     }
@@ -355,13 +540,13 @@ void load_planes(const Geometry& g, Image<const S> from, int64_t channels, int64
   }
   for (int64_t i = begin; i < end; ++i) {
     for (int64_t phase = 0; phase < phases; ++phase) {
-      const S* line = from.pixel(first + i, phase / scale, phase % scale);
-      for (int64_t j = 0; j < g.width; j += lanes) {
+      const S* line = first_pixel(i, phase / scale, phase % scale);
+      for (int64_t j = 0; j < width; j += lanes) {
         const S* at = line + j * scale * from.column;
-        const int64_t pixels = smaller(lanes, g.width - j);
+        const int64_t pixels = smaller(lanes, width - j);
         for (int64_t c = 0; c < channels; c += lanes) {
           // The zeros of the last vector go where load_line's do.
-          T* row = to[c * phases + phase] + i * g.pitch + j;
+          T* row = to[c * phases + phase] + i * g.pitch + left + j;
           Vector<T> v[lanes];
           if (pixels == lanes && c + lanes <= channels) {
 #pragma GCC unroll 16
@@ -386,27 +571,28 @@ void load_planes(const Geometry& g, Image<const S> from, int64_t channels, int64
 }
 
 template <typename S, typename T>
-void store_planes(const Geometry& g, Planes<T> from, int64_t channels, int64_t first, int64_t rows,
+void store_planes(const Geometry& g, Planes<T> from, int64_t channels, const Region& region,
                   Image<S> to) {
   constexpr int64_t lanes = kLanes<T>;
   const int64_t scale = to.scale, phases = scale * scale;
   if (!to.channels_last()) {
     for (int64_t c = 0; c < channels; ++c) {
-      for (int64_t i = 0; i < rows; ++i) {
+      for (int64_t i = 0; i < region.rows; ++i) {
         for (int64_t dy = 0; dy < scale; ++dy) {
-          store_line(from[c * phases + dy * scale] + i * g.pitch, from.stride, scale, g.width,
-                     to.pixel(first + i, dy, 0) + c * to.channel);
+          store_line(from[c * phases + dy * scale] + i * g.pitch, from.stride, scale,
+                     region.columns,
+                     to.pixel(region.row + i, dy, region.column * scale) + c * to.channel);
         }
       }
     }
     return;
   }
-  for (int64_t i = 0; i < rows; ++i) {
+  for (int64_t i = 0; i < region.rows; ++i) {
     for (int64_t phase = 0; phase < phases; ++phase) {
-      S* line = to.pixel(first + i, phase / scale, phase % scale);
-      for (int64_t j = 0; j < g.width; j += lanes) {
+      S* line = to.pixel(region.row + i, phase / scale, region.column * scale + phase % scale);
+      for (int64_t j = 0; j < region.columns; j += lanes) {
         S* at = line + j * scale * to.column;
-        const int64_t pixels = smaller(lanes, g.width - j);
+        const int64_t pixels = smaller(lanes, region.columns - j);
         for (int64_t c = 0; c < channels; c += lanes) {
           const T* row = from[c * phases + phase] + i * g.pitch + j;
           Vector<T> v[lanes];
@@ -491,23 +677,39 @@ void normalise_tile(const Geometry& g, Planes<T> weights) {
   }
 }
 
-// The weights of rows [first, first + rows) of group `index` as planes (tap, phase). Gaps between
-// rows are normalised along: they hold finite numbers and meet zeros.
-template <typename S, typename T>
-void load_weights(const Problem& p, const Geometry& g, int64_t index, int64_t first, int64_t rows,
-                  Planes<T> to) {
-  // As many rows at once as the block has: few streams from memory, long ones.
-  load_planes(g, weights_image(p, g, static_cast<const S*>(p.weights), index),
-              p.softmax ? g.taps * g.phases : g.taps, first, rows, to);
-  if (!p.softmax) return;
-  for_each_run<T>(g, rows, [&](int64_t row, int64_t, int64_t vectors) {
-    for (int64_t v = 0; v < vectors; ++v) {
-      const int64_t at = row * g.pitch + v * kLanes<T>;
-      for_each_piece<kMostPhases>(g.phases, [&](auto piece, int64_t phase) {
-        normalise_tile<decltype(piece)::value, T>(g, shifted(to, phase * to.stride + at));
-      });
-    }
-  });
+// The weights of a region of group `index` as planes (tap, phase). Gaps between rows are normalised
+// along: they hold finite numbers and meet zeros. Calls during(1) for each vector of pixels that it
+// normalises.
+template <typename S, typename T, typename During>
+void load_weights(const Problem& p, const Geometry& g, int64_t index, const Region& region,
+                  Planes<T> to, const During& during) {
+  const auto image = weights_image(p, g, static_cast<const S*>(p.weights), index);
+  if (!p.softmax) {
+    load_planes(g, image, g.taps, region, to);
+    return;
+  }
+  const int64_t planes = g.taps * g.phases;
+  // Two rows at a time, whole runs: the next ones come from memory while these are normalised.
+  const int64_t most = g.run_rows > 1 ? region.rows : 2;
+  for (int64_t row = 0; row < region.rows; row += most) {
+    const auto part = [&](int64_t first) {
+      return Region{region.row + first, smaller(most, region.rows - first), region.column,
+                    region.columns};
+    };
+    const Planes<T> rows = shifted(to, row * g.pitch);
+    load_planes(g, image, planes, part(row), rows);
+    Ahead next(g, image, row + most < region.rows ? planes : 0, part(row + most),
+               vectors_of<T>(g, part(row)));
+    for_each_run<T>(g, part(row), 0, [&](const Region&, int64_t begin, int64_t end) {
+      for (int64_t at = begin; at < end; at += kLanes<T>) {
+        for_each_piece<kMostPhases>(g.phases, [&](auto piece, int64_t phase) {
+          normalise_tile<decltype(piece)::value, T>(g, shifted(rows, phase * rows.stride + at));
+        });
+        next.ask(1);
+        during(1);
+      }
+    });
+  }
 }
 
 }  // namespace famseg::FAMSEG_ISA
