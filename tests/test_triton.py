@@ -50,7 +50,8 @@ SELECTIONS = (
 @pytest.mark.parametrize("name", ahead.OPERATIONS)
 def test_the_contract_holds_in_the_interpreter(name):
     files = ["tests/test_contract.py", "tests/test_triton.py"]
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *files]
+    workers = str(min(os.cpu_count() or 1, 4))
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-n", workers, "-p", "no:cacheprovider", *files]
     selection = " or ".join(f"({selection.format(name=name)})" for selection in SELECTIONS)
     run = subprocess.run([*command, "-k", selection], cwd=ROOT, env=INTERPRETER, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
