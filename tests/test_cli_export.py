@@ -15,7 +15,7 @@ from famseg.cli import export as command
 from famseg.cli.export import export_program, main
 from famseg.data.augment import MEAN, STD
 from famseg.inference import load_network
-from famseg.models import MODELS
+from famseg.models.famseg import SIZES
 from tests.checkpoints import write_checkpoint
 
 # One file, and images of other sizes than the command itself checks. The scan's reference makes chunks of 64 tokens and
@@ -26,8 +26,8 @@ SHAPES = ((1, 64, 64), (2, 96, 96), (5, 64, 224), (1, 128, 160))
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """All three ops, once each stage at most: tracing takes time in proportion to their number."""
-    few = dataclasses.replace(MODELS["famseg_nano"], strips=(1, 0, 0, 0), bottles=(1, 0, 0, 0))
-    monkeypatch.setitem(MODELS, "famseg_nano", few)
+    few = dataclasses.replace(SIZES["famseg_nano"], strips=(1, 0, 0, 0), bottles=(1, 0, 0, 0))
+    monkeypatch.setitem(SIZES, "famseg_nano", few)
 
 
 def agree(run, network) -> None:

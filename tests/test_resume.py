@@ -17,7 +17,7 @@ import torch
 import yaml
 
 from famseg.cli.train import main
-from famseg.models.famseg import MODELS
+from famseg.models.famseg import SIZES
 from famseg.training.checkpoint import AtomicCheckpointIO, CheckpointWriteError, continued
 from famseg.training.config import ConfigError, TrainConfig
 from famseg.training.schedule import parse_phases, resized
@@ -196,8 +196,8 @@ def test_patience_goes_on_counting_and_a_stale_run_trains_no_more(copy):
 
 
 def test_what_the_network_draws_at_random_is_drawn_again(tmp_path, monkeypatch):
-    stochastic = dataclasses.replace(MODELS["famseg_nano"], drop_path=0.5)
-    monkeypatch.setitem(MODELS, "famseg_nano", stochastic)
+    stochastic = dataclasses.replace(SIZES["famseg_nano"], drop_path=0.5)
+    monkeypatch.setitem(SIZES, "famseg_nano", stochastic)
     torch.set_num_threads(1)
     one, two = tmp_path / "one", tmp_path / "two"
     common = ["--data", "phantom:5", "--image-size", "32", "--batch-size", "2", "--device", "cpu"]
