@@ -199,11 +199,19 @@ class Operation:
                 skipped[name] = "its interpreter is for tests only"
                 continue
             reason = self.refusal(name, args, method)
+            if reason is None and (other := self._faster(name, args, method)) is not None:
+                reason = f"{other} is faster"
             if reason is None:
                 log.debug("%s.%s: %s (skipped: %s)", self.spec.name, method, name, skipped)
                 return self.implementations[name]
             skipped[name] = reason
         raise RuntimeError(f"{self.spec.name}: no backend can run this call: {skipped}")
+
+    def _faster(self, name: str, args: Sequence[Any], method: str) -> str | None:
+        """The later backend that `name` itself holds to be faster at this call, if that one can run it."""
+        faster = getattr(self.implementations[name], "faster", None)
+        other = None if faster is None else faster(method, args[0])
+        return other if other is not None and self.refusal(other, args, method) is None else None
 
     # --- kernels behind torch's dispatcher ------------------------------------------------------------
 

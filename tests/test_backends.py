@@ -42,6 +42,22 @@ def test_a_backend_that_cannot_take_the_arguments_raises_at_the_call():
         fk.OPERATIONS[0].choose(available[0], (X.to("meta"), None, None, [], [], [], []), "forward")
 
 
+def test_a_backend_leaves_a_call_to_a_faster_one_where_that_can_run_it(monkeypatch):
+    operation = fk.OPERATIONS[0]
+    runs = {"cuda", "triton", "cpu"}
+    monkeypatch.setattr(operation, "refusal", lambda name, *_: None if name in runs else "it is not here")
+    monkeypatch.setattr(backends, "TRITON_INTERPRETS", False)
+
+    def chosen(dtype, method):
+        implementation = operation.choose("auto", (X.to(dtype), None, None, [], [], [], []), method)
+        return next(name for name, other in operation.implementations.items() if other is implementation)
+
+    assert chosen(torch.bfloat16, "forward") == chosen(torch.float32, "backward") == "cuda"
+    assert chosen(torch.bfloat16, "backward") == chosen(torch.float16, "backward") == "triton"
+    runs.remove("triton")
+    assert chosen(torch.bfloat16, "backward") == "cuda"
+
+
 def test_use_backend_nests_and_restores():
     assert backends.requested() == "auto"
     with fk.use_backend("reference"):

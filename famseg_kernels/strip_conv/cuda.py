@@ -29,6 +29,14 @@ def unsupported(
     return f"{len(row_weights)} branches, at most {most} have a kernel" if len(row_weights) > most else None
 
 
+def faster(method: str, x: Tensor) -> str | None:
+    """The backend that automatic choice takes instead, where it can: by model, not by measurement (docs/gpu-notes.md).
+
+    In 16 bits Triton sums the weights' gradients on tensor cores, these kernels on FMA units.
+    """
+    return "triton" if method == "backward" and x.dtype in (torch.bfloat16, torch.float16) else None
+
+
 def forward(
     x: Tensor,
     square_weight: Tensor | None,
