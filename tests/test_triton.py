@@ -141,3 +141,16 @@ def test_every_launch_compiles_and_fits(name, capability, dtype):
     for kernel in kernels:
         assert kernel.shared <= ahead.SHARED_MEMORY[capability], kernel
         assert kernel.stack <= ahead.STACK, kernel
+
+
+@pytest.mark.skipif("FAMSEG_TRITON" not in os.environ, reason="FAMSEG_TRITON names no folder that holds another Triton")
+def test_another_triton_passes_the_same_tests(tmp_path):
+    """`pip install --no-deps --target /tmp/triton triton`, then FAMSEG_TRITON=/tmp/triton: the newest one."""
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
+    folder = Path(environment.pop("FAMSEG_TRITON")).resolve()
+    environment["PYTHONPATH"] = os.pathsep.join((str(folder), str(ROOT)))
+    where = [sys.executable, "-c", "import triton; print(triton.__file__)"]
+    assert Path(subprocess.check_output(where, env=environment, text=True).strip()).is_relative_to(folder)
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
