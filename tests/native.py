@@ -1,6 +1,7 @@
 """The C++ module that the native tests run: the installed one, or a sanitizer build.
 
-The kernels under AddressSanitizer and UBSan (Python itself is not built for them, hence the preload):
+The kernels under AddressSanitizer and UBSan (Python itself is not built for them, hence the preload; once before:
+pip install cmake ninja pybind11):
 
     cmake -S . -B build/sanitize -G Ninja -DFAMSEG_SANITIZE=ON -DFAMSEG_PYBIND11_INCLUDE=$(python -c
         'import pybind11; print(pybind11.get_include())') && cmake --build build/sanitize
