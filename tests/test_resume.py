@@ -38,6 +38,7 @@ def sitting(arguments: list[str], signal_number: int, tick: int, limit: int | No
     from famseg.training.module import SegmentationModule
 
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in a shell's background
     count = 0
 
     def counted(function):
