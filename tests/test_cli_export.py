@@ -99,6 +99,13 @@ def test_bad_usage_is_one_line_and_exit_code_2(
     assert [path.name for path in tmp_path.iterdir()] == ["best.ckpt"]
 
 
+def test_settings_come_from_yaml_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoint = write_checkpoint(tmp_path / "best.ckpt")
+    (tmp_path / "export.yaml").write_text(f"format: pt2\nout: {tmp_path}\n")
+    assert main([str(checkpoint), "--config", str(tmp_path / "export.yaml")]) == 2
+    assert "is a folder; give a file name" in capsys.readouterr().err
+
+
 def test_without_onnx_the_message_says_what_to_install(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
