@@ -3,8 +3,8 @@
 The contract tests run in a process of their own, because Triton reads TRITON_INTERPRET when a kernel is defined.
 `benchmarks.ahead` compiles what a chip would be asked to run.
 
-FAMSEG_COMPILE=all compiles every benchmark shape × dtype × chip (600 kernels, a second each); the default takes the
-first two shapes of an operation on two chips with one dtype each.
+FAMSEG_COMPILE=all compiles every benchmark shape × dtype × chip (a second a kernel, more than 600 of them); the default
+takes the first two shapes of an operation on two chips with one dtype each.
 """
 
 from __future__ import annotations
@@ -106,11 +106,15 @@ def test_gradients_asked_for_one_by_one_are_the_same(name):
         return rand(1, 1, 5, 6), rand(1, 1, 3, 3), rand(1), [rand(1, 1, 1, 3)], [rand(1)], [rand(1, 1, 5, 1)], [rand(1)]
 
     args = Case("one_branch", make).arguments(torch.float32)
-    implementation = ahead.OPERATIONS[name].implementations["triton"]
+    operation = ahead.OPERATIONS[name]
+    implementation = operation.implementations["triton"]
     together = implementation.backward(args[0], [True] * 7, *args)
     for i in range(7):
-        alone = implementation.backward(args[0], [place == i for place in range(7)], *args)
-        assert torch.equal(alone[i], together[i])  # and what a launch computes on the way, the registry leaves out
+        needs = [place == i for place in range(7)]
+        alone = implementation.backward(args[0], needs, *args)
+        # What a launch computes on the way, the registry leaves out.
+        (gradient,) = operation.promised_gradients(alone, [args[0]], needs, args)
+        assert torch.equal(gradient, together[i])
 
 
 def test_the_gpu_command_goes_through_its_steps_in_the_interpreter(tmp_path):
