@@ -68,6 +68,14 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     return checkpoint
 
 
+def weights_of(checkpoint: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """The network's weights in a checkpoint of famseg-train: the averaged ones where the run kept them."""
+    states = checkpoint["state_dict"]
+    return checkpoint.get("ema") or {
+        name.removeprefix("model."): value for name, value in states.items() if name.startswith("model.")
+    }
+
+
 def load_network(path: str | Path) -> Network:
     """The network of a famseg-train checkpoint, on the CPU; averaged weights where the run kept them.
 
@@ -76,14 +84,11 @@ def load_network(path: str | Path) -> Network:
     """
     path = Path(path)
     checkpoint = read_checkpoint(path)
-    config, states = checkpoint["config"], checkpoint["state_dict"]
-    weights = checkpoint.get("ema") or {
-        name.removeprefix("model."): value for name, value in states.items() if name.startswith("model.")
-    }
+    config = checkpoint["config"]
     try:
         options = option_names(config["model"]) & config.keys()
         model = create_model(config["model"], len(CLASSES), **{name: config[name] for name in options})
-        model.load_state_dict(weights)
+        model.load_state_dict(weights_of(checkpoint))
     except (KeyError, ValueError, TypeError, RuntimeError) as error:
         reason = str(error).strip().splitlines()
         raise DataError(f"{path}: was made by another version of this network ({reason[0]})") from error

@@ -27,7 +27,7 @@ from famseg.evaluation import FITS, LENGTHS, Evaluation, ImageScore
 from famseg.inference import Network, load_network, predict
 from famseg.reporting.overlay import draw_overlay
 from famseg.reporting.page import NAMES, Picture, report
-from famseg.training.config import ConfigError, device_for, option
+from famseg.training.config import device_for, expect_at_least, option
 from famseg_kernels.backends import CHOICES as BACKENDS
 
 PROG = "famseg-evaluate"
@@ -51,8 +51,7 @@ class Options:
     backend: str = option("auto", f"famseg_kernels backend: {', '.join(BACKENDS)}")
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise ConfigError(f"batch_size: expected at least 1, got {self.batch_size}")
+        expect_at_least("batch_size", self.batch_size, 1)
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ from famseg.data.sample import CLASSES
 from famseg.evaluation import FITS, LENGTHS
 from famseg.inference import load_network, predict
 from famseg.reporting.overlay import draw_overlay
-from famseg.training.config import ConfigError, device_for, option
+from famseg.training.config import ConfigError, device_for, expect_at_least, option
 from famseg_kernels.backends import CHOICES as BACKENDS
 
 PROG = "famseg-predict"
@@ -57,8 +57,7 @@ class Options:
     backend: str = option("auto", f"famseg_kernels backend: {', '.join(BACKENDS)}")
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise ConfigError(f"batch_size: expected at least 1, got {self.batch_size}")
+        expect_at_least("batch_size", self.batch_size, 1)
 
 
 @dataclass(frozen=True)

@@ -41,10 +41,10 @@ def create_model(name: str, num_classes: int = 3, **options: object) -> nn.Modul
     Raises:
         ValueError: unknown model, option or value; a package that the model needs is missing.
     """
-    if name in SIZES:
-        return create_famseg(name, num_classes, **options)
-    if name not in _OTHERS:
+    if name not in MODELS:
         raise ValueError(f"model: expected one of {', '.join(MODELS)}, got {name!r}")
-    if options:
-        raise ValueError(f"model option: {name} has none, got {', '.join(options)}")
-    return _OTHERS[name](num_classes)
+    known = option_names(name)
+    if unknown := options.keys() - known:
+        expected = f"expected one of {', '.join(sorted(known))}" if known else f"{name} has none"
+        raise ValueError(f"model option: {expected}, got {', '.join(unknown)}")
+    return create_famseg(name, num_classes, **options) if name in SIZES else _OTHERS[name](num_classes)

@@ -190,20 +190,8 @@ class UpStep(nn.Module):
         return self.conv(x if skip is None else torch.cat([x, skip], 1))
 
 
-def create_famseg(name: str, num_classes: int = 3, **options: object) -> FAMSeg:
-    """A freshly initialised FAMSeg.
-
-    Args:
-        name: "famseg_nano", "famseg_tiny", "famseg_small" or "famseg_base".
-        num_classes: output classes.
-        options: any field of FAMSegConfig, for example shortcut="identity", upsample="bilinear", context="none".
-
-    Raises:
-        ValueError: unknown option or value.
-    """
-    known = {f.name for f in dataclasses.fields(FAMSegConfig)}
-    if unknown := options.keys() - known:
-        raise ValueError(f"model option: expected one of {', '.join(sorted(known))}, got {', '.join(unknown)}")
+def create_famseg(name: str, num_classes: int, **options: object) -> FAMSeg:
+    """What `famseg.create_model` makes of one of SIZES; raises ValueError for a value that an option does not have."""
     config = dataclasses.replace(SIZES[name], num_classes=num_classes, **options)  # type: ignore[arg-type]
     model = FAMSeg(config)
     init_convolutions(model)

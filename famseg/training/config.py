@@ -25,6 +25,11 @@ def option(default: Any, help: str) -> Any:
     return dataclasses.field(default=default, metadata={"help": help})
 
 
+def expect_at_least(name: str, value: float, minimum: float) -> None:
+    if not value >= minimum:
+        raise ConfigError(f"{name}: expected at least {minimum}, got {value}")
+
+
 _ABLATIONS = ("shortcut", "upsample", "context", "fusion")
 
 
@@ -95,9 +100,8 @@ class TrainConfig:
             "patience": 0, "clip_norm": 0, "weight_decay": 0,
         }  # fmt: skip
         for name, minimum in minima.items():
-            value = getattr(self, name)
-            if value is not None and not value >= minimum:
-                raise ConfigError(f"{name}: expected at least {minimum}, got {value}")
+            if (value := getattr(self, name)) is not None:
+                expect_at_least(name, value, minimum)
         if not 0 < self.val_fraction < 1:
             raise ConfigError(f"val_fraction: expected a number between 0 and 1, got {self.val_fraction}")
         if not 0 <= self.ema < 1:

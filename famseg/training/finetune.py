@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from famseg.data.errors import DataError
-from famseg.inference import read_checkpoint
+from famseg.inference import read_checkpoint, weights_of
 from famseg.models import FAMSeg, UNetMobileNetV2, load_mscan
 
 
@@ -64,10 +64,7 @@ def load_weights(model: nn.Module, path: str | Path) -> str:
         raise DataError(f"weights: {path}: holds no tensors saved by torch.save ({reason})") from error
     try:
         if isinstance(content, dict) and "loops" in content:
-            checkpoint = read_checkpoint(path)
-            states = checkpoint["state_dict"]
-            states = {key.removeprefix("model."): value for key, value in states.items() if key.startswith("model.")}
-            model.load_state_dict(checkpoint.get("ema") or states)
+            model.load_state_dict(weights_of(read_checkpoint(path)))  # read again: with its checksums
             return f"all weights of {path}"
         content = content.get("state_dict", content) if isinstance(content, dict) else {}
         if isinstance(model, FAMSeg):
