@@ -15,15 +15,19 @@ import torch
 
 
 class Config(NamedTuple):
-    """How many warps run a program and how deep its loads are pipelined."""
+    """How many warps run a program, how deep its loads are pipelined, and that a * b + c is one instruction.
+
+    The last is said because Triton 3.10 changes its default, which would halve what FMA units do.
+    """
 
     num_warps: int
     num_stages: int = 2
+    enable_fp_fusion: bool = True
 
 
 def run(kernel: Any, grid: tuple[int, ...], config: Config, *args: Any, **constants: Any) -> None:
     """Launch `kernel` on the current device: `args` by place, compile-time `constants` by name."""
-    kernel[grid](*args, **constants, num_warps=config.num_warps, num_stages=config.num_stages)
+    kernel[grid](*args, **constants, **config._asdict())
 
 
 def on(device: torch.device) -> AbstractContextManager[Any]:

@@ -76,16 +76,21 @@ def reassembly_over_several_blocks(rand):
 
 def scan_over_several_blocks(rand):
     """Several chunks, blocks of headdim and state, and heads of a group in one program and in several."""
-    n, h, w, heads, headdim, state = 1, 1, 17, 9, 17, 18
+    n, h, w, heads, headdim, state = 1, 5, 13, 4, 17, 18
     x, dt = rand(n, h, w, heads, headdim), rand(n, h, w, 2, heads).abs() * 0.3
     B, C = rand(n, h, w, 2, 1, state), rand(n, h, w, 2, 1, state)
     return x, dt, -rand(2, heads).abs(), B, C, rand(heads), None, None, False, 0.0, float("inf")
 
 
+FP32, BF16 = torch.float32, torch.bfloat16
 CONFIGURATIONS = {
-    "ssd_scan_2d": (Case("blocks", scan_over_several_blocks), ((16, 16, 16, 16, 1),)),
-    "strip_conv2d": (Case("frames", strip_over_several_frames), ((32, 1, 16, 1), (64, 3, 32, 2))),
-    "reassemble": (Case("blocks", reassembly_over_several_blocks), ((64, 1, 4, 1), (128, 2, 8, 2))),
+    # Only bf16 has chunks of 64.
+    "ssd_scan_2d": (
+        Case("blocks", scan_over_several_blocks),
+        ((FP32, 16, 16, 16, 16, 1), (BF16, 64, 32, 64, 64, 1)),
+    ),
+    "strip_conv2d": (Case("frames", strip_over_several_frames), ((FP32, 32, 1, 16, 1), (FP32, 64, 3, 32, 2))),
+    "reassemble": (Case("blocks", reassembly_over_several_blocks), ((FP32, 64, 1, 4, 1), (FP32, 128, 2, 8, 2))),
 }
 
 
@@ -94,9 +99,9 @@ CONFIGURATIONS = {
 def test_results_are_right_with_any_configuration(name):
     operation, (case, configurations) = ahead.OPERATIONS[name], CONFIGURATIONS[name]
     module = importlib.import_module(tune.CANDIDATES[name][0])
-    for values in configurations:
+    for dtype, *values in configurations:
         with tune.configured(module, 0, module.Configuration(*values)):
-            gate.check(operation, case.arguments(torch.float32), "triton")
+            gate.check(operation, case.arguments(dtype), "triton")
 
 
 @pytest.mark.skipif(not backends.TRITON_INTERPRETS, reason="runs in the interpreter's process")

@@ -534,14 +534,17 @@ class Configuration(NamedTuple):
 
 
 # By compute capability × 10; 0 stands for every other chip and for the interpreter. These are the largest that sm_80
-# and sm_90 hold in registers: a tile of 64 × 64 takes 32 of 255 with 4 warps, and more than 4 warps do not share the 64
-# rows of a product on tensor cores. A product by FMA keeps rows of both factors as well: of 64 they would not fit.
+# and sm_90 hold in registers: a tile of 64 × 64 takes 32 of 255 with 4 warps. A product by FMA keeps rows of both
+# factors as well: of 64 they would not fit.
 CONFIGURATIONS = {
     80: Configuration(chunk=64, tile=32, backward_chunk=32, backward_tile=64, num_stages=2),
     90: Configuration(chunk=64, tile=32, backward_chunk=32, backward_tile=64, num_stages=2),
     0: Configuration(chunk=64, tile=32, backward_chunk=32, backward_tile=64, num_stages=2),
 }
 _WARPS = 4
+# `_matrix_gradients` keeps seven tiles: 4 warps spill (up to 72 bytes a thread, by the compiler's version), 8 do not. A
+# multiprocessor holds as many warps either way: two programs of 4 at 255 registers, or one of 8.
+_GRADIENT_WARPS = 8
 # Channels of the heads that share a program's G in _mix: narrow heads go together.
 _WIDTH = 64
 
@@ -732,7 +735,7 @@ class _Problem:
         of_step, of_log = (self.fp32(parts, self.batches, self.tokens, columns) for _ in range(2))
         of_D = None if self.skip is None else self.fp32(self.batches * self.chunks, self.heads, self.headdim)
         launch.run(
-            _matrix_gradients, (programs * splits,), self.config,
+            _matrix_gradients, (programs * splits,), self.config._replace(num_warps=_GRADIENT_WARPS),
             *_strided(self.x), *_strided(dy), *_strided(self.B), *_strided(self.C), *_strided(self.dt), self.A,
             self.bias, self.resets, states, state_gradients, of_B, of_C, of_step, of_log, of_D,
             self.batches, self.height, self.width, self.chunks, self.heads, self.groups, splits, self.directions,
