@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from benchmarks import measure
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--benchmark", action="store_true", help="time the benchmarks (default: run each once, small)")
@@ -13,3 +15,5 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     if not config.getoption("--benchmark"):
         config.option.benchmark_disable = True
+    else:
+        measure.keep_freed_memory()
