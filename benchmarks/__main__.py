@@ -1,9 +1,9 @@
 """`python -m benchmarks`: is it right, how fast is it, beside the best alternatives, on this machine.
 
 Correctness comes first (`--gate` stops there); then our backends and all peers take turns in one run. A row tells
-milliseconds, GFLOP/s, GB/s, the part of the roofline (matrix rate and copy bandwidth measured in the same run), peak
-memory, and how many times faster ours is than the best peer. Figures go to benchmarks/results/ as CSV with commit,
-device and versions.
+milliseconds, GFLOP/s, GB/s, the part of the roofline (matrix rate and copy bandwidth measured in the same run on as
+many threads), peak memory, and how many times faster ours is than the best peer. Figures go to benchmarks/results/ as
+CSV with commit, device and versions.
 
 Under TRITON_INTERPRET=1 it is a dry run of the GPU command: Triton's interpreter stands in for the GPU, every step is
 taken once, on the smallest cases and shapes, and nothing is written unless --csv says where.
@@ -17,6 +17,7 @@ import gc
 import sys
 import traceback
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,12 +93,17 @@ def main() -> int:
         return 0
 
     seconds = (0.5 if options.quick else 2.0) if options.seconds is None else options.seconds
-    rates = measure.machine_rates(options.device, dtypes, seconds)
+    # By the contestants' threads: None stands for all that torch has.
+    rates = {None: measure.machine_rates(options.device, dtypes, seconds)}
+    if options.device == "cpu":
+        with threads(1):
+            rates[1] = measure.machine_rates(options.device, dtypes, seconds)
     where = measure.provenance(options.device)
     console.print(", ".join(f"{key} {value}" for key, value in where.items()))
-    for dtype, rate in rates.matrix.items():
-        console.print(f"matrix product {name_of(dtype)}: {rate / 1e9:.0f} GFLOP/s")
-    console.print(f"copy: {rates.copy / 1e9:.1f} GB/s")
+    for number, rate in rates.items():
+        figures = [f"matrix product {name_of(dtype)} {flops / 1e9:.0f} GFLOP/s" for dtype, flops in rate.matrix.items()]
+        figures += [f"copy {rate.copy / 1e9:.1f} GB/s", *(["one thread"] if number else [])]
+        console.print(", ".join(figures))
     path = None
     if not options.no_csv and (options.csv or not backends.TRITON_INTERPRETS):
         path = options.csv or measure.result_path(where, f"torch{torch.__version__.split('+')[0]}")
@@ -171,7 +177,7 @@ def measure_case(
     dtype: torch.dtype,
     backward: bool,
     options: Any,
-    rates: measure.Rates,
+    rates: dict[int | None, measure.Rates],
     seconds: float,
     console: Console,
 ) -> Iterator[dict[str, Any]]:
@@ -188,7 +194,7 @@ def measure_case(
 
     truth = None
     calls: dict[str, measure.Call] = {}
-    ours = {}
+    chosen: dict[str, Contestant] = {}
     for contestant in contestants(operation, args, dtype, backward, options, console):
         try:
             call, result = prepare(operation, contestant, case, dtype, device, backward, buffers)
@@ -203,12 +209,11 @@ def measure_case(
         wrong = float((result - truth).norm() / truth.norm())
         if wrong > (0.05 if dtype.itemsize < 4 or options.tf32 else 1e-3):
             raise AssertionError(f"{operation.spec.name}: peer {contestant.name} differs from ours by {wrong:.1e}")
-        calls[contestant.name], ours[contestant.name] = call, contestant.ours
+        calls[contestant.name], chosen[contestant.name] = call, contestant
     times = measure.interleaved(calls, device, seconds, buffers)
-    best = min((times[name].median for name in calls if not ours[name]), default=float("nan"))
-    bound = rates.bound_ms(flops, moved, dtype)
+    best = min((times[name].median for name in calls if not chosen[name].ours), default=float("nan"))
     for name, call in calls.items():
-        ms = times[name].median
+        ms, rate = times[name].median, rates[chosen[name].threads]
         yield {
             "op": operation.spec.name,
             "case": case.name,
@@ -220,13 +225,13 @@ def measure_case(
             "ms_p80": round(times[name].high, 4),
             "gflops": round(flops / ms / 1e6, 1),
             "gb_s": round(moved / ms / 1e6, 2),
-            "roofline_percent": round(100 * bound / ms, 1),
+            "roofline_percent": round(100 * rate.bound_ms(flops, moved, dtype) / ms, 1),
             "peak_mb": round(measure.peak_megabytes(call, device), 2),
             "result_mb": round(out / 1e6, 2),
             "best_peer_ms": round(best, 4),
-            "speedup": round(best / ms, 2) if ours[name] else "",
-            "matrix_gflops": round(rates.matrix[dtype] / 1e9, 1),
-            "copy_gb_s": round(rates.copy / 1e9, 2),
+            "speedup": round(best / ms, 2) if chosen[name].ours else "",
+            "matrix_gflops": round(rate.matrix[dtype] / 1e9, 1),
+            "copy_gb_s": round(rate.copy / 1e9, 2),
         }
 
 
@@ -302,16 +307,22 @@ def prepare(
         return torch.autograd.grad(result, leaves, grad, allow_unused=True)
 
     def call_on_threads(number: int) -> Any:
-        torch.set_num_threads(contestant.threads)
-        try:
+        with threads(contestant.threads):
             return call(number)
-        finally:
-            torch.set_num_threads(threads)
 
-    threads = torch.get_num_threads()
     chosen = call if contestant.threads is None else call_on_threads
     chosen(0)
     return chosen, first.detach()
+
+
+@contextmanager
+def threads(number: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def copied(value: Any) -> Any:

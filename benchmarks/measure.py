@@ -105,8 +105,8 @@ def _interleaved_cuda(
 def keep_freed_memory() -> None:
     """Let results lie where freed ones lay, in this process from now on.
 
-    Left alone, glibc gives large blocks back to the system or not, as earlier calls will have it, and the same call takes
-    1.4 ms or, with the page faults of fresh memory, 3.5. Where there is no glibc nothing is done.
+    Left alone, glibc gives large blocks back to the system or not, as earlier calls will have it, and the same call
+    takes 1.4 ms or, with the page faults of fresh memory, 3.5. Where there is no glibc nothing is done.
     """
     if platform.libc_ver()[0] == "glibc":
         mmap_max, trim_threshold = -4, -1  # malloc.h
