@@ -216,6 +216,22 @@ def test_channels_last_comes_back_channels_last(shape: tuple[int, ...], isa: str
     assert torch.equal(y, cpu.forward(*args)) and torch.equal(dx, cpu.backward(x, needs, *args)[0])
 
 
+@pytest.mark.filterwarnings("ignore:TF32 acceleration")
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+@pytest.mark.parametrize("shape", [(2, 32, 9, 11), (1, 16, 1, 1), (1, 48, 2, 5), (2, 16, 40, 3), (1, 17, 5, 6)])
+@pytest.mark.parametrize("size", [1, 3, 5, 7, 9])
+def test_a_square_kernel_alone_reads_channels_last_as_it_lies(
+    size: int, shape: tuple[int, ...], dtype: torch.dtype, isa: str
+) -> None:
+    args = converted(arguments(shape, size, [], True), dtype)
+    x, *rest = args
+    y = cpu.forward(x.contiguous(memory_format=torch.channels_last), *rest)
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    with torch.backends.mkldnn.flags(enabled=dtype.itemsize > 2):
+        eager = compose(*args)
+    assert tolerance.violation(y, eager, compose(*converted(args, torch.float64))) is None
+
+
 @pytest.mark.parametrize("wanted", [0, 1, 2, 3, 4, 5, 7, 8, 9, 10])  # 6: a bias that this case has not
 def test_each_gradient_alone_is_the_same_as_among_all(wanted: int) -> None:
     args = arguments((2, 3, 12, 17), 5, [(7, 7), (3, 9)], True)

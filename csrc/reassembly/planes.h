@@ -23,10 +23,6 @@
 #include "common/transpose.h"
 #include "reassembly/cpu.h"
 
-#if defined(__F16C__)
-#include <immintrin.h>
-#endif
-
 namespace famseg::FAMSEG_ISA {
 
 using reassembly::Gradients;
@@ -200,63 +196,6 @@ template <int MOST, typename F>
 constexpr int kMostPhases = 4;
 
 // ---- vectors in and out -------------------------------------------------------------------------
-
-// One vector of the arithmetic from elements of memory.
-[[gnu::always_inline]] inline Vector<float> load_wide(const float* p) {
-  return load(p);
-}
-[[gnu::always_inline]] inline Vector<double> load_wide(const double* p) {
-  return load(p);
-}
-
-[[gnu::always_inline]] inline Vector<float> load_wide(const Bfloat16* p) {
-  typedef uint16_t Bits __attribute__((vector_size(kVectorBytes / 2), aligned(2), may_alias));
-  const auto bits = *reinterpret_cast<const Bits*>(p);
-  return reinterpret_cast<Vector<float>>(__builtin_convertvector(bits, Vector<uint32_t>) << 16);
-}
-
-[[gnu::always_inline]] inline Vector<float> load_wide(const Float16* p) {
-#if defined(__AVX512F__)
-  return _mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-#elif defined(__F16C__)
-  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-#else
-  Vector<float> v;
-  for (int i = 0; i < kLanes<float>; ++i) v[i] = to_float(p[i]);
-  return v;
-#endif
-}
-
-[[gnu::always_inline]] inline void store_narrow(float* p, Vector<float> v) {
-  store(p, v);
-}
-[[gnu::always_inline]] inline void store_narrow(double* p, Vector<double> v) {
-  store(p, v);
-}
-
-// The vector form of half.h's to_bfloat16, which the compiler does not find within larger loops;
-// the result is in the upper halves.
-[[gnu::always_inline]] inline Vector<uint32_t> bfloat16_bits(Vector<float> v) {
-  const auto bits = reinterpret_cast<Vector<uint32_t>>(v);
-  const Vector<uint32_t> rounded = bits + 0x7fff + ((bits >> 16) & 1);
-  return v == v ? rounded : bits | 0x400000;
-}
-
-[[gnu::always_inline]] inline void store_narrow(Bfloat16* p, Vector<float> v) {
-  typedef uint16_t Bits __attribute__((vector_size(kVectorBytes / 2), aligned(2), may_alias));
-  *reinterpret_cast<Bits*>(p) = __builtin_convertvector(bfloat16_bits(v) >> 16, Bits);
-}
-
-[[gnu::always_inline]] inline void store_narrow(Float16* p, Vector<float> v) {
-#if defined(__AVX512F__)
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
-                      _mm512_maskz_cvtps_ph(0xffff, v, _MM_FROUND_TO_NEAREST_INT));
-#elif defined(__F16C__)
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
-#else
-  for (int i = 0; i < kLanes<float>; ++i) narrow(p[i], v[i]);
-#endif
-}
 
 // The first `count` elements, zeros behind them: there memory may end.
 template <typename S>

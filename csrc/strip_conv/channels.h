@@ -23,38 +23,6 @@ inline int64_t cropped(int64_t size, int64_t extent) {
   return smaller(size, 2 * extent - 1);
 }
 
-template <typename S, typename T>
-[[gnu::always_inline]] inline Vector<T> widen_vector(const S* from) {
-  T lanes[kLanes<T>];
-  for (int l = 0; l < kLanes<T>; ++l) lanes[l] = widen(from[l]);
-  return load(lanes);
-}
-
-template <typename S, typename T>
-[[gnu::always_inline]] inline void narrow_vector(S* to, Vector<T> value) {
-  T lanes[kLanes<T>];
-  store(lanes, value);
-  for (int l = 0; l < kLanes<T>; ++l) narrow(to[l], lanes[l]);
-}
-
-// Where memory holds what is computed with.
-template <>
-[[gnu::always_inline]] inline Vector<float> widen_vector<float, float>(const float* from) {
-  return load(from);
-}
-template <>
-[[gnu::always_inline]] inline Vector<double> widen_vector<double, double>(const double* from) {
-  return load(from);
-}
-template <>
-[[gnu::always_inline]] inline void narrow_vector<float, float>(float* to, Vector<float> value) {
-  store(to, value);
-}
-template <>
-[[gnu::always_inline]] inline void narrow_vector<double, double>(double* to, Vector<double> value) {
-  store(to, value);
-}
-
 // `count` pixels of `channels` channels, a vector for each pixel, missing channels zero.
 // `pixel` elements from vector to vector; (channels, count) in memory, `stride` elements from
 // channel to channel.
@@ -66,7 +34,7 @@ void load_channels_first(const S* from, int64_t stride, int64_t channels, int64_
     for (int64_t j = 0;; j = smaller(j + lanes, count - lanes)) {
       Vector<T> block[lanes];
 #pragma GCC unroll 16
-      for (int l = 0; l < lanes; ++l) block[l] = widen_vector<S, T>(from + l * stride + j);
+      for (int l = 0; l < lanes; ++l) block[l] = load_wide(from + l * stride + j);
       transpose_from<1, T>(block);
 #pragma GCC unroll 16
       for (int k = 0; k < lanes; ++k) store(to + (j + k) * pixel, block[k]);
@@ -92,7 +60,7 @@ void store_channels_first(const T* from, int64_t pixel, int64_t stride, int64_t 
       for (int k = 0; k < lanes; ++k) block[k] = load(from + (j + k) * pixel) + bias;
       transpose_from<1, T>(block);
 #pragma GCC unroll 16
-      for (int l = 0; l < lanes; ++l) narrow_vector<S, T>(to + l * stride + j, block[l]);
+      for (int l = 0; l < lanes; ++l) store_narrow(to + l * stride + j, block[l]);
       if (j == count - lanes) return;
     }
   }
@@ -108,7 +76,7 @@ void load_channels_last(const S* from, int64_t stride, int64_t channels, int64_t
   constexpr int lanes = kLanes<T>;
   for (int64_t j = 0; j < count; ++j, from += stride, to += pixel) {
     if (channels == lanes) {
-      store(to, widen_vector<S, T>(from));
+      store(to, load_wide(from));
     } else {
       for (int64_t l = 0; l < lanes; ++l) to[l] = l < channels ? widen(from[l]) : T(0);
     }
@@ -121,7 +89,7 @@ void store_channels_last(const T* from, int64_t pixel, int64_t stride, int64_t c
   constexpr int lanes = kLanes<T>;
   for (int64_t j = 0; j < count; ++j, from += pixel, to += stride) {
     if (channels == lanes) {
-      narrow_vector<S, T>(to, load(from) + bias);
+      store_narrow(to, load(from) + bias);
     } else {
       for (int64_t l = 0; l < channels; ++l) narrow(to[l], from[l] + bias[l]);
     }

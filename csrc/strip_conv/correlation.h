@@ -42,7 +42,7 @@ struct Correlation {
   T* out;
   int64_t out_line;
   int64_t lines;
-  Fetch fetch;  // meanwhile, by the first piece of the kernel
+  Fetch fetch[2];  // meanwhile, by the first piece of the kernel
 };
 
 // sum[q] += taps . in[q ...], STEP vectors apart. Each is loaded once.
@@ -73,13 +73,15 @@ template <int STEP, bool SQUARE, int TAPS, int N, typename T>
   T* out = c.out + first * step;
   const int64_t kernel_lines = c.kernel_lines, from_in = c.in_line, from_out = c.out_line;
   const int64_t start_step = c.start_step, from_start = c.start_line;
-  Fetch fetch = c.fetch;
+  Fetch fetches[2] = {c.fetch[0], c.fetch[1]};
   for (int64_t lines = c.lines; lines > 0; --lines) {
-    const char* address = fetch.from;
-    for (int64_t k = 0; k < fetch.count; ++k, address += fetch.step) {
-      __builtin_prefetch(address, 0, 2);
+    for (Fetch& fetch : fetches) {
+      const char* address = fetch.from;
+      for (int64_t k = 0; k < fetch.count; ++k, address += fetch.step) {
+        __builtin_prefetch(address, 0, 2);
+      }
+      fetch.from += fetch.line;
     }
-    fetch.from += fetch.line;
     Vector<T> sum[N];
 #pragma GCC unroll 16
     for (int q = 0; q < N; ++q) sum[q] = load(start + q * start_step);
@@ -131,7 +133,7 @@ template <int STEP, bool SQUARE = false, typename T>
     c.start = c.out;
     c.start_step = STEP * kLanes<T>;
     c.start_line = c.out_line;
-    c.fetch.count = 0;
+    c.fetch[0].count = c.fetch[1].count = 0;
     left -= taps;
   }
 }

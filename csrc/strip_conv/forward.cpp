@@ -48,6 +48,8 @@ constexpr int64_t kPitch = kStripWidth + 1;  // vectors from row to row of r_i a
 constexpr int64_t kXRows = 8;                // of x at a time
 constexpr int64_t kRows = 8;                 // of r_i at a time
 constexpr int64_t kBandBytes = 1 << 20;      // of a and r_i: half of an L2 cache of 2 MB
+constexpr int64_t kSmallSquare = 7;          // size of a square kernel that memory binds
+constexpr int64_t kLeastPixels = 512;        // that share the loading of its weights
 
 template <typename T>
 struct Strip {
@@ -106,9 +108,10 @@ Space<T> lay_out(const Problem& p, Arena& arena) {
   s.square_bias = arena.take<T>(lanes);
   s.bias = arena.take<T>(lanes);
   s.a_stride = odd_stride<T>(s.width + 2 * s.reach_row);
-  // As many rows as the budget allows, in whole columns of sums.
+  // As many rows as the budget allows, in whole columns of sums; without columns, which would
+  // compute a band's edge again, as few as possible.
   const int64_t row = (s.a_stride / lanes + p.branch_count * kPitch) * kVectorBytes;
-  const int64_t affordable = kBandBytes / row - 2 * s.reach_column;
+  const int64_t affordable = p.branch_count == 0 ? 0 : kBandBytes / row - 2 * s.reach_column;
   s.band = smaller(larger(affordable / kSums, 1) * kSums, p.h);
   s.a = arena.take<T>(smaller(s.band + 2 * s.reach_column, p.h) * s.a_stride);
   if (p.square_weight != nullptr) {
@@ -205,10 +208,11 @@ void load_image(const Problem& p, const Place& place, int64_t from, int64_t to, 
 }
 
 // Rows [from, to) of a, of which `row` is the first; x's first row is `from` - reach. What of x the
-// next rows will need is fetched meanwhile.
+// next rows will need is fetched meanwhile, and what of y these rows will be stored to, if they are
+// the result.
 template <typename S, typename T>
 void square_stage(const Problem& p, const Space<T>& s, const Place& place, int64_t from, int64_t to,
-                  T* row) {
+                  T* row, const void* y) {
   constexpr int64_t lanes = kLanes<T>;
   const int64_t begin = place.left - s.reach_row, end = place.left + place.width + s.reach_row;
   const int64_t first = larger(begin, 0), last = smaller(end, p.w);
@@ -230,7 +234,8 @@ void square_stage(const Problem& p, const Space<T>& s, const Place& place, int64
     c.out = row + (j - begin) * lanes;
     c.out_line = s.a_stride;
     c.lines = to - from;
-    if (next + c.lines <= p.h) c.fetch = fetch_of<S>(p, place, next, j, width, p.x);
+    if (next + c.lines <= p.h) c.fetch[0] = fetch_of<S>(p, place, next, j, width, p.x);
+    if (p.branch_count == 0) c.fetch[1] = fetch_of<S>(p, place, from, j, width, y);
     correlate<1, true>(c, width);
   }
 }
@@ -258,9 +263,9 @@ void row_stage(const Problem& p, const Space<T>& s, const Place& place, int64_t 
       c.out = strip.rows + (first - band + reach) * kPitch * lanes;
       c.out_line = kPitch * lanes;
       c.lines = smaller(smaller(i + kRows, to), band + s.band + reach) - first;
-      c.fetch = fetch;
-      c.fetch.from += k * share * fetch.step;
-      c.fetch.count = smaller(share, fetch.count - k * share);
+      c.fetch[0] = fetch;
+      c.fetch[0].from += k * share * fetch.step;
+      c.fetch[0].count = smaller(share, fetch.count - k * share);
       if (c.lines > 0) correlate<1>(c, width);
     }
   }
@@ -362,7 +367,7 @@ void forward_block(const Problem& p, void* y, int64_t block, void* scratch) {
         const int64_t first = ready == 0 ? -reach : ready + reach;
         load_image<S>(p, place, first, next + reach, s.reach_row + reach, s.x_stride,
                       s.x + (first - (ready - reach)) * s.x_stride);
-        square_stage<S>(p, s, place, ready, next, a);
+        square_stage<S>(p, s, place, ready, next, a, y);
         move_down(s.x + (next - ready) * s.x_stride, 2 * reach * s.x_stride, s.x);
         ready = next;
       }
@@ -388,9 +393,122 @@ void forward_block(const Problem& p, void* y, int64_t block, void* scratch) {
   }
 }
 
+// ---- a small square kernel of a channels-last image ---------------------------------------------
+
+// Memory binds it, so that it is read and written as it lies: row by row, some pixels of all
+// channels after the other. Nothing is copied; a line of x is found in the caches by the rows
+// after.
+bool is_small_square(const Problem& p) {
+  const bool odd_and_small = p.square_size % 2 == 1 && p.square_size <= kSmallSquare;
+  const int64_t lanes =
+      by_dtype(p.dtype, [](auto element) -> int64_t { return kLanes<Compute<decltype(element)>>; });
+  return p.channels_last && p.branch_count == 0 && p.square_weight != nullptr && odd_and_small &&
+         p.c % lanes == 0;
+}
+
+// Rows of a block.
+int64_t rows_of_small_square(const Problem& p) {
+  return smaller(round_up(kLeastPixels, p.w) / p.w, p.h);
+}
+
+// For each vector of channels the taps (TAPS, TAPS), then the bias.
+template <typename T>
+T* small_square_weights(const Problem& p, Arena& arena) {
+  return arena.take<T>(p.c * (p.square_size * p.square_size + 1));
+}
+
+// Sums of PIXELS neighbouring pixels over `lines` lines of the kernel and its taps [first, last).
+// `x` is where the first of these taps meets the first pixel; `weight` its line of taps.
+template <int PIXELS, int TAPS, typename S, typename T>
+void sum_pixels(const S* x, int64_t line, int64_t channels, const T* weight, int64_t lines,
+                int64_t first, int64_t last, const T* bias, S* y) {
+  constexpr int64_t lanes = kLanes<T>, set = (TAPS * TAPS + 1) * lanes;
+  for (int64_t c = 0; c < channels; c += lanes, weight += set, bias += set) {
+    Vector<T> sum[PIXELS];
+#pragma GCC unroll 8
+    for (int q = 0; q < PIXELS; ++q) sum[q] = load(bias);
+    const S* in = x + c;
+    const T* taps = weight;
+    for (int64_t i = 0; i < lines; ++i, in += line, taps += TAPS * lanes) {
+      if constexpr (PIXELS == 1) {
+        for (int64_t t = first; t < last; ++t) {
+          sum[0] += load(taps + t * lanes) * load_wide(in + (t - first) * channels);
+        }
+      } else {
+        Vector<T> tap[TAPS];
+#pragma GCC unroll 8
+        for (int t = 0; t < TAPS; ++t) tap[t] = load(taps + t * lanes);
+#pragma GCC unroll 16
+        for (int v = 0; v < PIXELS + TAPS - 1; ++v) {
+          const Vector<T> value = load_wide(in + v * channels);
+#pragma GCC unroll 8
+          for (int t = 0; t < TAPS; ++t) {
+            if (v - t >= 0 && v - t < PIXELS) sum[v - t] += tap[t] * value;
+          }
+        }
+      }
+    }
+#pragma GCC unroll 8
+    for (int q = 0; q < PIXELS; ++q) store_narrow(y + q * channels + c, sum[q]);
+  }
+}
+
+template <int TAPS, typename S, typename T>
+void small_square_rows(const Problem& p, S* y, int64_t n, int64_t begin, int64_t end,
+                       const T* weights) {
+  constexpr int64_t lanes = kLanes<T>, reach = TAPS / 2;
+  constexpr int pixels = 4;
+  const int64_t line = p.w * p.c;
+  const T* bias = weights + TAPS * TAPS * lanes;
+  for (int64_t i = begin; i < end; ++i) {
+    // Lines of the kernel that lie in the image.
+    const int64_t first = larger(reach - i, 0), last = smaller(p.h + reach - i, TAPS);
+    const S* x = static_cast<const S*>(p.x) + (n * p.h + i - reach + first) * line;
+    S* out = y + (n * p.h + i) * line;
+    const T* weight = weights + first * TAPS * lanes;
+    int64_t j = 0;
+    while (j < p.w) {
+      if (j >= reach && j + pixels + reach <= p.w) {
+        sum_pixels<pixels, TAPS>(x + (j - reach) * p.c, line, p.c, weight, last - first, 0, TAPS,
+                                 bias, out + j * p.c);
+        j += pixels;
+      } else {
+        const int64_t from = larger(reach - j, 0), to = smaller(p.w + reach - j, TAPS);
+        sum_pixels<1, TAPS>(x + (j - reach + from) * p.c, line, p.c, weight, last - first, from, to,
+                            bias, out + j * p.c);
+        ++j;
+      }
+    }
+  }
+}
+
+template <typename S, typename T>
+void small_square_block(const Problem& p, void* y, int64_t block, void* scratch) {
+  constexpr int64_t lanes = kLanes<T>;
+  Arena arena{static_cast<char*>(scratch)};
+  T* const weights = small_square_weights<T>(p, arena);
+  const int64_t size = p.square_size, set = (size * size + 1) * lanes;
+  for (int64_t c = 0; c < p.c; c += lanes) {
+    T* to = weights + c / lanes * set;
+    load_taps<S>(p.square_weight, {c, lanes}, size, size, Taps<T>{to, size, size});
+    store(to + size * size * lanes, bias_of<S, T>(p.square_bias, {c, lanes}));
+  }
+  const int64_t rows = rows_of_small_square(p), pieces = round_up(p.h, rows) / rows;
+  const int64_t begin = block % pieces * rows, end = smaller(begin + rows, p.h);
+  const auto run = size == 1   ? small_square_rows<1, S, T>
+                   : size == 3 ? small_square_rows<3, S, T>
+                   : size == 5 ? small_square_rows<5, S, T>
+                               : small_square_rows<7, S, T>;
+  run(p, static_cast<S*>(y), block / pieces, begin, end, weights);
+}
+
 // ---- by element type ------------------------------------------------------------------------
 
 int64_t forward_blocks(const Problem& p) {
+  if (is_small_square(p)) {
+    const int64_t rows = rows_of_small_square(p);
+    return p.n * (round_up(p.h, rows) / rows);
+  }
   return by_dtype(p.dtype, [&](auto element) {
     return p.n * groups_of(p, kLanes<Compute<decltype(element)>>) * columns_of(p);
   });
@@ -398,8 +516,13 @@ int64_t forward_blocks(const Problem& p) {
 
 size_t forward_scratch(const Problem& p) {
   return by_dtype(p.dtype, [&](auto element) {
+    using T = Compute<decltype(element)>;
     Arena counting;
-    lay_out<Compute<decltype(element)>>(p, counting);
+    if (is_small_square(p)) {
+      small_square_weights<T>(p, counting);
+    } else {
+      lay_out<T>(p, counting);
+    }
     return static_cast<size_t>(counting.used);
   });
 }
@@ -407,7 +530,11 @@ size_t forward_scratch(const Problem& p) {
 void forward_block_any(const Problem& p, void* y, int64_t block, void* scratch) {
   by_dtype(p.dtype, [&](auto element) {
     using S = decltype(element);
-    forward_block<S, Compute<S>>(p, y, block, scratch);
+    if (is_small_square(p)) {
+      small_square_block<S, Compute<S>>(p, y, block, scratch);
+    } else {
+      forward_block<S, Compute<S>>(p, y, block, scratch);
+    }
   });
 }
 
