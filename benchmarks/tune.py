@@ -38,6 +38,7 @@ CANDIDATES: dict[str, tuple[str, dict[str, tuple[int, ...]]]] = {
             "tile": (32, 64),
             "backward_chunk": (32, 64),
             "backward_tile": (32, 64),
+            "image": (0, 600),
             "num_stages": (1, 2, 3),
         },
     ),

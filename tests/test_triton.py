@@ -10,6 +10,7 @@ takes the first two shapes of an operation on two chips with one dtype each.
 from __future__ import annotations
 
 import csv
+import functools
 import importlib
 import itertools
 import os
@@ -74,34 +75,42 @@ def reassembly_over_several_blocks(rand):
     return rand(1, 40, 3, 19), rand(1, 36, 3, 19), 3, 2, 1
 
 
-def scan_over_several_blocks(rand):
+def scan_over_several_blocks(shared, rand):
     """Several chunks, blocks of headdim and state, and heads of a group in one program and in several."""
     n, h, w, heads, headdim, state = 1, 5, 13, 4, 17, 18
-    x, dt = rand(n, h, w, heads, headdim), rand(n, h, w, 2, heads).abs() * 0.3
-    B, C = rand(n, h, w, 2, 1, state), rand(n, h, w, 2, 1, state)
-    return x, dt, -rand(2, heads).abs(), B, C, rand(heads), None, None, False, 0.0, float("inf")
+    x, dt = rand(n, h, w, heads, headdim), rand(n, h, w, 4, heads).abs() * 0.3
+    B, C = (rand(n, h, w, 1 if shared else 4, 1, state) for _ in "BC")
+    return x, dt, -rand(4, heads).abs(), B, C, rand(heads), None, None, False, 0.0, float("inf")
 
 
 FP32, BF16 = torch.float32, torch.bfloat16
 CONFIGURATIONS = {
-    # Only bf16 has chunks of 64.
-    "ssd_scan_2d": (
-        Case("blocks", scan_over_several_blocks),
-        ((FP32, 16, 16, 16, 16, 1), (BF16, 64, 32, 64, 64, 1)),
-    ),
-    "strip_conv2d": (Case("frames", strip_over_several_frames), ((FP32, 32, 1, 16, 1), (FP32, 64, 3, 32, 2))),
-    "reassemble": (Case("blocks", reassembly_over_several_blocks), ((FP32, 64, 1, 4, 1), (FP32, 128, 2, 8, 2))),
+    # Small images are one matrix: here with other blocks than the contract's cases have, and in chunks. Only bf16 has
+    # chunks of 64.
+    "ssd_scan_2d": {
+        Case("blocks", functools.partial(scan_over_several_blocks, False)): (
+            (FP32, 16, 16, 16, 16, 600, 1),
+            (FP32, 16, 16, 16, 16, 0, 1),
+            (BF16, 64, 32, 64, 64, 0, 1),
+        ),
+        Case("shared", functools.partial(scan_over_several_blocks, True)): (
+            (FP32, 16, 16, 16, 16, 0, 1),
+            (BF16, 64, 32, 64, 64, 600, 1),
+        ),
+    },
+    "strip_conv2d": {Case("frames", strip_over_several_frames): ((FP32, 32, 1, 16, 1), (FP32, 64, 3, 32, 2))},
+    "reassemble": {Case("blocks", reassembly_over_several_blocks): ((FP32, 64, 1, 4, 1), (FP32, 128, 2, 8, 2))},
 }
 
 
 @pytest.mark.skipif(not backends.TRITON_INTERPRETS, reason="runs in the interpreter's process")
 @pytest.mark.parametrize("name", CONFIGURATIONS)
 def test_results_are_right_with_any_configuration(name):
-    operation, (case, configurations) = ahead.OPERATIONS[name], CONFIGURATIONS[name]
     module = importlib.import_module(tune.CANDIDATES[name][0])
-    for dtype, *values in configurations:
-        with tune.configured(module, 0, module.Configuration(*values)):
-            gate.check(operation, case.arguments(dtype), "triton")
+    for case, configurations in CONFIGURATIONS[name].items():
+        for dtype, *values in configurations:
+            with tune.configured(module, 0, module.Configuration(*values)):
+                gate.check(ahead.OPERATIONS[name], case.arguments(dtype), "triton")
 
 
 @pytest.mark.skipif(not backends.TRITON_INTERPRETS, reason="runs in the interpreter's process")

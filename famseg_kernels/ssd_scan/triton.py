@@ -91,6 +91,14 @@ def _decay_of(sums):
 
 
 @triton.jit
+def _difference(left, right):
+    """left[i] - right[j] of fixed-point numbers, to base 2 as they are."""
+    left_high, left_low = _split(left)
+    right_high, right_low = _split(right)
+    return (left_high[:, None] - right_high[None, :]) + (left_low[:, None] - right_low[None, :])
+
+
+@triton.jit
 def _pixels_of(token, axis, height, width):
     """Where the tokens of an axis (0: row-major, 1: column-major) lie in the image; 64 bits for the offsets."""
     return tl.where(axis == 0, token, (token % height) * width + token // height).to(tl.int64)
@@ -202,6 +210,22 @@ def _pass_states(
 
 
 @triton.jit
+def _gram(
+    left, left_rows, left_live, right, right_rows, right_live,
+    N: tl.constexpr, CHUNK: tl.constexpr, BLOCK_N: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """left rightᵀ of CHUNK rows each, N wide."""
+    gram = tl.zeros((CHUNK, CHUNK), tl.float32)
+    for n0 in range(0, N, BLOCK_N):
+        n = n0 + tl.arange(0, BLOCK_N)
+        inside = (n < N)[None, :]
+        left_tile = tl.load(left + left_rows[:, None] + n[None, :], mask=left_live[:, None] & inside, other=0.0)
+        right_tile = tl.load(right + right_rows[:, None] + n[None, :], mask=right_live[:, None] & inside, other=0.0)
+        gram = tl.dot(left_tile.to(DOT), tl.trans(right_tile.to(DOT)), gram, input_precision=PRECISION)
+    return gram
+
+
+@triton.jit
 def _mix(
     u, u_batch, u_pixel, left, left_batch, left_pixel, right, right_batch, right_pixel, dt, dt_batch, dt_pixel,
     A, bias, resets, skip, states, part, gate, y_gradient, gate_gradient, y,
@@ -239,22 +263,19 @@ def _mix(
     lower_matrix = ((0 if SHARED else lower) * groups + group) * N
     upper_matrix = ((0 if SHARED else upper) * groups + group) * N
 
-    gram = tl.zeros((CHUNK, CHUNK), tl.float32)
-    other_gram = tl.zeros((CHUNK, CHUNK), tl.float32)
-    for n0 in range(0, N, BLOCK_N):
-        inside = live[:, None] & (n0 + n < N)[None, :]
-        at = (upper_matrix if SIDES == 1 and TRANSPOSED else lower_matrix) + n0 + n[None, :]
-        left_tile = tl.load(left + pixels[:, None] * left_pixel + at, mask=inside, other=0.0).to(DOT)
-        right_tile = tl.load(right + pixels[:, None] * right_pixel + at, mask=inside, other=0.0).to(DOT)
-        gram = tl.dot(left_tile, tl.trans(right_tile), gram, input_precision=PRECISION)
-        if SIDES == 2 and not SHARED:
-            at = upper_matrix + n0 + n[None, :]
-            left_tile = tl.load(left + pixels[:, None] * left_pixel + at, mask=inside, other=0.0).to(DOT)
-            right_tile = tl.load(right + pixels[:, None] * right_pixel + at, mask=inside, other=0.0).to(DOT)
-            other_gram = tl.dot(left_tile, tl.trans(right_tile), other_gram, input_precision=PRECISION)
+    at = upper_matrix if SIDES == 1 and TRANSPOSED else lower_matrix
+    gram = _gram(
+        left + at, pixels * left_pixel, live, right + at, pixels * right_pixel, live, N, CHUNK, BLOCK_N, DOT, PRECISION
+    )
     if SIDES == 2:
+        other_gram = gram
+        if not SHARED:
+            other_gram = _gram(
+                left + upper_matrix, pixels * left_pixel, live, right + upper_matrix, pixels * right_pixel, live, N,
+                CHUNK, BLOCK_N, DOT, PRECISION,
+            )  # fmt: skip
         # The diagonal belongs to both sides: the upper one's is kept apart.
-        upper_diagonal = tl.sum(tl.where(rows == columns, gram if SHARED else other_gram, 0.0), 1)
+        upper_diagonal = tl.sum(tl.where(rows == columns, other_gram, 0.0), 1)
         if not SHARED:
             gram = tl.where(rows >= columns, gram, other_gram)
 
@@ -283,10 +304,7 @@ def _mix(
             upper_total = other_total
 
         # Masked before the exponential: on its own side of the diagonal no sum is positive.
-        lower_high, lower_low = _split(lower_sums)
-        upper_high, upper_low = _split(upper_sums)
-        below = (lower_high[:, None] - lower_high[None, :]) + (lower_low[:, None] - lower_low[None, :])
-        above = (upper_high[None, :] - upper_high[:, None]) + (upper_low[None, :] - upper_low[:, None])
+        below, above = _difference(lower_sums, lower_sums), -_difference(upper_sums, upper_sums)
         # A token's step goes with what it gives: that is a column of M and a row of its transpose.
         lower_weight = lower_step[:, None] if TRANSPOSED else lower_step[None, :]
         upper_weight = upper_step[:, None] if TRANSPOSED else upper_step[None, :]
@@ -348,6 +366,119 @@ def _mix(
                     result = gradient
                 result *= gates * opened
             tl.store(y + place, result.to(y.dtype.element_ty), mask=inside)
+
+
+# --- the same of a small image, in one matrix ---------------------------------------------------------------
+
+
+@triton.jit
+def _running_sums(
+    dt, dt_batch, dt_pixel, A, bias, steps, sums, batches, height, width, heads, low, high,
+    SOFTPLUS: tl.constexpr, TOKENS: tl.constexpr,
+):  # fmt: skip
+    """Steps and running sums of log-decays, (direction, batch, head, pixel), of images of at most TOKENS.
+
+    The sums are those `_mix` makes of a chunk: along the direction's axis, and directions 1 and 3 leave the token out.
+    """
+    head = tl.program_id(0) % heads
+    batch = (tl.program_id(0) // heads % batches).to(tl.int64)
+    direction = tl.program_id(0) // (heads * batches)
+    token = tl.arange(0, TOKENS)
+    live = token < height * width
+    pixels = _pixels_of(token, direction // 2, height, width)
+    step, log_decay = _load_steps(
+        dt, dt_batch, dt_pixel, A, bias, None, batch, pixels, height * width, live, direction * heads + head,
+        low, high, SOFTPLUS,
+    )  # fmt: skip
+    place = ((direction * batches + batch) * heads + head) * height * width + pixels
+    tl.store(steps + place, step, mask=live)
+    tl.store(sums + place, tl.cumsum(log_decay, 0) - tl.where(direction % 2 == 0, 0, log_decay), mask=live)
+
+
+@triton.jit
+def _mix_image(
+    u, u_batch, u_pixel, left, left_batch, left_pixel, right, right_batch, right_pixel, steps, sums, skip, y,
+    batches, height, width, heads, groups,
+    TRANSPOSED: tl.constexpr, SHARED: tl.constexpr, TILES: tl.constexpr,
+    P: tl.constexpr, N: tl.constexpr, CHUNK: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """y = M u + D u of CHUNK pixels and a head, with the M of four directions: what two launches of `_mix` would do."""
+    blocks_p: tl.constexpr = (P + BLOCK_P - 1) // BLOCK_P
+    program = tl.program_id(0)
+    block = program % blocks_p
+    program //= blocks_p
+    head = program % heads
+    program //= heads
+    tile = program % TILES
+    batch = (program // TILES).to(tl.int64)
+    group = head // (heads // groups)
+
+    lane = tl.arange(0, CHUNK)
+    tokens = height * width
+    i = tile * CHUNK + lane
+    live_i = i < tokens
+    left_rows = i.to(tl.int64) * left_pixel
+    column = head * P + block * BLOCK_P + tl.arange(0, BLOCK_P)
+    exists = column < head * P + P
+    left += batch * left_batch
+    right += batch * right_batch
+    u += batch * u_batch
+
+    result = tl.zeros((CHUNK, BLOCK_P), tl.float32)
+    for tile_j in range(TILES):
+        j = tile_j * CHUNK + lane
+        live_j = j < tokens
+        right_rows = j.to(tl.int64) * right_pixel
+        both = live_i[:, None] & live_j[None, :]
+        mixing = tl.zeros((CHUNK, CHUNK), tl.float32)
+        for axis in tl.static_range(2):
+            lower: tl.constexpr = 2 * axis + (1 if TRANSPOSED else 0)
+            upper: tl.constexpr = 2 * axis + (0 if TRANSPOSED else 1)
+            if axis == 0 or not SHARED:
+                at = ((0 if SHARED else lower) * groups + group) * N
+                gram = _gram(
+                    left + at, left_rows, live_i, right + at, right_rows, live_j, N, CHUNK, BLOCK_N, DOT, PRECISION
+                )
+                other_gram = gram
+            if not SHARED:
+                at = (upper * groups + group) * N
+                other_gram = _gram(
+                    left + at, left_rows, live_i, right + at, right_rows, live_j, N, CHUNK, BLOCK_N, DOT, PRECISION
+                )
+            lower_at = ((lower * batches + batch) * heads + head) * tokens
+            upper_at = ((upper * batches + batch) * heads + head) * tokens
+            below = _difference(
+                tl.load(sums + lower_at + i, mask=live_i, other=0), tl.load(sums + lower_at + j, mask=live_j, other=0)
+            )
+            above = -_difference(
+                tl.load(sums + upper_at + i, mask=live_i, other=0), tl.load(sums + upper_at + j, mask=live_j, other=0)
+            )
+            if TRANSPOSED:
+                lower_weight = tl.load(steps + lower_at + i, mask=live_i, other=0.0)[:, None]
+                upper_weight = tl.load(steps + upper_at + i, mask=live_i, other=0.0)[:, None]
+            else:
+                lower_weight = tl.load(steps + lower_at + j, mask=live_j, other=0.0)[None, :]
+                upper_weight = tl.load(steps + upper_at + j, mask=live_j, other=0.0)[None, :]
+            order_i = i if axis == 0 else i % width * height + i // width
+            order_j = j if axis == 0 else j % width * height + j // width
+            later = order_i[:, None] >= order_j[None, :]
+            decay = tl.exp2(tl.where(both, tl.where(later, below, above), float("-inf")))
+            mixing += decay * tl.where(later, gram * lower_weight, other_gram * upper_weight)
+            # The diagonal belongs to both sides.
+            mixing += tl.where(i[:, None] == j[None, :], other_gram * upper_weight, 0.0)
+        u_tile = tl.load(
+            u + j.to(tl.int64)[:, None] * u_pixel + column[None, :], mask=live_j[:, None] & exists[None, :], other=0.0
+        )
+        result = tl.dot(mixing.to(DOT), u_tile.to(DOT), result, input_precision=PRECISION)
+
+    inside = live_i[:, None] & exists[None, :]
+    if skip is not None:
+        weight_of_u = tl.load(skip + column, mask=exists, other=0.0).to(tl.float32)
+        own = tl.load(u + i.to(tl.int64)[:, None] * u_pixel + column[None, :], mask=inside, other=0.0).to(tl.float32)
+        result += own * weight_of_u[None, :]
+    place = (batch * tokens + i[:, None]) * heads * P + column[None, :]
+    tl.store(y + place, result.to(y.dtype.element_ty), mask=inside)
 
 
 # --- the other gradients -----------------------------------------------------------------------------------
@@ -444,9 +575,7 @@ def _matrix_gradients(
                 # Once: by direction 0 and the first block of N.
                 tl.store(of_skip + skip_at, product, mask=p0 + p < tl.where(direction + block == 0, P, 0))
 
-        high_sum, low_sum = _split(sums)
-        between = (high_sum[:, None] - high_sum[None, :]) + (low_sum[:, None] - low_sum[None, :])
-        pair = dM * tl.exp2(tl.where(rows >= columns, between, float("-inf")))
+        pair = dM * tl.exp2(tl.where(rows >= columns, _difference(sums, sums), float("-inf")))
         dG += pair * step[None, :]
         pair *= gram
         d_step = tl.sum(pair, 0)
@@ -530,6 +659,7 @@ class Configuration(NamedTuple):
     # The same in backward: nothing but inputs is kept for it, so its chunks may be others.
     backward_chunk: int
     backward_tile: int
+    image: int  # pixels, at most, of an image whose four directions are one matrix; without bf16 at most 256
     num_stages: int
 
 
@@ -537,9 +667,9 @@ class Configuration(NamedTuple):
 # and sm_90 hold in registers: a tile of 64 × 64 takes 32 of 255 with 4 warps. A product by FMA keeps rows of both
 # factors as well: of 64 they would not fit.
 CONFIGURATIONS = {
-    80: Configuration(chunk=64, tile=32, backward_chunk=32, backward_tile=64, num_stages=2),
-    90: Configuration(chunk=64, tile=32, backward_chunk=32, backward_tile=64, num_stages=2),
-    0: Configuration(chunk=64, tile=32, backward_chunk=32, backward_tile=64, num_stages=2),
+    80: Configuration(chunk=64, tile=32, backward_chunk=32, backward_tile=64, image=600, num_stages=2),
+    90: Configuration(chunk=64, tile=32, backward_chunk=32, backward_tile=64, image=600, num_stages=2),
+    0: Configuration(chunk=64, tile=32, backward_chunk=32, backward_tile=64, image=600, num_stages=2),
 }
 _WARPS = 4
 # `_matrix_gradients` keeps seven tiles: 4 warps spill (up to 72 bytes a thread, by the compiler's version), 8 do not. A
@@ -618,6 +748,9 @@ class _Problem:
         longest = min(limit, longest, longest if chunk is None else _power_of_two(chunk))
         self.chunk = max(16, min(longest, _power_of_two(self.tokens)))
         self.chunks = -(-self.tokens // self.chunk)
+        image = tuned.image if x.dtype == torch.bfloat16 else min(tuned.image, 256)
+        self.one_matrix = self.directions == 4 and self.tokens <= image
+        self.image_chunk = max(16, min(limit, tuned.chunk, _power_of_two(self.tokens)))
 
     def constants(self, tile: int) -> dict[str, Any]:
         """What the kernels that take tiles know at compile time."""
@@ -685,6 +818,8 @@ class _Problem:
     ) -> Tensor:
         """y from X and states, or (transposed) the gradient of x from dY and the states' gradients."""
         left, right = (self.B, self.C) if transposed else (self.C, self.B)
+        if self.one_matrix:
+            return self.mix_image(u, left, right, transposed)
         heads = _divisor(self.heads // self.groups, max(1, _WIDTH // self.headdim))
         y = None
         for axis in range(2 if self.directions == 4 else 1):
@@ -700,6 +835,27 @@ class _Problem:
                 **self.constants(self.tile),
             )  # fmt: skip
         assert y is not None
+        return y
+
+    def mix_image(self, u: Tensor, left: Tensor, right: Tensor, transposed: bool) -> Tensor:
+        steps = self.fp32(self.directions, self.batches, self.heads, self.tokens)
+        sums = torch.empty_like(steps, dtype=torch.int64)
+        launch.run(
+            _running_sums, (self.directions * self.batches * self.heads,), launch.Config(_WARPS),
+            *_strided(self.dt), self.A, self.bias, steps, sums, self.batches, self.height, self.width, self.heads,
+            self.low, self.high, SOFTPLUS=self.softplus, TOKENS=_power_of_two(self.tokens),
+        )  # fmt: skip
+        constants = self.constants(self.state_tile) | {"CHUNK": self.image_chunk}
+        del constants["SOFTPLUS"]
+        tiles = -(-self.tokens // self.image_chunk)
+        blocks = -(-self.headdim // constants["BLOCK_P"])
+        y = u.new_empty((self.batches, self.tokens, self.heads * self.headdim), dtype=self.x.dtype)
+        launch.run(
+            _mix_image, (self.batches * tiles * self.heads * blocks,), self.config._replace(num_warps=_GRADIENT_WARPS),
+            *_strided(u), *_strided(left), *_strided(right), steps, sums, self.skip, y,
+            self.batches, self.height, self.width, self.heads, self.groups,
+            TRANSPOSED=transposed, SHARED=self.matrices == 1, TILES=tiles, **constants,
+        )  # fmt: skip
         return y
 
     def gradients(
@@ -794,7 +950,8 @@ def _forward_2d(
         return torch.empty_like(x, memory_format=torch.contiguous_format)
     problem = _Problem(x, dt, A, B, C, _summed(D), dt_bias, (chunk_size, dt_softplus, dt_min, dt_max))
     with launch.on(x.device):
-        return problem.mix(problem.x, problem.carried(None).states).view(x.shape)
+        states = None if problem.one_matrix else problem.carried(None).states
+        return problem.mix(problem.x, states).view(x.shape)
 
 
 def _backward_2d(
