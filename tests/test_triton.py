@@ -39,6 +39,7 @@ CHIPS = [(c, d) for c in ahead.CHIPS for d in ahead.DTYPES] if ALL else [(80, to
 SELECTIONS = (
     "matches and {name}-triton-float32",
     "matches and {name}-triton-float16 and not (longest or image or pixel or wider or unequal or no_ or one_ or three)",
+    "matches and ssd_scan_2d and {name}-triton-bfloat16 and not two_directions",
     "layout and {name}-triton-float32 and (shared or two_directions or every_option or groups or unequal)",
     "deterministic and {name}-triton-float32 and (two_directions or skip_matrix or smaller)",
     "opcheck and {name}-triton-float32 and skip_matrix",
@@ -85,18 +86,13 @@ def scan_over_several_blocks(shared, rand):
 
 FP32, BF16 = torch.float32, torch.bfloat16
 CONFIGURATIONS = {
-    # Small images are one matrix: here with other blocks than the contract's cases have, and in chunks. Only bf16 has
-    # chunks of 64.
+    # Only bf16 has chunks of 64, and images that are one matrix.
     "ssd_scan_2d": {
         Case("blocks", functools.partial(scan_over_several_blocks, False)): (
-            (FP32, 16, 16, 16, 16, 600, 1),
             (FP32, 16, 16, 16, 16, 0, 1),
             (BF16, 64, 32, 64, 64, 0, 1),
         ),
-        Case("shared", functools.partial(scan_over_several_blocks, True)): (
-            (FP32, 16, 16, 16, 16, 0, 1),
-            (BF16, 64, 32, 64, 64, 600, 1),
-        ),
+        Case("shared", functools.partial(scan_over_several_blocks, True)): ((BF16, 64, 32, 64, 64, 600, 1),),
     },
     "strip_conv2d": {Case("frames", strip_over_several_frames): ((FP32, 32, 1, 16, 1), (FP32, 64, 3, 32, 2))},
     "reassemble": {Case("blocks", reassembly_over_several_blocks): ((FP32, 64, 1, 4, 1), (FP32, 128, 2, 8, 2))},

@@ -11,10 +11,12 @@ pixel, so nothing is transposed. Per chunk and head, with X (Q, p), B and C (Q, 
 An element of M off the diagonal belongs to one direction only, so two directions cost one exponential and one product
 M X. Kernels: `_chunk_states` (each chunk's own Xᵀ (weight ∘ B)), `_pass_states` (the recurrence over chunks, in place)
 and `_mix` (Y), once an axis; the column launch adds to what the row launch has left. A sequence of a single chunk (64
-tokens in bf16, else 32) needs `_mix` alone; what one matrix of all directions would be worth to larger images is
-counted in docs/gpu-notes.md. The gradient of X is the same computation on dY with M transposed, B and C swapped and
-the gradients of the states for the states: `_mix` again. `_matrix_gradients` makes the rest, and `_step_gradients`
-takes the steps' gradients through softplus and clamp. Only the inputs are kept for backward.
+tokens in bf16, else 32) needs `_mix` alone. Of a bf16 image of at most 600 pixels one matrix holds all four directions,
+and there are no states: `_running_sums` and `_mix_image` (docs/gpu-notes.md counts both ways).
+
+The gradient of X is the same computation on dY with M transposed, B and C swapped and the gradients of the states for
+the states: `_mix` or `_mix_image` again. `_matrix_gradients` makes the rest, and `_step_gradients` takes the steps'
+gradients through softplus and clamp. Only the inputs are kept for backward.
 
 Log-decays are summed in fixed point, int64 with 40 bits after the point: the sum is exact, so a step of -110 costs its
 neighbours no digits, as it would in fp32, and no segmented sum is needed.
@@ -263,10 +265,11 @@ def _mix(
     lower_matrix = ((0 if SHARED else lower) * groups + group) * N
     upper_matrix = ((0 if SHARED else upper) * groups + group) * N
 
-    at = upper_matrix if SIDES == 1 and TRANSPOSED else lower_matrix
+    matrix = upper_matrix if SIDES == 1 and TRANSPOSED else lower_matrix
     gram = _gram(
-        left + at, pixels * left_pixel, live, right + at, pixels * right_pixel, live, N, CHUNK, BLOCK_N, DOT, PRECISION
-    )
+        left + matrix, pixels * left_pixel, live, right + matrix, pixels * right_pixel, live, N, CHUNK, BLOCK_N, DOT,
+        PRECISION,
+    )  # fmt: skip
     if SIDES == 2:
         other_gram = gram
         if not SHARED:
@@ -433,8 +436,8 @@ def _mix_image(
         both = live_i[:, None] & live_j[None, :]
         mixing = tl.zeros((CHUNK, CHUNK), tl.float32)
         for axis in tl.static_range(2):
-            lower: tl.constexpr = 2 * axis + (1 if TRANSPOSED else 0)
-            upper: tl.constexpr = 2 * axis + (0 if TRANSPOSED else 1)
+            lower = 2 * axis + (1 if TRANSPOSED else 0)
+            upper = 2 * axis + (0 if TRANSPOSED else 1)
             if axis == 0 or not SHARED:
                 at = ((0 if SHARED else lower) * groups + group) * N
                 gram = _gram(
@@ -659,7 +662,7 @@ class Configuration(NamedTuple):
     # The same in backward: nothing but inputs is kept for it, so its chunks may be others.
     backward_chunk: int
     backward_tile: int
-    image: int  # pixels, at most, of an image whose four directions are one matrix; without bf16 at most 256
+    image: int  # pixels, at most, of a bf16 image whose four directions are one matrix
     num_stages: int
 
 
@@ -748,9 +751,9 @@ class _Problem:
         longest = min(limit, longest, longest if chunk is None else _power_of_two(chunk))
         self.chunk = max(16, min(longest, _power_of_two(self.tokens)))
         self.chunks = -(-self.tokens // self.chunk)
-        image = tuned.image if x.dtype == torch.bfloat16 else min(tuned.image, 256)
-        self.one_matrix = self.directions == 4 and self.tokens <= image
-        self.image_chunk = max(16, min(limit, tuned.chunk, _power_of_two(self.tokens)))
+        # Not of narrow heads, which share G in `_mix`, nor without bf16: M would be made for every 32 channels again.
+        suits = x.dtype == torch.bfloat16 and self.directions == 4 and self.headdim >= 32
+        self.one_matrix = suits and self.tokens <= tuned.image
 
     def constants(self, tile: int) -> dict[str, Any]:
         """What the kernels that take tiles know at compile time."""
@@ -845,13 +848,14 @@ class _Problem:
             *_strided(self.dt), self.A, self.bias, steps, sums, self.batches, self.height, self.width, self.heads,
             self.low, self.high, SOFTPLUS=self.softplus, TOKENS=_power_of_two(self.tokens),
         )  # fmt: skip
-        constants = self.constants(self.state_tile) | {"CHUNK": self.image_chunk}
+        # Of 64 pixels a program's tiles would not fit into registers.
+        constants = self.constants(self.state_tile) | {"CHUNK": min(self.chunk, 32)}
         del constants["SOFTPLUS"]
-        tiles = -(-self.tokens // self.image_chunk)
+        tiles = -(-self.tokens // constants["CHUNK"])
         blocks = -(-self.headdim // constants["BLOCK_P"])
         y = u.new_empty((self.batches, self.tokens, self.heads * self.headdim), dtype=self.x.dtype)
         launch.run(
-            _mix_image, (self.batches * tiles * self.heads * blocks,), self.config._replace(num_warps=_GRADIENT_WARPS),
+            _mix_image, (self.batches * tiles * self.heads * blocks,), self.config,
             *_strided(u), *_strided(left), *_strided(right), steps, sums, self.skip, y,
             self.batches, self.height, self.width, self.heads, self.groups,
             TRANSPOSED=transposed, SHARED=self.matrices == 1, TILES=tiles, **constants,
