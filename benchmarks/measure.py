@@ -105,8 +105,8 @@ def _interleaved_cuda(
 def wake_threads() -> None:
     """Give every thread of torch's pool something to do, so that none has gone to sleep when a call begins.
 
-    Between the operations of a network they do not sleep; after a peer that ends on one thread they do, and on a virtual
-    machine the next call, whoever makes it, waits half a millisecond for them.
+    Between the operations of a network they do not sleep. After a peer that ends on one thread they do, and on a
+    virtual machine the next call, whoever makes it, waits up to half a millisecond for them.
     """
     _something(torch.get_num_threads()).add_(1)
 
