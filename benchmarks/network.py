@@ -124,6 +124,8 @@ def famseg_rows(options: argparse.Namespace, where: dict[str, str], console: Con
                     for build in calls
                 ]
                 show(console, f"{name} {kind}, batch {batch}, {size}x{size}, {options.dtype}", rows)
+                for build in ("famseg", "reference backend"):
+                    console.print(f"{build}: {profiled(calls[build], device)}")
                 yield from (row | where for row in rows)
 
 
@@ -132,6 +134,19 @@ def within(
 ) -> Any:
     with context(), torch.autocast(device, torch.bfloat16, enabled=dtype == "bf16", cache_enabled=False):
         return run()
+
+
+def profiled(call: measure.Call, device: str) -> str:
+    """The operations that take most of a call's time, and their shares."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if device == "cuda":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=activities) as profiler:
+        call(0)
+    field = "self_device_time_total" if device == "cuda" else "self_cpu_time_total"
+    times = {event.key: getattr(event, field) for event in profiler.key_averages()}
+    largest = sorted(times, key=times.__getitem__, reverse=True)[:8]
+    return ", ".join(f"{name} {100 * times[name] / sum(times.values()):.0f} %" for name in largest)
 
 
 @torch.no_grad()
