@@ -7,6 +7,10 @@ pip install cmake ninja pybind11):
         'import pybind11; print(pybind11.get_include())') && cmake --build build/sanitize
     FAMSEG_NATIVE_MODULE=build/sanitize/modules ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD="$(gcc
         -print-file-name=libasan.so) $(gcc -print-file-name=libubsan.so)" python -m pytest tests -k test_native
+
+The contract too: copy build/sanitize/modules/_cpu*.so over the one in famseg_kernels/ and, with the same ASAN_OPTIONS
+and LD_PRELOAD, run python -m pytest tests/test_contract.py -k "cpu and (matches or layout or gradcheck)", once for each
+FAMSEG_CPU_ISA (amx, avx512, avx2, baseline). Reinstall afterwards.
 """
 
 from __future__ import annotations
