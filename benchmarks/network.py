@@ -141,7 +141,7 @@ def profiled(call: measure.Call, device: str) -> str:
     activities = [torch.profiler.ProfilerActivity.CPU]
     if device == "cuda":
         activities.append(torch.profiler.ProfilerActivity.CUDA)
-    with torch.profiler.profile(activities=activities) as profiler:
+    with torch.profiler.profile(activities=activities, acc_events=True) as profiler:
         call(0)
     field = "self_device_time_total" if device == "cuda" else "self_cpu_time_total"
     times = {event.key: getattr(event, field) for event in profiler.key_averages()}

@@ -218,7 +218,9 @@ def test_channels_last_comes_back_channels_last(shape: tuple[int, ...], isa: str
 
 @pytest.mark.filterwarnings("ignore:TF32 acceleration")
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
-@pytest.mark.parametrize("shape", [(2, 32, 9, 11), (1, 16, 1, 1), (1, 48, 2, 5), (2, 16, 40, 3), (1, 17, 5, 6)])
+@pytest.mark.parametrize(
+    "shape", [(2, 32, 9, 11), (1, 16, 1, 1), (1, 48, 2, 5), (2, 16, 40, 3), (1, 17, 5, 6), (1, 5248, 2, 2)]
+)
 @pytest.mark.parametrize("size", [1, 3, 5, 7, 9])
 def test_a_square_kernel_alone_reads_channels_last_as_it_lies(
     size: int, shape: tuple[int, ...], dtype: torch.dtype, isa: str

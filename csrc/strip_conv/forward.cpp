@@ -397,13 +397,14 @@ void forward_block(const Problem& p, void* y, int64_t block, void* scratch) {
 
 // Memory binds it, so that it is read and written as it lies: row by row, some pixels of all
 // channels after the other. Nothing is copied; a line of x is found in the caches by the rows
-// after.
+// after. Only the weights of all channels must fit there too.
 bool is_small_square(const Problem& p) {
-  const bool odd_and_small = p.square_size % 2 == 1 && p.square_size <= kSmallSquare;
+  if (!p.channels_last || p.branch_count > 0 || p.square_weight == nullptr) return false;
   const int64_t lanes =
       by_dtype(p.dtype, [](auto element) -> int64_t { return kLanes<Compute<decltype(element)>>; });
-  return p.channels_last && p.branch_count == 0 && p.square_weight != nullptr && odd_and_small &&
-         p.c % lanes == 0;
+  const int64_t taps = p.square_size * p.square_size;
+  return p.square_size % 2 == 1 && p.square_size <= kSmallSquare && p.c % lanes == 0 &&
+         p.c / lanes * (taps + 1) * kVectorBytes <= kBandBytes;
 }
 
 // Rows of a block.
