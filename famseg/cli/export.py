@@ -162,7 +162,9 @@ def _write_pt2(program: ExportedProgram, metadata: dict[str, Any], path: Path) -
 
 
 def _load_pt2(path: Path) -> Callable[[Tensor], np.ndarray]:
-    module = torch.export.load(str(path)).module()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given buffer is not writable")  # torch's own way to load
+        module = torch.export.load(str(path)).module()
     return lambda x: module(x).detach().numpy()
 
 
