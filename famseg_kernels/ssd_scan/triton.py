@@ -675,7 +675,7 @@ CONFIGURATIONS = {
     0: Configuration(chunk=64, tile=32, backward_chunk=32, backward_tile=64, image=600, num_stages=2),
 }
 _WARPS = 4
-# `_matrix_gradients` keeps seven tiles: of bf16 4 warps spill (up to 72 bytes a thread, by the compiler's version) and 8
+# `_matrix_gradients` keeps seven tiles: of bf16 4 warps spill (up to 72 bytes a thread, by the compiler's version), 8
 # hardly. A multiprocessor holds as many warps either way: two programs of 4 at 255 registers, or one of 8.
 _GRADIENT_WARPS = 8
 # Channels of the heads that share a program's G in _mix: narrow heads go together.
