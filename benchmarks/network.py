@@ -146,7 +146,8 @@ def profiled(call: measure.Call, device: str) -> str:
     field = "self_device_time_total" if device == "cuda" else "self_cpu_time_total"
     times = {event.key: getattr(event, field) for event in profiler.key_averages()}
     largest = sorted(times, key=times.__getitem__, reverse=True)[:8]
-    return ", ".join(f"{name} {100 * times[name] / sum(times.values()):.0f} %" for name in largest)
+    total = sum(times.values())
+    return ", ".join(f"{name} {100 * times[name] / total:.0f} %" for name in largest)
 
 
 @torch.no_grad()

@@ -100,8 +100,7 @@ struct Float16 {
   to = to_float16(from);
 }
 
-// ---- vectors
-// -------------------------------------------------------------------------------------
+// ---- vectors --------------------------------------------------------------------------------
 
 // One vector of the arithmetic from elements of memory.
 [[gnu::always_inline]] inline Vector<float> load_wide(const float* p) {
@@ -136,8 +135,8 @@ struct Float16 {
   store(p, v);
 }
 
-// The vector form of to_bfloat16, which the compiler does not find within larger loops;
-// the result is in the upper halves.
+// The vector form of to_bfloat16, which the compiler does not find within larger loops; the result
+// is in the upper halves.
 [[gnu::always_inline]] inline Vector<uint32_t> bfloat16_bits(Vector<float> v) {
   const auto bits = reinterpret_cast<Vector<uint32_t>>(v);
   const Vector<uint32_t> rounded = bits + 0x7fff + ((bits >> 16) & 1);
