@@ -15,6 +15,7 @@ import os
 import shutil
 import subprocess
 import sysconfig
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +28,11 @@ SOURCES = (
     "csrc/reassembly/cuda.cu",
     "csrc/bindings_cuda.cpp",
     "tests/cuda_text/emulation.cpp",
+)
+# Every access is checked to be at a multiple of its size, by the handler in cuda_on_cpu.h.
+FLAGS = (
+    *("-std=c++17", "-O1", "-fPIC", "-Wall", "-Werror", "-Wno-unknown-pragmas", "-DFAMSEG_CUDA_ON_CPU"),
+    *("-fsanitize=alignment", "-fno-sanitize-recover=alignment", '-DFAMSEG_CUDA_ARCHS=""'),
 )
 # Shared memory of a block and of a multiprocessor, in bytes.
 H200 = (227 * 1024, 228 * 1024)
@@ -45,21 +51,25 @@ def missing() -> str | None:
     return None if pybind11_include() else "no pybind11 headers: the package was not built in this tree"
 
 
-def build(directory: Path) -> Emulation:
-    flags = ["-std=c++17", "-O1", "-fPIC", "-Wall", "-Werror", "-Wno-unknown-pragmas", "-DFAMSEG_CUDA_ON_CPU"]
-    flags += ['-DFAMSEG_CUDA_ARCHS=""', *os.environ.get("FAMSEG_EMULATION_FLAGS", "").split()]
+def compiled(sources: Sequence[str], library: Path) -> Path:
+    """The library, made of these sources of the repository."""
+    more = os.environ.get("FAMSEG_EMULATION_FLAGS", "").split()
     include = [ROOT / "csrc", pybind11_include(), sysconfig.get_paths()["include"]]
     # A preloaded sanitizer is for Python, not for the compiler.
     environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
     objects, compilations = [], []
-    for source in SOURCES:
-        objects.append(str(directory / (source.replace("/", "_") + ".o")))
-        command = [COMPILER, *flags, *(f"-I{path}" for path in include), "-x", "c++", "-c", str(ROOT / source)]
+    for source in sources:
+        objects.append(str(library.parent / (source.replace("/", "_") + ".o")))
+        command = [COMPILER, *FLAGS, *more, *(f"-I{path}" for path in include), "-x", "c++", "-c", str(ROOT / source)]
         compilations.append(subprocess.Popen([*command, "-o", objects[-1]], env=environment))
     assert all(process.wait() == 0 for process in compilations)
-    library = directory / "_cuda.so"
-    subprocess.run([COMPILER, "-shared", *flags, *objects, "-o", str(library)], check=True, env=environment)
-    return Emulation(library)
+    # Without FLAGS: -fsanitize=alignment would link a library with a handler of its own.
+    subprocess.run([COMPILER, "-shared", *more, *objects, "-o", str(library)], check=True, env=environment)
+    return library
+
+
+def build(directory: Path) -> Emulation:
+    return Emulation(compiled(SOURCES, directory / "_cuda.so"))
 
 
 class Launch(NamedTuple):

@@ -139,21 +139,45 @@ def test_reassembly_text_survives_logits_of_minus_infinity(emulation) -> None:
         torch.testing.assert_close(y, operation.implementations["reference"].forward(x, logits, k, s, 1))
 
 
+@pytest.fixture(scope="module")
+def faults(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    """Kernels of the emulation itself, with and without a fault."""
+    library = tmp_path_factory.mktemp("faults") / "faults.so"
+    return ctypes.CDLL(str(emulated_cuda.compiled(["tests/cuda_text/faults.cpp"], library)))
+
+
 @needs_emulation
 @pytest.mark.parametrize("barrier", [True, False])
 @ORDERS
-def test_a_missing_barrier_shows(tmp_path: Path, barrier: bool, reverse: bool) -> None:
-    source, library = Path(__file__).parent / "cuda_text" / "barrier.cpp", tmp_path / "barrier.so"
-    flags = ["-std=c++17", "-shared", "-fPIC", f"-I{emulated_cuda.ROOT / 'csrc'}"]
-    subprocess.run([emulated_cuda.COMPILER, *flags, str(source), "-o", str(library)], check=True)
+def test_a_missing_barrier_shows(faults: ctypes.CDLL, barrier: bool, reverse: bool) -> None:
     values = torch.arange(256, dtype=torch.float32)
     out = torch.empty_like(values)
-    functions = ctypes.CDLL(str(library))
     pointers = [ctypes.c_void_p(t.data_ptr()) for t in (values, out)]
-    functions.reverse_blocks(*pointers, 4, barrier, reverse)
+    faults.reverse_blocks(*pointers, 4, barrier, reverse)
     assert torch.equal(out, values.view(4, 64).flip(1).flatten()) == barrier
-    functions.divergent_barriers_run.restype = ctypes.c_bool
-    assert not functions.divergent_barriers_run()
+    faults.divergent_barriers_run.restype = ctypes.c_bool
+    assert not faults.divergent_barriers_run()
+
+
+@needs_emulation
+@pytest.mark.parametrize(("read_at", "written_at"), [(1, 0), (0, 2)])
+def test_a_misaligned_address_shows_and_the_next_launch_runs(
+    faults: ctypes.CDLL, read_at: int, written_at: int
+) -> None:
+    """Of threads that read and write four numbers at once."""
+    values, out = torch.arange(272, dtype=torch.float32), torch.zeros(272)
+    faults.copy_four_by_four.restype = ctypes.c_char_p
+
+    def thrown_by_a_copy(read_at: int, written_at: int) -> str:
+        pointers = [ctypes.c_void_p(t.data_ptr()) for t in (values[read_at:], out[written_at:])]
+        return faults.copy_four_by_four(*pointers, 64).decode()
+
+    said = r"misaligned address 0x\w+ of '.*Four', which must be at a multiple of 16: .*faults\.cpp:\d+"
+    said += r", thread \(\d+, 0, 0\) of block \(0, 0, 0\)"
+    assert re.fullmatch(said, thrown_by_a_copy(read_at, written_at))
+    assert not out.any()
+    assert thrown_by_a_copy(4, 8) == ""
+    assert torch.equal(out[8:264], values[4:260])
 
 
 @needs_emulation

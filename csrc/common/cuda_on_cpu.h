@@ -7,6 +7,10 @@
 // is an error. Shared memory is a heap block of the size asked for, in 128-byte steps, so that
 // AddressSanitizer sees an access beyond it. Blocks run one after another.
 //
+// An access at an address that is no multiple of its size ends a GPU's context, and is nothing to
+// x86. Compiled with -fsanitize=alignment, every access of a kernel text is checked: the handler is
+// here, no library is needed.
+//
 // No atomics and no asynchronous copies; no timing.
 #pragma once
 
@@ -14,11 +18,14 @@
 #include <ucontext.h>
 
 #include <cstddef>
+#include <cstdint>
+#include <cstdio>
 #include <cstdlib>
 #include <functional>
 #include <memory>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "common/dtype.h"
@@ -60,7 +67,8 @@ struct Exchange {
 };
 
 inline thread_local ucontext_t scheduler;
-inline thread_local Fiber* running = nullptr;
+inline thread_local Fiber* running = nullptr;  // null outside of kernels
+inline thread_local std::string fault;         // what made the running thread give up
 inline thread_local const std::function<void()>* kernel = nullptr;
 inline thread_local std::vector<Exchange> exchanges;
 inline thread_local char* dynamic_shared = nullptr;
@@ -81,6 +89,35 @@ inline void wait(Waits what) {
   running->waits = what;
   swapcontext(&running->context, &scheduler);
 }
+
+inline std::string written(const dim3& place) {
+  return "(" + std::to_string(place.x) + ", " + std::to_string(place.y) + ", " +
+         std::to_string(place.z) + ")";
+}
+
+// Ends the running thread; the launch throws `what`. A fiber has nobody above it who would catch an
+// exception, and what calls the sanitizer's handler is compiled as if that threw none: so the fiber
+// is left as it is, for good.
+[[noreturn]] inline void give_up(const std::string& what) {
+  if (running == nullptr) {
+    std::fprintf(stderr, "%s, in no kernel\n", what.c_str());
+    std::abort();
+  }
+  fault = what + ", thread " + written(threadIdx) + " of block " + written(blockIdx);
+  swapcontext(&running->context, &scheduler);
+  std::abort();
+}
+
+// What the compiler tells the handler of an access (gcc/ubsan.c: ubsan_type_mismatch_data).
+struct Access {
+  const char* file;
+  uint32_t line, column;
+  struct Type {
+    uint16_t kind, info;
+    char name[1];  // as many as it takes, and a zero
+  }* type;
+  unsigned char log_alignment, kind;
+};
 
 inline void run_thread() {
   (*kernel)();
@@ -149,6 +186,8 @@ inline void launch(dim3 grid, dim3 block, size_t shared_bytes, const std::functi
         threadIdx = {fiber.index % block.x, fiber.index / block.x % block.y,
                      fiber.index / block.x / block.y};
         swapcontext(&scheduler, &fiber.context);
+        running = nullptr;
+        if (!fault.empty()) throw std::runtime_error(std::exchange(fault, {}));
       }
     } while (release(pool));
     for (const Fiber& fiber : pool) {
@@ -165,6 +204,18 @@ inline const Exchange& lane(unsigned l) {
 }
 
 }  // namespace cuda_on_cpu
+
+// Its name is the compiler's; that of -fno-sanitize-recover, after which nothing goes on.
+extern "C" __attribute__((visibility("hidden"), used, noinline)) inline void
+__ubsan_handle_type_mismatch_v1_abort(void* data, void* address) {
+  const auto& access = *static_cast<const cuda_on_cpu::Access*>(data);
+  char place[32];
+  std::snprintf(place, sizeof place, "%p", address);
+  cuda_on_cpu::give_up(
+      std::string("misaligned address ") + place + " of " + access.type->name +
+      ", which must be at a multiple of " + std::to_string(1u << access.log_alignment) + ": " +
+      (access.file == nullptr ? "?" : access.file) + ":" + std::to_string(access.line));
+}
 
 inline void __syncthreads() {
   cuda_on_cpu::wait(cuda_on_cpu::Waits::for_block);
@@ -233,7 +284,7 @@ float unpack(unsigned pair, int which) {
 template <bool TRANSPOSED>
 void load_matrices(unsigned (&registers)[4], const void* row) {
   using namespace cuda_on_cpu;
-  if (reinterpret_cast<size_t>(row) % 16 != 0) throw std::logic_error("ldmatrix: alignment");
+  if (reinterpret_cast<size_t>(row) % 16 != 0) give_up("misaligned address of ldmatrix");
   mine().address = row;
   __syncwarp();
   const unsigned l = running->index % 32, slow = l / 4, fast = 2 * (l % 4);

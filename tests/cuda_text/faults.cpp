@@ -1,4 +1,4 @@
-// A kernel with and without its barrier: shows that running fibers in both orders finds the fault.
+// Kernels with and without a fault: shows that the emulation finds it.
 
 #include "common/cuda_on_cpu.h"
 
@@ -36,4 +36,25 @@ extern "C" bool divergent_barriers_run() {
     return false;
   }
   return true;
+}
+
+struct alignas(4 * sizeof(float)) Four {
+  float value[4];
+};
+
+__global__ void copy_fours(const float* in, float* out) {
+  const Four four = reinterpret_cast<const Four*>(in)[threadIdx.x];
+  reinterpret_cast<Four*>(out)[threadIdx.x] = four;
+}
+
+// What the launch throws, or nothing.
+extern "C" const char* copy_four_by_four(const float* in, float* out, unsigned threads) {
+  static std::string thrown;
+  thrown.clear();
+  try {
+    cuda_on_cpu::launch({1}, {threads}, 0, [&] { copy_fours(in, out); });
+  } catch (const std::runtime_error& error) {
+    thrown = error.what();
+  }
+  return thrown.c_str();
 }
