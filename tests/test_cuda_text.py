@@ -9,12 +9,14 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
 import famseg_kernels as fk
+from benchmarks.gate import shifted
 from benchmarks.shapes import shapes_for
 from famseg_kernels import tolerance
 from famseg_kernels.registry import Operation
@@ -48,18 +50,21 @@ def emulation(built, monkeypatch: pytest.MonkeyPatch):
     built.configure()
 
 
-def assert_right(operation: Operation, case, dtype: torch.dtype, channels_last: bool = False) -> None:
-    """Forward and all gradients of the emulated backend obey the contract's tolerance."""
+def as_it_is(t: torch.Tensor) -> torch.Tensor:
+    return t
+
+
+def channels_last(t: torch.Tensor) -> torch.Tensor:
+    return t.to(memory_format=torch.channels_last) if t.dim() == 4 else t
+
+
+def assert_right(
+    operation: Operation, case, dtype: torch.dtype, laid_out: Callable[[torch.Tensor], torch.Tensor] = as_it_is
+) -> None:
+    """Forward and all gradients of the emulated backend obey the contract's tolerance, whatever comes in `laid_out`."""
     args = case.arguments(dtype)
     truth, eager = truth_and_eager(operation, case, dtype)
-    if channels_last:
-        args = operation.replace(
-            args,
-            [
-                t.to(memory_format=torch.channels_last) if t is not None and t.dim() == 4 else t
-                for t in operation.flatten(args)
-            ],
-        )
+    args = operation.replace(args, [t if t is None else laid_out(t) for t in operation.flatten(args)])
     backend = operation.implementations["cuda"]
     y = backend.forward(*args)
     wrong = tolerance.violation(y, eager[0][0], truth[0][0])
@@ -67,7 +72,7 @@ def assert_right(operation: Operation, case, dtype: torch.dtype, channels_last: 
     expected = operation.spec.fake(*args)
     assert y.stride() == expected.stride()
     flat = operation.flatten(args)
-    grads, needs = cotangents([y]), [t is not None for t in flat]
+    grads, needs = [laid_out(grad) for grad in cotangents([y])], [t is not None for t in flat]
     gradients = operation.promised_gradients(backend.backward(grads[0], needs, *args), grads, needs, args)
     for gradient, mine, right in zip(gradients, eager[1], truth[1], strict=True):
         assert gradient.dtype == dtype
@@ -98,7 +103,15 @@ def test_text_obeys_the_contract(emulation, operation, case, dtype, reverse: boo
 @needs_emulation
 @CASES
 def test_text_takes_channels_last(emulation, operation, case) -> None:
-    assert_right(operation, case, torch.float32, channels_last=True)
+    assert_right(operation, case, torch.float32, channels_last)
+
+
+@needs_emulation
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@CASES
+def test_text_takes_tensors_at_odd_offsets(emulation, operation, case, dtype) -> None:
+    """The emulation checks every access: where a kernel takes two or four numbers at once, it must look first."""
+    assert_right(operation, case, dtype, shifted)
 
 
 BANDS = [

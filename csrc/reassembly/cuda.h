@@ -1,4 +1,5 @@
-// Launches the reassembly kernels; pointers are to device memory, tensors contiguous.
+// Launches the reassembly kernels; pointers are to device memory, tensors contiguous, y and its
+// gradient at a multiple of two elements.
 //
 // All functions enqueue on `stream` (a cudaStream_t) of the current device and throw
 // std::runtime_error naming the operation, the shapes and the CUDA error when a call fails.

@@ -21,6 +21,9 @@
 // 100 sums leave room for two blocks of 128 threads a processor at least; shared memory, 32 KB at
 // most, for more. Lanes walk along a row of pixels, 4 or 16 bytes each: no bank conflicts.
 //
+// y and dy are written and read two elements at once and must be aligned for that, the others only
+// for their own element.
+//
 // All other sizes take the plain kernels at the end. No sums over threads anywhere: the result is
 // the same in every run.
 #pragma once
