@@ -15,7 +15,7 @@ import os
 import shutil
 import subprocess
 import sysconfig
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -88,9 +88,14 @@ class Emulation:
         spec.loader.exec_module(self.module)
         self._settings = ctypes.CDLL(str(library))  # the same library, its settings
 
-    def configure(self, reverse: bool = False, shared: tuple[int, int] = H200) -> None:
-        """The order in which threads run between barriers, and the GPU's shared memory."""
-        self._settings.emulate(reverse, *map(ctypes.c_size_t, shared))
+    def configure(self, reverse: bool = False, shared: tuple[int, int] = H200, static: int = 0) -> None:
+        """The order in which threads run between barriers, the GPU's shared memory and the kernels' static one."""
+        self._settings.emulate(reverse, *map(ctypes.c_size_t, (*shared, static)))
+
+    def interrupt(self, other: Callable[[], object]) -> None:
+        """Call `other` once, between what the next launch sets and the launch itself, as another thread may."""
+        self._other = ctypes.CFUNCTYPE(None)(other)  # kept for as long as it may be called
+        self._settings.interrupt(self._other)
 
     def record(self) -> None:
         """Until `configure` is called, launches are recorded and not run."""

@@ -7,9 +7,51 @@
 #include "common/cuda_on_gpu.cuh"
 #endif
 
+#include <stdexcept>
 #include <string>
 
 namespace famseg {
+
+// Every call of the runtime goes through here; the operation's launcher adds its name and shapes.
+inline void check(cudaError_t status, const char* call) {
+  if (status == cudaSuccess) return;
+  cudaGetLastError();  // takes it back, so that no later call of torch is blamed for it
+  throw std::runtime_error(std::string(call) + " failed: " + cudaGetErrorString(status) + " (" +
+                           cudaGetErrorName(status) + ")");
+}
+
+struct Limits {
+  size_t shared_per_block, shared_per_processor;
+};
+
+// Of the current device.
+inline Limits device_limits() {
+  int device = 0, block = 0, processor = 0;
+  check(cudaGetDevice(&device), "cudaGetDevice");
+  check(cudaDeviceGetAttribute(&block, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
+        "cudaDeviceGetAttribute");
+  check(cudaDeviceGetAttribute(&processor, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device),
+        "cudaDeviceGetAttribute");
+  return {static_cast<size_t>(block), static_cast<size_t>(processor)};
+}
+
+template <typename... Parameters, typename... Arguments>
+void launch(dim3 grid, unsigned threads, size_t shared_bytes, void* stream,
+            void (*kernel)(Parameters...), const Arguments&... arguments) {
+  if (shared_bytes > 48 * 1024) {  // more must be asked for, once for each kernel and device
+    check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                               cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               static_cast<int>(shared_bytes)),
+          "cudaFuncSetAttribute");
+  }
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid;
+  config.blockDim = dim3{threads, 1, 1};
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = static_cast<cudaStream_t>(stream);
+  // Not <<< >>> with cudaGetLastError: that would also report what an earlier call left behind.
+  check(cudaLaunchKernelEx(&config, kernel, arguments...), "launch");
+}
 
 // Runs `body`, which launches kernels; what it throws gets the operation's name and shapes.
 template <typename Body, typename Describe>

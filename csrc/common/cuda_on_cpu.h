@@ -22,6 +22,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <functional>
+#include <map>
 #include <memory>
 #include <stdexcept>
 #include <string>
@@ -74,6 +75,17 @@ inline thread_local std::vector<Exchange> exchanges;
 inline thread_local char* dynamic_shared = nullptr;
 // The order in which threads run between two barriers.
 inline bool reverse_order = false;
+
+// Those of an H200; tests lower them to have planes cut up.
+struct Device {
+  size_t shared_per_block = 227 * 1024, shared_per_processor = 228 * 1024;
+  size_t static_shared = 0;  // of every kernel: g++ does not tell
+};
+inline Device device;
+// What each kernel's blocks may have of dynamic shared memory, where it was set.
+inline std::map<const void*, size_t> allowed;
+// Called once, by the next launch, just before it: what another thread does at this moment.
+inline void (*interruption)() = nullptr;
 
 // What a launcher asked for. Where launches are only recorded, a GPU's occupancy can be counted for
 // shapes that would take the fibers hours.
@@ -234,9 +246,8 @@ inline float __shfl_xor_sync(unsigned, float value, unsigned mask) {
   return famseg::baseline::float_of(other);
 }
 
-// The few calls of the runtime that the bindings make.
-using cudaError_t = int;
-constexpr cudaError_t cudaSuccess = 0;
+// The few calls of the runtime that the bindings and the launchers make.
+enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1 };
 constexpr int CUDART_VERSION = 0;
 inline cudaError_t cudaGetDeviceCount(int* count) {
   *count = 1;
@@ -249,8 +260,72 @@ inline cudaError_t cudaDriverGetVersion(int* version) {
 inline cudaError_t cudaGetLastError() {
   return cudaSuccess;
 }
-inline const char* cudaGetErrorString(cudaError_t) {
-  return "";
+inline const char* cudaGetErrorString(cudaError_t status) {
+  return status == cudaSuccess ? "no error" : "invalid argument";
+}
+inline const char* cudaGetErrorName(cudaError_t status) {
+  return status == cudaSuccess ? "cudaSuccess" : "cudaErrorInvalidValue";
+}
+
+inline cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+
+enum cudaDeviceAttr {
+  cudaDevAttrMaxSharedMemoryPerMultiprocessor,
+  cudaDevAttrMaxSharedMemoryPerBlockOptin
+};
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  const cuda_on_cpu::Device& device = cuda_on_cpu::device;
+  *value = static_cast<int>(attribute == cudaDevAttrMaxSharedMemoryPerMultiprocessor
+                                ? device.shared_per_processor
+                                : device.shared_per_block);
+  return cudaSuccess;
+}
+
+struct cudaFuncAttributes {
+  size_t sharedSizeBytes;
+};
+inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void*) {
+  attributes->sharedSizeBytes = cuda_on_cpu::device.static_shared;
+  return cudaSuccess;
+}
+
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+inline cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int value) {
+  const cuda_on_cpu::Device& device = cuda_on_cpu::device;
+  if (value < 0 || value + device.static_shared > device.shared_per_block) {
+    return cudaErrorInvalidValue;
+  }
+  cuda_on_cpu::allowed[kernel] = static_cast<size_t>(value);
+  return cudaSuccess;
+}
+
+using cudaStream_t = void*;
+struct cudaLaunchConfig_t {
+  dim3 gridDim, blockDim;
+  size_t dynamicSmemBytes;
+  cudaStream_t stream;
+};
+template <typename... Parameters, typename... Arguments>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
+                               Arguments&&... arguments) {
+  using namespace cuda_on_cpu;
+  if (const auto other_thread = std::exchange(interruption, nullptr)) other_thread();
+  const void* symbol = reinterpret_cast<const void*>(kernel);
+  const size_t unasked = 48 * 1024 - device.static_shared;
+  const auto asked = allowed.find(symbol);
+  if (config->dynamicSmemBytes > (asked == allowed.end() ? unasked : asked->second)) {
+    return cudaErrorInvalidValue;
+  }
+  if (only_recorded) {
+    launches.push_back({symbol, config->blockDim.x, config->dynamicSmemBytes});
+  } else {
+    cuda_on_cpu::launch(config->gridDim, config->blockDim, config->dynamicSmemBytes,
+                        [&] { kernel(arguments...); });
+  }
+  return cudaSuccess;
 }
 
 namespace famseg {
@@ -318,28 +393,6 @@ void multiply_add(float (&sum)[4], const unsigned (&a)[4], const unsigned (&b)[2
     }
   }
   __syncwarp();
-}
-
-// Those of an H200; tests lower them to have planes cut up.
-struct Limits {
-  size_t shared_per_block = 227 * 1024, shared_per_processor = 228 * 1024;
-};
-inline Limits simulated_limits;
-inline Limits device_limits() {
-  return simulated_limits;
-}
-
-template <typename... Parameters, typename... Arguments>
-void launch(dim3 grid, unsigned threads, size_t shared_bytes, void* /*stream*/,
-            void (*kernel)(Parameters...), const Arguments&... arguments) {
-  if (shared_bytes > device_limits().shared_per_block) {
-    throw std::runtime_error("a block wants more shared memory than there is");
-  }
-  if (cuda_on_cpu::only_recorded) {
-    cuda_on_cpu::launches.push_back({reinterpret_cast<const void*>(kernel), threads, shared_bytes});
-    return;
-  }
-  cuda_on_cpu::launch(grid, {threads}, shared_bytes, [&] { kernel(arguments...); });
 }
 
 }  // namespace famseg

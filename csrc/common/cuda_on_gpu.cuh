@@ -1,13 +1,10 @@
-// What kernel texts and launchers ask of the compiler and of the runtime, for nvcc. Its twin for
-// g++ is cuda_on_cpu.h: a kernel text includes neither, its .cu file includes common/cuda.h first.
+// What kernel texts ask of the compiler, for nvcc. Its twin for g++ is cuda_on_cpu.h, which also
+// imitates the runtime: a kernel text includes neither, its .cu file includes common/cuda.h first.
 #pragma once
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
-
-#include <stdexcept>
-#include <string>
 
 #include "common/dtype.h"
 
@@ -89,46 +86,6 @@ __device__ inline void multiply_add<Bfloat16>(float (&sum)[4], const unsigned (&
       "{%8, %9}, {%0, %1, %2, %3};"
       : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-}
-
-// Every call of the runtime goes through here; the operation's launcher adds its name and shapes.
-inline void check(cudaError_t status, const char* call) {
-  if (status == cudaSuccess) return;
-  cudaGetLastError();  // takes it back, so that no later call of torch is blamed for it
-  throw std::runtime_error(std::string(call) + " failed: " + cudaGetErrorString(status) + " (" +
-                           cudaGetErrorName(status) + ")");
-}
-
-struct Limits {
-  size_t shared_per_block, shared_per_processor;
-};
-
-// Of the current device.
-inline Limits device_limits() {
-  int device = 0, block = 0, processor = 0;
-  check(cudaGetDevice(&device), "cudaGetDevice");
-  check(cudaDeviceGetAttribute(&block, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
-        "cudaDeviceGetAttribute");
-  check(cudaDeviceGetAttribute(&processor, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device),
-        "cudaDeviceGetAttribute");
-  return {static_cast<size_t>(block), static_cast<size_t>(processor)};
-}
-
-template <typename... Parameters, typename... Arguments>
-void launch(dim3 grid, unsigned threads, size_t shared_bytes, void* stream,
-            void (*kernel)(Parameters...), const Arguments&... arguments) {
-  if (shared_bytes > 48 * 1024) {  // more must be asked for, once for each kernel and device
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                               static_cast<int>(shared_bytes)),
-          "cudaFuncSetAttribute");
-  }
-  cudaLaunchConfig_t config = {};
-  config.gridDim = grid;
-  config.blockDim = dim3(threads);
-  config.dynamicSmemBytes = shared_bytes;
-  config.stream = static_cast<cudaStream_t>(stream);
-  // Not <<< >>> with cudaGetLastError: that would also report what an earlier call left behind.
-  check(cudaLaunchKernelEx(&config, kernel, arguments...), "launch");
 }
 
 }  // namespace famseg

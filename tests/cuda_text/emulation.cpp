@@ -4,10 +4,19 @@
 
 #include "common/cuda_on_cpu.h"
 
-extern "C" void emulate(bool reverse_order, size_t shared_per_block, size_t shared_per_processor) {
+// Another GPU, of which nothing has been asked yet.
+extern "C" void emulate(bool reverse_order, size_t shared_per_block, size_t shared_per_processor,
+                        size_t static_shared) {
   cuda_on_cpu::reverse_order = reverse_order;
-  famseg::simulated_limits = {shared_per_block, shared_per_processor};
+  cuda_on_cpu::device = {shared_per_block, shared_per_processor, static_shared};
+  cuda_on_cpu::allowed.clear();
+  cuda_on_cpu::interruption = nullptr;
   cuda_on_cpu::only_recorded = false;
+}
+
+// What another thread does between what the next launch sets and the launch itself.
+extern "C" void interrupt(void (*callback)()) {
+  cuda_on_cpu::interruption = callback;
 }
 
 // Launches from here to the next call of `emulate` are recorded and not run.
