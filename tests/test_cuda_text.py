@@ -142,6 +142,24 @@ def test_an_error_names_the_operation_the_shapes_and_the_cause(emulation) -> Non
 
 
 @needs_emulation
+@pytest.mark.parametrize("static", [0, 1024])
+def test_a_launch_keeps_its_shared_memory_whatever_another_thread_launches(emulation, static: int) -> None:
+    """What a kernel may have holds for all threads: a smaller launch comes between setting it and the launch."""
+
+    def forward(size: int) -> None:
+        args = strip_case("square", (1, 1, size, size)).arguments(torch.float32)
+        STRIP_CONV.implementations["cuda"].forward(*args)
+
+    emulation.configure(static=static)
+    emulation.record()
+    emulation.interrupt(lambda: forward(72))
+    forward(128)
+    small, large = emulation.recorded()
+    assert small.kernel == large.kernel
+    assert STATIC_SHARED < small.shared < large.shared  # both must ask
+
+
+@needs_emulation
 def test_reassembly_text_survives_logits_of_minus_infinity(emulation) -> None:
     x = torch.randn((1, 4, 3, 3), generator=torch.Generator().manual_seed(0))
     for k, s in ((3, 1), (5, 2)):

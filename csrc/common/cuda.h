@@ -35,14 +35,26 @@ inline Limits device_limits() {
   return {static_cast<size_t>(block), static_cast<size_t>(processor)};
 }
 
+// Lets the kernel's blocks have all the dynamic shared memory there is, on the current device.
+//
+// What was last asked for holds, whichever thread it was, and Python's lock is not held: were it
+// what a thread's own launch needs, a smaller launch could take it away from a larger one before
+// that is made. All ask for the same, so it does not matter who comes last.
+inline void allow_all_shared_memory(const void* kernel) {
+  cudaFuncAttributes attributes = {};
+  check(cudaFuncGetAttributes(&attributes, kernel), "cudaFuncGetAttributes");
+  // The kernel's static shared memory comes out of the same.
+  const size_t most = device_limits().shared_per_block - attributes.sharedSizeBytes;
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             static_cast<int>(most)),
+        "cudaFuncSetAttribute");
+}
+
 template <typename... Parameters, typename... Arguments>
 void launch(dim3 grid, unsigned threads, size_t shared_bytes, void* stream,
             void (*kernel)(Parameters...), const Arguments&... arguments) {
-  if (shared_bytes > 48 * 1024) {  // more must be asked for, once for each kernel and device
-    check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                               cudaFuncAttributeMaxDynamicSharedMemorySize,
-                               static_cast<int>(shared_bytes)),
-          "cudaFuncSetAttribute");
+  if (shared_bytes > 48 * 1024) {  // what a block has without asking
+    allow_all_shared_memory(reinterpret_cast<const void*>(kernel));
   }
   cudaLaunchConfig_t config = {};
   config.gridDim = grid;
