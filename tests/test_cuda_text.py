@@ -370,8 +370,8 @@ def test_multiprocessors_hold_enough_blocks_of_every_benchmark(inspect, emulatio
                 assert blocks >= least, f"{case.name}: {kernel} {launch}, {used}"
                 assert warps >= least_warps, f"{case.name}: {kernel} {launch}, {used}"
                 launched.add(kernel[0])
-    sixteen_bits = {"strips_toeplitz"} if dtype == torch.bfloat16 else {"strips"}
-    assert launched == set(RESIDENT) - {"strips", "strips_toeplitz"} | sixteen_bits
+    # In 16 bits the sizes that are not tuned, those of a 3 x 3 depthwise convolution, are left to `strips`.
+    assert launched == set(RESIDENT) - (set() if dtype == torch.bfloat16 else {"strips_toeplitz"})
 
 
 @pytest.mark.parametrize("arch", [80, 90])
