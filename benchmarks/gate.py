@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,15 +13,27 @@ from famseg_kernels import tolerance
 from famseg_kernels.registry import Operation
 
 
-def with_gradients(operation: Operation, args: Any, wanted: bool = True) -> tuple[list[Any], list[Tensor]]:
-    """The arguments with their floating-point tensors as leaves, and these leaves."""
-    flat = [
-        t.detach().clone(memory_format=torch.preserve_format).requires_grad_(wanted)
-        if t is not None and t.is_floating_point()
-        else t
-        for t in operation.flatten(args)
-    ]
-    return operation.replace(args, flat), [t for t in flat if t is not None and t.is_floating_point()]
+def copied(t: Tensor) -> Tensor:
+    return t.detach().clone(memory_format=torch.preserve_format)
+
+
+def shifted(t: Tensor) -> Tensor:
+    """A copy with the same strides that begins one element into its memory: at no address of a wider access.
+
+    So lies a contiguous view at an odd offset: a parameter in a flat buffer, the gradient of a part of a `cat`.
+    """
+    reach = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True)) + 1 if t.numel() else 0
+    memory = torch.zeros(1 + reach, dtype=t.dtype, device=t.device)
+    return memory.as_strided(t.shape, t.stride(), 1).copy_(t.detach())
+
+
+def with_gradients(
+    operation: Operation, args: Any, wanted: bool = True, copy: Callable[[Tensor], Tensor] = copied
+) -> tuple[list[Any], list[Tensor]]:
+    """The arguments, copied, with their floating-point tensors as leaves, and these leaves."""
+    flat = [t if t is None else copy(t) for t in operation.flatten(args)]
+    leaves = [t.requires_grad_(wanted) for t in flat if t is not None and t.is_floating_point()]
+    return operation.replace(args, flat), leaves
 
 
 def cotangents(results: Sequence[Tensor]) -> list[Tensor]:
@@ -30,26 +42,40 @@ def cotangents(results: Sequence[Tensor]) -> list[Tensor]:
     return [torch.randn(r.shape, generator=generator, dtype=torch.float64).to(r) for r in results]
 
 
-def outcome(operation: Operation, args: Any, backend: str, backward: bool) -> list[Tensor]:
+def outcome(
+    operation: Operation, args: Any, backend: str, backward: bool, copy: Callable[[Tensor], Tensor] = copied
+) -> list[Tensor]:
     """Results, and with `backward` the gradients of all floating-point arguments."""
-    args, leaves = with_gradients(operation, args, backward)
+    args, leaves = with_gradients(operation, args, backward, copy)
     results = operation.packet(*args, backend)
     results = list(results) if isinstance(results, (list, tuple)) else [results]
     if not backward:
         return results
-    found = torch.autograd.grad(results, leaves, cotangents(results), allow_unused=True)
+    grads = [copy(grad) for grad in cotangents(results)]
+    found = torch.autograd.grad(results, leaves, grads, allow_unused=True)
     return [r.detach() for r in results] + [g for g in found if g is not None]
 
 
-def check(operation: Operation, args: Any, backend: str, backward: bool = True) -> None:
-    """Raise AssertionError, naming what is wrong, unless the call is within the tolerance of the contract."""
+def expected(operation: Operation, args: Any, backward: bool = True) -> tuple[list[Tensor], list[Tensor]]:
+    """What `check` compares with: the reference in the arguments' own dtype, and in fp64."""
     wide = [t.double() if t is not None and t.is_floating_point() else t for t in operation.flatten(args)]
-    actual = outcome(operation, args, backend, backward)
     eager = outcome(operation, args, "reference", backward)
-    truth = outcome(operation, operation.replace(args, wide), "reference", backward)
-    for i, (a, e, t) in enumerate(zip(actual, eager, truth, strict=True)):
+    return eager, outcome(operation, operation.replace(args, wide), "reference", backward)
+
+
+def compare(operation: Operation, backend: str, actual: list[Tensor], right: tuple[list[Tensor], list[Tensor]]) -> None:
+    """Raise AssertionError, naming what is wrong, unless `actual` is within the tolerance of the contract."""
+    for i, (a, e, t) in enumerate(zip(actual, *right, strict=True)):
         wrong = tolerance.violation(a, e, t)
         assert wrong is None, f"{operation.spec.name}, {backend}, output {i}: {wrong}"
+
+
+def check(
+    operation: Operation, args: Any, backend: str, backward: bool = True, copy: Callable[[Tensor], Tensor] = copied
+) -> None:
+    """Raise AssertionError unless the call, forward and backward, is within the tolerance of the contract."""
+    actual = outcome(operation, args, backend, backward, copy)
+    compare(operation, backend, actual, expected(operation, args, backward))
 
 
 def refusal(operation: Operation, backend: str, args: Any, backward: bool) -> str | None:
@@ -60,3 +86,8 @@ def refusal(operation: Operation, backend: str, args: Any, backward: bool) -> st
         if (reason := operation.refusal(backend, args, method)) is not None:
             return reason
     return None
+
+
+def channels_last(t: Tensor) -> Tensor:
+    """A copy, an image's in channels-last memory order."""
+    return t.detach().clone(memory_format=torch.channels_last if t.dim() == 4 else torch.preserve_format)

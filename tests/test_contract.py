@@ -9,6 +9,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import famseg_kernels as fk
+from benchmarks import gate
 from benchmarks.gate import cotangents, with_gradients
 from famseg_kernels import backends, tolerance
 from famseg_kernels.registry import Case, Operation
@@ -157,6 +158,16 @@ def channels_last(operation: Operation, args):
         for t in operation.flatten(args)
     ]
     return operation.replace(args, flat)
+
+
+@generated(dtypes=(torch.float32, torch.bfloat16))
+def test_addresses_of_tensors_and_gradients_may_be_odd(operation, backend, dtype, case):
+    args = arguments(case, dtype, backend)
+    require(operation, backend, args)
+    require(operation, backend, args, "backward")
+    truth, eager = truth_and_eager(operation, case, dtype)
+    actual = gate.outcome(operation, args, backend, backward=True, copy=gate.shifted)
+    gate.compare(operation, backend, actual, ([*eager[0], *eager[1]], [*truth[0], *truth[1]]))
 
 
 @generated(dtypes=(torch.float32,))
