@@ -1,4 +1,4 @@
-"""How things are measured: interleaved times, peak memory, and the machine's own rates in the same run.
+"""How things are measured: interleaved times, peak memory, and where that was.
 
 Only ratios within one run mean anything on a shared or thermally limited machine, so everything that is compared takes
 turns: one call of each, then the next round. Buffers are rotated, so that no call finds its arguments in the cache
@@ -17,7 +17,7 @@ import shutil
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -166,40 +166,6 @@ def _status(field: str) -> int:
 
 
 # --- the machine -----------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Rates:
-    """What this machine does at its best, by torch's own operations: FLOP/s of a matrix product, bytes/s of a copy."""
-
-    matrix: Mapping[torch.dtype, float]
-    copy: float
-
-    def bound_ms(self, flops: float, moved: float, dtype: torch.dtype) -> float:
-        """The roofline: no call of this work is faster than its arithmetic or its traffic."""
-        return 1e3 * max(flops / self.matrix[dtype], moved / self.copy)
-
-
-# Rows of the matrices and floats of the copy: enough to reach the machine's rates.
-_MATRIX = {"cuda": 8192, "cpu": 1536}
-_COPY = {"cuda": 1 << 28, "cpu": 1 << 25}
-
-
-def machine_rates(device: str, dtypes: Iterable[torch.dtype], seconds: float) -> Rates:
-    size = _MATRIX[device]
-    calls: dict[str, Call] = {}
-    for dtype in dtypes:
-        a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-        out = torch.empty_like(a)
-        calls[str(dtype)] = lambda _, a=a, b=b, out=out: torch.mm(a, b, out=out)
-    source = torch.randn(_COPY[device], device=device)
-    target = torch.empty_like(source)
-    calls["copy"] = lambda _: target.copy_(source)
-    for call in calls.values():
-        call(0)
-    times = interleaved(calls, device, seconds, buffers=1)
-    matrix = {dtype: 2 * size**3 / (times[str(dtype)].low * 1e-3) for dtype in dtypes}
-    return Rates(matrix, 2 * source.nbytes / (times["copy"].low * 1e-3))
 
 
 def buffers_beyond_cache(bytes_a_call: int, device: str) -> int:

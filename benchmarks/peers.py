@@ -7,7 +7,8 @@ where they are installed.
 
 from __future__ import annotations
 
-import importlib.util
+import functools
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -24,15 +25,26 @@ class Peer:
     layouts: tuple[torch.memory_format, ...] = (torch.contiguous_format,)
     compiles: bool = True
     cuda_only: bool = False
-    needs: str | None = None  # a package that must be installed
+    needs: str | None = None  # a module that must be there: of a package, the one that has what is called
 
     def missing(self, device: str) -> str | None:
         """Why this peer cannot take part, or None."""
         if self.cuda_only and device != "cuda":
             return "runs on CUDA only"
-        if self.needs is not None and importlib.util.find_spec(self.needs) is None:
-            return f"{self.needs} is not installed"
-        return None
+        return None if self.needs is None else missing_module(self.needs)
+
+
+@functools.cache
+def missing_module(name: str) -> str | None:
+    """Why module `name` cannot be used, or None. Imported, not looked for: mmcv-lite has mmcv.ops but not its code."""
+    try:
+        importlib.import_module(name)
+    except Exception as error:  # a broken build ends in any of them: OSError, RuntimeError, AttributeError
+        return f"{name}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no reason given'}"
+    return None
+
+
+MAMBA, MMCV = "mamba_ssm.ops.triton.ssd_combined", "mmcv.ops"
 
 
 _IMAGES = (torch.contiguous_format, torch.channels_last)
@@ -42,11 +54,27 @@ _IMAGES = (torch.contiguous_format, torch.channels_last)
 
 def strip_convolutions(x, square, square_bias, rows, row_biases, cols, col_biases):  # type: ignore[no-untyped-def]
     """SegNeXt's attention, convolution by convolution."""
-    channels = x.shape[1]
+    return _strips(_depthwise, x, square, square_bias, rows, row_biases, cols, col_biases)
 
-    def depthwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return F.conv2d(x, weight, bias, padding=(weight.shape[2] // 2, weight.shape[3] // 2), groups=channels)
 
+def strip_convolutions_cudnn(x, square, square_bias, rows, row_biases, cols, col_biases):  # type: ignore[no-untyped-def]
+    """The same on cuDNN's kernels. Left to itself, torch takes its own for depthwise convolutions, nearly always."""
+    return _strips(_depthwise_cudnn, x, square, square_bias, rows, row_biases, cols, col_biases)
+
+
+def _depthwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    padding = (weight.shape[2] // 2, weight.shape[3] // 2)
+    return F.conv2d(x, weight, bias, padding=padding, groups=x.shape[1])
+
+
+def _depthwise_cudnn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    padding = [weight.shape[2] // 2, weight.shape[3] // 2]
+    # (stride, dilation, groups, benchmark, deterministic, allow_tf32)
+    y = torch.cudnn_convolution(x, weight, padding, [1, 1], [1, 1], x.shape[1], True, False, False)
+    return y if bias is None else y + bias[:, None, None]
+
+
+def _strips(depthwise, x, square, square_bias, rows, row_biases, cols, col_biases):  # type: ignore[no-untyped-def]
     a = depthwise(x, square, square_bias)
     y = a
     for row, row_bias, col, col_bias in zip(rows, row_biases, cols, col_biases, strict=True):
@@ -58,32 +86,49 @@ def strip_convolutions(x, square, square_bias, rows, row_biases, cols, col_biase
 
 
 def _directions(x, dt, A, B, C, dt_bias, softplus):  # type: ignore[no-untyped-def]
-    """Cross-scan: the directions' sequences (flipped and transposed copies) side by side as heads."""
+    """Cross-scan: the directions' sequences side by side as heads."""
     k = dt.shape[3]
     step = dt if dt_bias is None else dt + dt_bias
     step = F.softplus(step.float()) if softplus else step.float()
+    xs, steps = _cross_scan(x, k), _cross_scan(step, k, each=True)  # (N, L, K, heads, p), (N, L, K, heads)
+    Bs, Cs = (_cross_scan(t if t.shape[3] > 1 else t.squeeze(3), k, each=t.shape[3] > 1) for t in (B, C))
+    return xs, steps, steps * A.float(), Bs, Cs
+
+
+def _cross_scan(image: Tensor, directions: int, each: bool = False) -> Tensor:
+    """(N, H, W, ...), or with `each` (N, H, W, K, ...), one image a direction → sequences (N, H·W, K, ...)."""
+    if image.is_cuda:
+        from benchmarks.cross_scan import cross_scan
+
+        return cross_scan(image, directions, each)
 
     def unroll(image: Tensor, direction: int) -> Tensor:
         sequence = (image.transpose(1, 2) if direction >= 2 else image).flatten(1, 2)
         return sequence.flip(1) if direction % 2 else sequence
 
-    xs = torch.stack([unroll(x, d) for d in range(k)], 2)  # (N, L, K, heads, p)
-    steps = torch.stack([unroll(step[:, :, :, d], d) for d in range(k)], 2)  # (N, L, K, heads)
-    Bs, Cs = (torch.stack([unroll(t[:, :, :, d if t.shape[3] > 1 else 0], d) for d in range(k)], 2) for t in (B, C))
-    return xs, steps, steps * A.float(), Bs, Cs
+    return torch.stack([unroll(image[:, :, :, d] if each else image, d) for d in range(directions)], 2)
 
 
 def _merge(ys: Tensor, x: Tensor, D: Tensor | None) -> Tensor:
     """Cross-merge: roll the directions' results back and add."""
-    n, h, w, heads, p = x.shape
-    y = torch.zeros_like(x)
-    for d in range(ys.shape[2]):
-        sequence = ys[:, :, d].flip(1) if d % 2 else ys[:, :, d]
-        image = sequence.view(n, w, h, heads, p).transpose(1, 2) if d >= 2 else sequence.view(n, h, w, heads, p)
-        y = y + image
+    y = _cross_merge(ys, *x.shape[1:3])
     if D is not None:
         y = y + (D if D.dim() == 1 else D.sum(0))[:, None] * x
     return y.to(x.dtype)
+
+
+def _cross_merge(ys: Tensor, h: int, w: int) -> Tensor:
+    """Sequences (N, H·W, K, heads, p) → their sum as an image (N, H, W, heads, p)."""
+    if ys.is_cuda:
+        from benchmarks.cross_scan import cross_merge
+
+        return cross_merge(ys, h, w)
+    y = None
+    for d in range(ys.shape[2]):
+        sequence = ys[:, :, d].flip(1) if d % 2 else ys[:, :, d]
+        image = sequence.unflatten(1, (w, h)).transpose(1, 2) if d >= 2 else sequence.unflatten(1, (h, w))
+        y = image if y is None else y + image
+    return y
 
 
 def _chunks(sequence: Tensor, q: int) -> Tensor:
@@ -253,25 +298,28 @@ def reassemble_mmcv(x, logits, k, s, groups):  # type: ignore[no-untyped-def]
 
 
 PEERS: dict[str, tuple[Peer, ...]] = {
-    "strip_conv2d": (Peer("convolutions", strip_convolutions, _IMAGES),),
+    "strip_conv2d": (
+        Peer("convolutions", strip_convolutions, _IMAGES),
+        Peer("cuDNN convolutions", strip_convolutions_cudnn, _IMAGES, compiles=False, cuda_only=True),
+    ),
     "ssd_scan_2d": (
         Peer("einsum", scan_2d_einsum),
         Peer("matmul", scan_2d_matmul),
-        Peer("mamba_ssm", scan_2d_mamba_ssm, compiles=False, cuda_only=True, needs="mamba_ssm"),
+        Peer("mamba_ssm", scan_2d_mamba_ssm, compiles=False, cuda_only=True, needs=MAMBA),
     ),
     "ssd_scan": (
         Peer("einsum", scan_einsum),
         Peer("matmul", scan_matmul),
-        Peer("mamba_ssm", scan_mamba_ssm, compiles=False, cuda_only=True, needs="mamba_ssm"),
+        Peer("mamba_ssm", scan_mamba_ssm, compiles=False, cuda_only=True, needs=MAMBA),
     ),
     "reassemble": (
         Peer("unfold", reassemble_unfold),
         Peer("taps", reassemble_taps, _IMAGES),
-        Peer("mmcv", reassemble_mmcv, compiles=False, cuda_only=True, needs="mmcv"),
+        Peer("mmcv", reassemble_mmcv, compiles=False, cuda_only=True, needs=MMCV),
     ),
     "carafe": (
         Peer("unfold", carafe_unfold),
         Peer("taps", carafe_taps, _IMAGES),
-        Peer("mmcv", carafe_mmcv, compiles=False, cuda_only=True, needs="mmcv"),
+        Peer("mmcv", carafe_mmcv, compiles=False, cuda_only=True, needs=MMCV),
     ),
 }

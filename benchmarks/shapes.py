@@ -5,12 +5,17 @@ A GPU gets batches of 16: at batch 2 most of it would stand idle, and a launch w
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
+import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from famseg_kernels.registry import Case
+from famseg.models import create_model
+from famseg_kernels.registry import Case, Operation
 
 
 def strip(name: str, n: int, c: int, h: int, w: int) -> Case:
@@ -19,6 +24,15 @@ def strip(name: str, n: int, c: int, h: int, w: int) -> Case:
         cols = [rand(c, 1, k, 1) / k for k in (7, 11, 21)]
         biases = [[rand(c) for _ in range(3)] for _ in range(2)]
         return rand(n, c, h, w), rand(c, 1, 5, 5) / 5, rand(c), rows, biases[0], cols, biases[1]
+
+    return Case(name, make)
+
+
+def depthwise(name: str, n: int, c: int, h: int, w: int) -> Case:
+    """The 3×3 of SegNeXt's MLP: on 4 or 8 times the stage's channels, the largest tensors of a network."""
+
+    def make(rand: Callable[..., Tensor]) -> tuple[Any, ...]:
+        return rand(n, c, h, w), rand(c, 1, 3, 3) / 3, rand(c), [], [], [], []
 
     return Case(name, make)
 
@@ -65,6 +79,8 @@ SHAPES: dict[str, tuple[Case, ...]] = {
         strip("mscan_s_stage2", 2, 128, 64, 64),
         strip("mscan_s_stage3", 2, 320, 32, 32),
         strip("mscan_s_stage4", 2, 512, 16, 16),
+        depthwise("mscan_t_mlp_stage1", 2, 256, 128, 128),
+        depthwise("mscan_t_mlp_stage3", 2, 640, 32, 32),
     ),
     "ssd_scan_2d": (
         scan_2d("small", 1, 8, 2, 8, 8),
@@ -81,29 +97,80 @@ SHAPES: dict[str, tuple[Case, ...]] = {
     "carafe": (carafe("small", 1, 8, 8, 8), carafe("carafe_64x64", 1, 64, 64, 64)),
 }
 
-GPU_SHAPES: dict[str, tuple[Case, ...]] = {
-    "strip_conv2d": (
-        SHAPES["strip_conv2d"][0],
-        strip("mscan_s_stage1_n16", 16, 64, 128, 128),
-        strip("mscan_s_stage2_n16", 16, 128, 64, 64),
-        strip("mscan_s_stage3_n16", 16, 320, 32, 32),
-        strip("mscan_s_stage4_n16", 16, 512, 16, 16),
-    ),
-    "ssd_scan_2d": (
-        SHAPES["ssd_scan_2d"][0],
-        scan_2d("heads5_32x32_n16", 16, 32, 5, 64, 64),
-        scan_2d("heads5_32x32_shared_n16", 16, 32, 5, 64, 64, shared=True),
-        scan_2d("vmamba_56x56_n16", 16, 56, 6, 16, 64),
-        scan_2d("heads8_16x16_n16", 16, 16, 8, 64, 64),
-    ),
-    "ssd_scan": (SHAPES["ssd_scan"][0], scan("mamba2_2048_n8", 8, 2048, 24, 64, 128)),
-    "reassemble": (
-        SHAPES["reassemble"][0],
-        reassembly("carafe_64x64_n16", 16, 64, 64, 64),
-        reassembly("famseg_32x32_n16", 16, 128, 32, 32),
-    ),
-    "carafe": (SHAPES["carafe"][0], carafe("carafe_64x64_n16", 16, 64, 64, 64)),
+
+def gpu_shapes(n: int) -> dict[str, tuple[Case, ...]]:
+    """At batch `n`: 16 to be timed, a few for the gate, which holds results to the fp64 reference."""
+    return {
+        "strip_conv2d": (
+            SHAPES["strip_conv2d"][0],
+            strip(f"mscan_s_stage1_n{n}", n, 64, 128, 128),
+            strip(f"mscan_s_stage2_n{n}", n, 128, 64, 64),
+            strip(f"mscan_s_stage3_n{n}", n, 320, 32, 32),
+            strip(f"mscan_s_stage4_n{n}", n, 512, 16, 16),
+            depthwise(f"mscan_t_mlp_stage1_n{n}", n, 256, 128, 128),
+            depthwise(f"mscan_t_mlp_stage3_n{n}", n, 640, 32, 32),
+        ),
+        "ssd_scan_2d": (
+            SHAPES["ssd_scan_2d"][0],
+            scan_2d(f"heads5_32x32_n{n}", n, 32, 5, 64, 64),
+            scan_2d(f"heads5_32x32_shared_n{n}", n, 32, 5, 64, 64, shared=True),
+            scan_2d(f"vmamba_56x56_n{n}", n, 56, 6, 16, 64),
+            scan_2d(f"heads8_16x16_n{n}", n, 16, 8, 64, 64),
+        ),
+        "ssd_scan": (SHAPES["ssd_scan"][0], scan(f"mamba2_2048_n{-(-n // 2)}", -(-n // 2), 2048, 24, 64, 128)),
+        "reassemble": (
+            SHAPES["reassemble"][0],
+            reassembly(f"carafe_64x64_n{n}", n, 64, 64, 64),
+            reassembly(f"famseg_32x32_n{n}", n, 128, 32, 32),
+        ),
+        "carafe": (SHAPES["carafe"][0], carafe(f"carafe_64x64_n{n}", n, 64, 64, 64)),
+    }
+
+
+GPU_SHAPES = gpu_shapes(16)
+# Images of the gate at these shapes: several blocks of them on a GPU, and one that is left over in each.
+GATE_IMAGES = 5
+GATE_SHAPES = gpu_shapes(GATE_IMAGES)
+
+
+# Of every operation, for a dry run in Triton's interpreter, which takes seconds for the smoke test's.
+TINY: dict[str, Case] = {
+    "strip_conv2d": depthwise("tiny", 1, 1, 3, 4),
+    "ssd_scan_2d": scan_2d("tiny", 1, 2, 1, 4, 4),
+    "ssd_scan": scan("tiny", 1, 5, 1, 4, 4),
+    "reassemble": reassembly("tiny", 1, 2, 2, 3),
+    "carafe": carafe("tiny", 1, 2, 2, 3),
 }
+
+
+def network_shapes(model: str, n: int, side: int) -> dict[str, tuple[Case, ...]]:
+    """What FAMSeg asks of each operation for `n` images of `side` pixels, each shape once; no data is touched."""
+    found: dict[str, dict[str, Case]] = {}
+
+    def record(operation: Operation, *args: Any) -> Any:
+        case = _like(operation.spec.name, args)
+        found.setdefault(operation.spec.name, {})[case.name] = case
+        return operation.spec.fake(*args)
+
+    network = create_model(model)
+    with FakeTensorMode(allow_non_fake_inputs=True), mock.patch.object(Operation, "__call__", record):
+        network(torch.empty(n, 1, side, side))
+    return {name: tuple(cases.values()) for name, cases in found.items()}
+
+
+def _like(name: str, args: tuple[Any, ...]) -> Case:
+    """A case of the shapes of a call that the network makes."""
+    n, *shape = args[0].shape
+    label = f"network_n{n}_{'x'.join(map(str, shape))}"
+    if name == "strip_conv2d":
+        return (strip if args[3] else depthwise)(label, n, *shape)
+    if name == "reassemble":
+        return reassembly(label, n, *shape, *args[2:4])
+    if name == "ssd_scan_2d":
+        side, _, heads, headdim = shape
+        case = scan_2d(label, n, side, heads, headdim, args[3].shape[-1], shared=args[3].shape[3] == 1)
+        return dataclasses.replace(case, keep_fp32=(2, 5, 6))  # parameters A, D and dt_bias under autocast
+    raise ValueError(f"{name}: no case is made from the network's calls of it")
 
 
 def shapes_for(name: str, device: str) -> tuple[Case, ...]:
