@@ -10,22 +10,23 @@ from __future__ import annotations
 
 import argparse
 import functools
-import importlib.util
+import itertools
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 
 import famseg_kernels as fk
 from benchmarks import measure, peers
 from benchmarks.models import MSCAN, CarafeNeck, VMambaStage
+from benchmarks.timing import without_tf32
 from famseg.models import create_model
 from famseg_kernels.registry import Operation
 
@@ -37,8 +38,8 @@ ROUNDS = 3  # at least; a round of famseg_base takes a minute on two cores
 def standard_parts() -> Iterator[None]:
     """Inside, every operation is what one would write without this library (in the calling thread and all others)."""
     cuda = torch.cuda.is_available()
-    mamba = cuda and importlib.util.find_spec("mamba_ssm") is not None
-    mmcv = cuda and importlib.util.find_spec("mmcv") is not None
+    mamba = cuda and peers.missing_module(peers.MAMBA) is None
+    mmcv = cuda and peers.missing_module(peers.MMCV) is None
     parts: dict[str, Callable[..., Any]] = {
         "strip_conv2d": peers.strip_convolutions,
         "ssd_scan_2d": peers.scan_2d_mamba_ssm if mamba else peers.scan_2d_matmul,
@@ -64,69 +65,131 @@ def infer(model: nn.Module, x: Tensor) -> Tensor:
     return model(x)
 
 
-def famseg_rows(options: argparse.Namespace, where: dict[str, str], console: Console) -> Iterator[dict[str, Any]]:
-    device = options.device
-    ours = "auto" if device == "cuda" else "cpu"
-    builds: dict[str, tuple[Callable[[], AbstractContextManager[None]], torch.memory_format]] = {
-        "famseg": (functools.partial(fk.use_backend, ours), torch.contiguous_format),
-        "famseg, channels_last": (functools.partial(fk.use_backend, ours), torch.channels_last),
-        "standard parts": (standard_parts, torch.contiguous_format),
-        "standard parts, channels_last": (standard_parts, torch.channels_last),
-        "reference backend": (functools.partial(fk.use_backend, "reference"), torch.contiguous_format),
-    }
-    for name in options.model:
-        for batch, size in options.shapes:
-            contestants: dict[str, tuple[Callable[[], AbstractContextManager[None]], nn.Module, Tensor]] = {}
-            torch.manual_seed(0)
-            state = create_model(name, CLASSES).state_dict()
-            x = torch.randn(batch, 1, size, size, device=device)
-            target = torch.randint(CLASSES, (batch, size, size), device=device)
-            for build, (context, layout) in builds.items():
-                model = create_model(name, CLASSES).to(device)
-                model.load_state_dict(state)
-                contestants[build] = (context, model.to(memory_format=layout), x.to(memory_format=layout))
-            if importlib.util.find_spec("segmentation_models_pytorch") is not None:
-                import segmentation_models_pytorch as smp
+@dataclass(frozen=True)
+class Setting:
+    """What is measured: `seconds` a kind for all builds together, 0 for one round (a dry run)."""
 
-                unet = smp.Unet("resnet34", encoder_weights=None, in_channels=1, classes=CLASSES).to(device)
-                contestants["U-Net (ResNet-34)"] = (functools.partial(fk.use_backend, "auto"), unet, x)
-            check_same_output(contestants)
-            kinds = ["inference", "training step"]
-            if device == "cuda":
-                kinds.insert(1, "inference without CUDA graph")
-            for kind in kinds:
-                calls: dict[str, measure.Call] = {}
-                for build, (context, model, image) in contestants.items():
-                    model.train(kind == "training step")
-                    if kind != "training step":
-                        run = functools.partial(infer, model, image)
-                    else:
-                        optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
-                        run = functools.partial(train_step, model, optimizer, image, target)
-                    calls[build] = functools.partial(within, context, device, options.dtype, run)
-                    calls[build](0)
-                # A training step is not replayed from a graph: nobody trains so, and its optimizer cannot be recorded.
-                times = measure.interleaved(calls, device, options.seconds, 1, ROUNDS, graphs=kind == "inference")
-                memory = {build: measure.peak_megabytes(call, device) for build, call in calls.items()}
-                rows = [
-                    {
-                        "model": name if not build.startswith("U-Net") else "unet_resnet34",
-                        "batch": batch,
-                        "size": size,
-                        "dtype": options.dtype,
-                        "kind": kind,
-                        "build": build,
-                        "ms": round(times[build].median, 2),
-                        "images_s": round(1e3 * batch / times[build].median, 2),
-                        "peak_mb": round(memory[build], 1),
-                        "famseg_speedup": round(times[build].median / times["famseg"].median, 2),
-                    }
-                    for build in calls
-                ]
-                show(console, f"{name} {kind}, batch {batch}, {size}x{size}, {options.dtype}", rows)
-                for build in ("famseg", "reference backend"):
-                    console.print(f"{build}: {profiled(calls[build], device)}")
-                yield from (row | where for row in rows)
+    device: str
+    model: str
+    batch: int
+    size: int
+    dtype: str  # fp32, or bf16: FAMSeg under autocast
+    seconds: float
+    say: Callable[[str], None] = print
+
+
+Context = Callable[[], AbstractContextManager[None]]
+OURS, OTHER = "famseg", "U-Net (ResNet-34)"
+
+
+class Contest:
+    """One model and shape in all builds, from the same weights; a build that fails is out, with its reason."""
+
+    def __init__(self, setting: Setting) -> None:
+        self.setting = setting
+        self.wrong: list[str] = []  # builds of ours whose output is not what it should be
+        device, size = setting.device, setting.size
+        ours = functools.partial(fk.use_backend, "auto" if device == "cuda" else "cpu")
+        builds: dict[str, tuple[Context, torch.memory_format]] = {
+            OURS: (ours, torch.contiguous_format),
+            f"{OURS}, channels_last": (ours, torch.channels_last),
+            "standard parts": (standard_parts, torch.contiguous_format),
+            "standard parts, channels_last": (standard_parts, torch.channels_last),
+            "reference backend": (functools.partial(fk.use_backend, "reference"), torch.contiguous_format),
+        }
+        torch.manual_seed(0)
+        state = create_model(setting.model, CLASSES).state_dict()
+        x = torch.randn(setting.batch, 1, size, size, device=device)
+        self.target = torch.randint(CLASSES, (setting.batch, size, size), device=device)
+        self.builds: dict[str, tuple[Context, nn.Module, Tensor]] = {}
+        for build, (context, layout) in builds.items():
+            model = create_model(setting.model, CLASSES).to(device)
+            model.load_state_dict(state)
+            self.builds[build] = (context, model.to(memory_format=layout), x.to(memory_format=layout))
+        if not setting.seconds:
+            reason: str | None = "this is a dry run"
+        else:
+            reason = peers.missing_module("segmentation_models_pytorch")
+        if reason is None:
+            import segmentation_models_pytorch as smp
+
+            unet = smp.Unet("resnet34", encoder_weights=None, in_channels=1, classes=CLASSES).to(device)
+            self.builds[OTHER] = (functools.partial(fk.use_backend, "auto"), unet, x)
+        else:
+            setting.say(f"{OTHER} left out: {reason}")
+        self._same_output()
+
+    @property
+    def kinds(self) -> list[str]:
+        graphs = ["inference without CUDA graph"] if self.setting.device == "cuda" else []
+        return ["inference", *graphs, "training step"]
+
+    def _told(self, build: str, error: Exception) -> list[str]:
+        """Why a build is out, said; of ours it is also a failure."""
+        reason = f"{build}: {type(error).__name__}: {error}"
+        self.setting.say(f"out: {reason}")
+        return [reason] if build.startswith(OURS) else []
+
+    def _same_output(self) -> None:
+        expected = None
+        for build, (context, model, x) in list(self.builds.items()):
+            if build == OTHER:
+                continue
+            model.eval()
+            try:
+                with context(), torch.no_grad():
+                    y = model(x).float()
+                expected = y if expected is None else expected
+                wrong = float((y - expected).norm() / expected.norm())
+                if not wrong <= 1e-3:
+                    raise AssertionError(f"output differs from {OURS}'s by {wrong:.1e}")
+            except Exception as error:  # the others can be measured all the same
+                self.wrong += self._told(build, error)
+                del self.builds[build]
+
+    def rows(self, kind: str) -> Iterator[dict[str, Any]]:
+        """A row a build.
+
+        Raises:
+            RuntimeError: after the rows of the others, if one of ours failed.
+        """
+        setting, failed = self.setting, list(self.wrong)
+        calls: dict[str, measure.Call] = {}
+        for build, (context, model, image) in self.builds.items():
+            model.train(kind == "training step")
+            if kind != "training step":
+                run: Callable[[], Any] = functools.partial(infer, model, image)
+            else:
+                optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
+                run = functools.partial(train_step, model, optimizer, image, self.target)
+            call = functools.partial(within, context, setting.device, setting.dtype, run)
+            try:
+                call(0)
+                calls[build] = call
+            except Exception as error:  # out of memory, say
+                failed += self._told(build, error)
+        # A training step is not replayed from a graph: nobody trains so, and its optimizer cannot be recorded.
+        graphs = kind == "inference"
+        times = measure.interleaved(calls, setting.device, setting.seconds, 1, ROUNDS, graphs=graphs)
+        ours = times[OURS].median if OURS in times else float("nan")
+        for build, call in calls.items():
+            yield {
+                "model": setting.model if build != OTHER else "unet_resnet34",
+                "batch": setting.batch,
+                "size": setting.size,
+                "dtype": setting.dtype,
+                "kind": kind,
+                "build": build,
+                "ms": round(times[build].median, 2),
+                "images_s": round(1e3 * setting.batch / times[build].median, 2),
+                "peak_mb": round(measure.peak_megabytes(call, setting.device), 1),
+                "famseg_speedup": round(times[build].median / ours, 2),
+            }
+        for build in (OURS, "reference backend"):
+            if build in calls:
+                setting.say(f"{build}, {kind}: {profiled(calls[build], setting.device)}")
+        if failed:
+            raise RuntimeError("; ".join(failed))
 
 
 def within(
@@ -150,24 +213,8 @@ def profiled(call: measure.Call, device: str) -> str:
     return ", ".join(f"{name} {100 * times[name] / total:.0f} %" for name in largest)
 
 
-@torch.no_grad()
-def check_same_output(contestants: dict[str, Any]) -> None:
-    expected = None
-    for build, (context, model, x) in contestants.items():
-        if build.startswith("U-Net"):
-            continue
-        model.eval()
-        with context():
-            y = model(x)
-        expected = y if expected is None else expected
-        wrong = float((y - expected).norm() / expected.norm())
-        if wrong > 1e-3:
-            raise AssertionError(f"{build}: output differs from famseg's by {wrong:.1e}")
-
-
-def accelerate_rows(options: argparse.Namespace, where: dict[str, str], console: Console) -> Iterator[dict[str, Any]]:
+def accelerate_rows(device: str, seconds: float, say: Callable[[str], None]) -> Iterator[list[dict[str, Any]]]:
     """`fk.accelerate(model)`: one line of the user's code, before and after, on models built as they are published."""
-    device = options.device
     for name, make, shape in (
         ("SegNeXt MSCAN-T", functools.partial(MSCAN, (32, 64, 160, 256), (3, 3, 5, 2)), (2, 3, 256, 256)),
         ("CARAFE neck", functools.partial(CarafeNeck, 64), (1, 64, 32, 32)),
@@ -178,7 +225,7 @@ def accelerate_rows(options: argparse.Namespace, where: dict[str, str], console:
         swapped = make().to(device)
         swapped.load_state_dict(plain.state_dict())
         report = fk.accelerate(swapped)
-        console.print(f"{name}: {len(report.swapped)} modules swapped")
+        say(f"{name}: {len(report.swapped)} modules swapped")
         x = torch.randn(*shape, device=device)
         with torch.no_grad():
             expected, y = plain.eval()(x), swapped.eval()(x)
@@ -192,8 +239,8 @@ def accelerate_rows(options: argparse.Namespace, where: dict[str, str], console:
                 run = functools.partial(infer if kind == "inference" else forward_backward, model, x)
                 calls[build] = lambda _, run=run: run()
                 calls[build](0)
-            times = measure.interleaved(calls, device, options.seconds, buffers=1)
-            rows = [
+            times = measure.interleaved(calls, device, seconds, buffers=1)
+            yield [
                 {
                     "model": name,
                     "batch": shape[0],
@@ -208,8 +255,6 @@ def accelerate_rows(options: argparse.Namespace, where: dict[str, str], console:
                 }
                 for build, call in calls.items()
             ]
-            show(console, f"{name}, {kind}", rows)
-            yield from (row | where for row in rows)
 
 
 def forward_backward(model: nn.Module, x: Tensor) -> None:
@@ -217,14 +262,19 @@ def forward_backward(model: nn.Module, x: Tensor) -> None:
     model(x).square().mean().backward()
 
 
-def show(console: Console, title: str, rows: list[dict[str, Any]]) -> None:
+def show(rows: list[dict[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    first = rows[0]
+    title = f"{first['model']} {first['kind']}, batch {first['batch']}, {first['size']} px, {first['dtype']}"
     table = Table(title=title, title_justify="left")
     table.add_column("", min_width=32)
     for heading in ("ms", "images/s", "peak MB", "× slower than the first"):
         table.add_column(heading, justify="right")
     for row in rows:
         table.add_row(row["build"], *(str(row[c]) for c in ("ms", "images_s", "peak_mb", "famseg_speedup")))
-    console.print(table)
+    Console(width=None if sys.stdout.isatty() else 140).print(table)
 
 
 def shape(text: str) -> tuple[int, int]:
@@ -241,17 +291,36 @@ def main() -> int:
     add("--dtype", choices=("fp32", "bf16"), default="fp32", help="bf16: FAMSeg under autocast")
     add("--seconds", type=float, default=20.0, help="measuring time a group")
     add("--csv", type=Path, help="result file (default benchmarks/results/<device>-network.csv)")
+    add("--tf32", action="store_true", help="let torch's fp32 convolutions and products use TF32 (default off)")
     options = parser.parse_args()
-    options.model = options.model or ["famseg_nano", "famseg_tiny"]
-    options.shapes = options.shapes or ([(16, 512), (1, 512)] if options.device == "cuda" else [(2, 256), (1, 256)])
-    console = Console(width=None if sys.stdout.isatty() else 140)
+    without_tf32(options.tf32)
+    shapes = options.shapes or ([(16, 512), (1, 512)] if options.device == "cuda" else [(2, 256), (1, 256)])
     where = measure.provenance(options.device)
-    console.print(", ".join(f"{key} {value}" for key, value in where.items()))
-    rows = [*accelerate_rows(options, where, console), *famseg_rows(options, where, console)]
+    print(", ".join(f"{key} {value}" for key, value in where.items()), flush=True)
     path = options.csv or measure.result_path(where, "network")
-    measure.write_csv(path, rows)
-    console.print(f"written: {path}")
-    return 0
+    rows: list[dict[str, Any]] = []
+    failures = []
+
+    def groups() -> Iterator[Callable[[], Iterator[list[dict[str, Any]]]]]:
+        yield lambda: accelerate_rows(options.device, options.seconds, print)
+        for model, (batch, size) in itertools.product(options.model or ["famseg_nano", "famseg_tiny"], shapes):
+            contest = Contest(Setting(options.device, model, batch, size, options.dtype, options.seconds))
+            for kind in contest.kinds:
+                yield lambda contest=contest, kind=kind: iter([list(contest.rows(kind))])
+
+    for group in groups():
+        try:
+            for measured in group():
+                show(measured)
+                rows += [row | where for row in measured]
+                measure.write_csv(path, rows)  # as they come: a run that is cut off leaves what it has measured
+        except Exception as error:
+            failures.append(f"{type(error).__name__}: {error}")
+            traceback.print_exc()
+    print(f"written: {path}" if rows else "nothing was measured")
+    if failures:
+        print("failed, see above:", *failures, sep="\n  ")
+    return 1 if failures else 0
 
 
 if __name__ == "__main__":
