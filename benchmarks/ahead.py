@@ -1,19 +1,25 @@
 """`python -m benchmarks.ahead`: compile the Triton kernels before they are needed, on any machine.
 
-Triton compiles a launch when it is first asked for, and the gate and the benchmarks ask for some 700. Here the backends
-are called with tensors that hold no data, and every launch goes to Triton's own compiler as a GPU's would, for the chip
-that was named, in as many processes as there are cores. What comes out lies in Triton's cache (TRITON_CACHE_DIR) under
-the keys that a launch looks for, so that time on a GPU goes to measuring; no GPU is needed to fill it. The tests look
-at the same cubins: what they need of shared memory and of a thread's stack.
+Triton compiles a launch when it is first asked for, and `python -m benchmarks.gpu` asks for a thousand. Here the
+backends are called with tensors that hold no data, and every launch goes to Triton's own compiler as a GPU's would, for
+the chip that was named, in as many processes as there are cores. What comes out lies in Triton's cache
+(TRITON_CACHE_DIR) under the keys that a launch looks for, so that time on a GPU goes to measuring; no GPU is needed to
+fill it. A cache is of use to the same Python, the same wheel of Triton and at the same path only; a file beside it
+remembers them, and `complaint` says what differs. The tests look at the same cubins: what they need of shared memory
+and of a thread's stack.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import hashlib
 import importlib
 import itertools
+import json
 import multiprocessing
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -27,8 +33,8 @@ from unittest import mock
 import torch
 
 import famseg_kernels as fk
-from benchmarks import tune
-from benchmarks.shapes import shapes_for
+from benchmarks import gate, tune
+from benchmarks.shapes import GATE_SHAPES, network_shapes, shapes_for
 from famseg_kernels import launch
 from famseg_kernels.registry import Case, Operation
 
@@ -36,7 +42,9 @@ CHIPS = (80, 90)
 # Bytes a program may have: CUDA programming guide, table "compute capabilities".
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}
 STACK = 64  # bytes a thread may keep in local memory: a few spilled registers, no arrays
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DTYPES = (torch.bfloat16, torch.float32, torch.float16)
+# Triton compiles a kernel anew for an address that is not a multiple of 16; a few cases show that it does.
+ODD_CASES = 3
 OPERATIONS = {op.spec.name: op for op in fk.OPERATIONS if "triton" in op.implementations}
 
 
@@ -68,8 +76,10 @@ class _Chip:
         return 0
 
 
-def compiled(operation: Operation, cases: Sequence[Case], dtype: torch.dtype, capability: int) -> list[Compiled]:
-    """Every different kernel that forward and backward of these cases launch on a chip."""
+def compiled(
+    operation: Operation, cases: Sequence[Case], dtype: torch.dtype, capability: int, odd: bool = False
+) -> list[Compiled]:
+    """Every different kernel that forward and backward of these cases launch on a chip (`odd`: at odd addresses)."""
     from triton.runtime import driver
 
     found: dict[int, Any] = {}
@@ -82,19 +92,29 @@ def compiled(operation: Operation, cases: Sequence[Case], dtype: torch.dtype, ca
     driver.set_active(_Chip(capability))
     with mock.patch.object(launch, "run", warm_up), mock.patch.object(launch, "capability", lambda _: capability):
         for case in cases:
-            _call(operation, case, dtype)
+            _call(operation, case, dtype, odd)
     return [_inspected(name, result, warps) for name, result, warps in found.values()]
 
 
-def _call(operation: Operation, case: Case, dtype: torch.dtype) -> None:
+def _call(operation: Operation, case: Case, dtype: torch.dtype, odd: bool) -> None:
     """Forward and backward on floating-point tensors without data; integers (ends of sequences) are read."""
-    args: Sequence[Any] = case.arguments(dtype)
-    flat = [t.to("meta") if t is not None and t.is_floating_point() else t for t in operation.flatten(args)]
+    made = operation.flatten(case.make(_nothing))
+    args: Sequence[Any] = dataclasses.replace(case, make=lambda _: case.make(_nothing)).arguments(dtype, "meta")
+    move = gate.shifted if odd else (lambda t: t)
+    flat = [
+        move(t) if t is not None and t.is_floating_point() else m
+        for m, t in zip(made, operation.flatten(args), strict=True)
+    ]
     args = operation.replace(args, flat)
     implementation = operation.implementations["triton"]
     if implementation.unsupported(*args) is None:
         results = implementation.forward(*args)
-        implementation.backward(results, [t is not None and t.is_floating_point() for t in flat], *args)
+        grads = [move(r) for r in results] if isinstance(results, list) else move(results)
+        implementation.backward(grads, [t is not None and t.is_floating_point() for t in flat], *args)
+
+
+def _nothing(*shape: int) -> torch.Tensor:
+    return torch.empty(shape, dtype=torch.float64, device="meta")
 
 
 def _inspected(name: str, result: Any, warps: int) -> Compiled:
@@ -116,18 +136,27 @@ class Job(NamedTuple):
     case: Case
     dtype: torch.dtype
     capability: int
-    configuration: Any  # to be tried by `benchmarks.tune`, or None: the one of the table
+    configuration: Any = None  # to be tried by `benchmarks.tune`; None: the one of the table
+    odd: bool = False  # at odd addresses
 
     def __str__(self) -> str:
         what = f"{self.operation} {self.case.name} {str(self.dtype).removeprefix('torch.')} sm_{self.capability}"
+        what += " odd" if self.odd else ""
         return what if self.configuration is None else f"{what} {self.configuration}"
 
 
 def jobs(operations: Sequence[str], chips: Sequence[int], dtypes: Sequence[torch.dtype]) -> Iterator[Job]:
-    """The gate's cases and the benchmarks' shapes of a CPU and of a GPU."""
-    for name, chip, dtype in itertools.product(operations, chips, dtypes):
-        for case in (*shapes_for(name, "cuda"), *shapes_for(name, "cpu")[1:], *OPERATIONS[name].spec.cases):
-            yield Job(name, case, dtype, chip, None)
+    """All that `python -m benchmarks.gpu` launches but for its tuning."""
+    network, small = network_shapes("famseg_tiny", 16, 512), network_shapes("famseg_tiny", 2, 256)
+    for dtype, chip, name in itertools.product(dtypes, chips, operations):
+        spec = OPERATIONS[name].spec
+        for case in (*spec.cases, *shapes_for(name, "cuda"), *GATE_SHAPES[name][1:], *small.get(name, ())):
+            yield Job(name, case, dtype, chip)
+        for case in spec.cases[:ODD_CASES]:
+            yield Job(name, case, dtype, chip, odd=True)
+        if dtype != torch.float16:
+            for case in (*network.get(name, ()), *shapes_for(name, "cpu")[1:]):
+                yield Job(name, case, dtype, chip)
 
 
 def tuning_jobs(operations: Sequence[str], chips: Sequence[int]) -> Iterator[Job]:
@@ -142,12 +171,57 @@ def run(job: Job) -> tuple[Job, list[Compiled], str]:
     try:
         operation = OPERATIONS[job.operation]
         if job.configuration is None:
-            return job, compiled(operation, [job.case], job.dtype, job.capability), ""
+            return job, compiled(operation, [job.case], job.dtype, job.capability, job.odd), ""
         module = importlib.import_module(tune.CANDIDATES[job.operation][0])
         with tune.configured(module, job.capability, job.configuration):
             return job, compiled(operation, [job.case], job.dtype, job.capability), ""
     except Exception as error:  # the others are compiled all the same
         return job, [], f"{type(error).__name__}: {error}"
+
+
+# --- a cache that was made elsewhere ------------------------------------------------------------------
+
+STAMP = "famseg-ahead.json"
+
+
+def cache_folder() -> Path:
+    return Path(os.environ.get("TRITON_CACHE_DIR") or Path.home() / ".triton" / "cache")
+
+
+def identity(capability: int) -> dict[str, str]:
+    """What Triton's keys and entries depend on: all of it the same, or every launch is compiled anew."""
+    from triton.runtime import cache
+
+    kernels = hashlib.sha256()
+    for path in sorted(Path(fk.__file__).parent.rglob("*.py")):
+        kernels.update(path.read_bytes())
+    return {
+        "chip": f"sm_{capability}",
+        "Python": f"{sys.implementation.cache_tag} {platform.machine()}",
+        "wheel of Triton": hashlib.sha256(cache.triton_key().encode()).hexdigest()[:16],  # hashes its compiler
+        "path of the cache": str(cache_folder().resolve()),  # entries name their files by it
+        "kernels": kernels.hexdigest()[:16],
+    }
+
+
+def stamp(chips: Sequence[int]) -> None:
+    """Remember for whom the cache was made."""
+    folder = cache_folder()
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / STAMP).write_text(json.dumps([identity(chip) for chip in chips], indent=1))
+
+
+def complaint(capability: int) -> str | None:
+    """Why the cache that lies here is of no use, None if it is, "" if none was made beforehand."""
+    path = cache_folder() / STAMP
+    if not path.exists():
+        return ""
+    made, mine = json.loads(path.read_text()), identity(capability)
+    if mine in made:
+        return None
+    closest = max(made, key=lambda other: sum(other[key] == mine[key] for key in mine))
+    differ = [f"{key} {closest[key]}, here {mine[key]}" for key in mine if closest[key] != mine[key]]
+    return f"made for another {'; another '.join(differ)}"
 
 
 def main() -> int:
@@ -173,6 +247,7 @@ def main() -> int:
             failures += job.configuration is None and bool(error or tight)
             for line in (*tight, *([error] if error else ())):
                 print(f"{job}: {line}", flush=True)
+    stamp(chips)
     print(f"{kernels} kernels of {len(todo)} cases compiled, {failures} cases failed")
     return 1 if failures else 0
 

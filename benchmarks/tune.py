@@ -1,10 +1,8 @@
 """`python -m benchmarks.tune`: measure the launch configurations of the Triton kernels and print the table to paste.
 
 The kernels never tune themselves while they run: gradients would depend on a stopwatch. Instead each room's triton.py
-holds one configuration for a chip, and this command says which. Every candidate passes the correctness gate, then all
-take turns on the benchmark shapes in bf16, forward and backward; the best is the one with the smallest geometric mean
-of time over the shape's fastest. Where the interpreter stands in for a GPU (TRITON_INTERPRET=1) it goes through the
-same steps once, on the smallest shape: a dry run.
+holds one configuration for a chip, and this command says which, trying all combinations of its fields; the tuning step
+of `python -m benchmarks.gpu` tries the table's configuration and those that differ from it in one field.
 """
 
 from __future__ import annotations
@@ -12,7 +10,6 @@ from __future__ import annotations
 import argparse
 import importlib
 import itertools
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -21,8 +18,9 @@ import torch
 
 import famseg_kernels as fk
 from benchmarks import gate, measure
-from benchmarks.shapes import shapes_for
-from famseg_kernels import backends, launch
+from benchmarks.gpu.summary import best
+from benchmarks.shapes import GATE_SHAPES, shapes_for
+from famseg_kernels import launch
 from famseg_kernels.registry import Case, Operation
 
 # Operation → the module that holds its table, and the values to try of every field of its Configuration.
@@ -49,6 +47,9 @@ CANDIDATES: dict[str, tuple[str, dict[str, tuple[int, ...]]]] = {
 }
 
 
+FINALISTS = 8  # that are timed against each other
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tune", description=__doc__.split("\n\n")[0])
     parser.add_argument("--op", action="append", choices=sorted(CANDIDATES), help="only this one (may be repeated)")
@@ -56,60 +57,68 @@ def main() -> None:
     options = parser.parse_args()
     if (reason := fk.available_backends()["triton"]) != "ok":
         parser.exit(1, f"nothing to tune here: {reason}\n")
-    device = "cpu" if backends.TRITON_INTERPRETS else "cuda"
-    capability = launch.capability(torch.device(device))
+    capability = launch.capability(torch.device("cuda"))
     for name in options.op or CANDIDATES:
-        path = CANDIDATES[name][0]
-        module = importlib.import_module(path)
-        best = tune(_operation(name), module, candidates(name), device, capability, options.seconds)
-        print(f"{path}.CONFIGURATIONS[{capability}] = {best}")
+        rows: list[dict[str, Any]] = []
+        for case, small in zip(shapes_for(name, "cuda")[1:], GATE_SHAPES[name][1:], strict=True):
+            rows += measured(name, case, small, candidates(name), "cuda", capability, options.seconds)
+            fastest = min((row for row in rows if row["case"] == case.name), key=lambda row: row["ms"])
+            print(f"{name} {case.name}: {fastest['ms']:.4f} ms with {fastest['configuration']}", flush=True)
+        print(f"{CANDIDATES[name][0]}.CONFIGURATIONS[{capability}] = {best(rows)[0]}")
 
 
 def candidates(name: str) -> list[Any]:
-    """The configurations to try for an operation."""
+    """All configurations to try for an operation: every combination."""
     path, fields = CANDIDATES[name]
     return [importlib.import_module(path).Configuration(*values) for values in itertools.product(*fields.values())]
 
 
-def tune(operation: Operation, module: Any, candidates: list[Any], device: str, capability: int, seconds: float) -> Any:
-    """The candidate with the smallest geometric mean of slowdowns over the shapes' fastest candidates."""
-    dry = device == "cpu"
-    candidates = candidates[:1] if dry else candidates
-    slowdown = dict.fromkeys(candidates, 0.0)
-    cases = shapes_for(operation.spec.name, device)
-    for case in cases[:1] if dry else cases[1:]:
-        times = _times(operation, module, candidates, case, device, capability, seconds)
-        fastest = min(times.values())
-        for candidate in candidates:
-            slowdown[candidate] += math.log(times.get(candidate, math.inf) / fastest)
-        print(f"{operation.spec.name} {case.name}: {fastest:.4f} ms with {min(times, key=times.__getitem__)}")
-    return min(slowdown, key=slowdown.__getitem__)
+def neighbours(name: str, capability: int) -> list[Any]:
+    """The configuration of the table, first, and those that differ from it in one field."""
+    path, fields = CANDIDATES[name]
+    table = importlib.import_module(path).CONFIGURATIONS
+    now = table.get(capability, table[0])
+    return [now, *(now._replace(**{f: v}) for f, values in fields.items() for v in values if v != getattr(now, f))]
 
 
-def _times(
-    operation: Operation, module: Any, candidates: list[Any], case: Case, device: str, capability: int, seconds: float
-) -> dict[Any, float]:
-    """Median milliseconds of forward and backward of each candidate that the chip can run."""
-    sets = measure.buffers_beyond_cache(operation.spec.moved_bytes(*case.arguments(torch.bfloat16)), device)
-    arguments = [case.arguments(torch.bfloat16, device) for _ in range(1 if device == "cpu" else sets)]
+def measured(
+    name: str, case: Case, small: Case, configurations: list[Any], device: str, capability: int, seconds: float
+) -> list[dict[str, Any]]:
+    """A row for each configuration that the chip can run: milliseconds of forward and backward in bf16.
+
+    All are checked against the fp64 reference on `small`, fewer images of the same shape, then timed once each; the
+    fastest few then take turns for `seconds`, and their rows tell the median of that.
+
+    Raises:
+        AssertionError: a configuration gives a wrong result.
+    """
+    operation = _operation(name)
+    module = importlib.import_module(CANDIDATES[name][0])
+    checked = small.arguments(torch.bfloat16, device)
+    right = gate.expected(operation, checked)
+    arguments = [case.arguments(torch.bfloat16, device)]
+    moved = operation.spec.moved_bytes(*arguments[0])
+    sets = 1 if device == "cpu" else measure.buffers_beyond_cache(moved, device)
+    arguments += [case.arguments(torch.bfloat16, device) for _ in range(sets - 1)]
     calls: dict[str, measure.Call] = {}
-    for candidate in candidates:
-        with configured(module, capability, candidate):
+    for configuration in configurations:
+        with configured(module, capability, configuration):
             try:
-                gate.check(operation, arguments[0], "triton")
+                gate.compare(operation, "triton", gate.outcome(operation, checked, "triton", True), right)
+                call = _call(operation, module, capability, configuration, arguments)
+                call(0)
             except Exception as error:
                 # Triton names what does not fit only by raising; a wrong result must stop the run.
                 if type(error).__name__ != "OutOfResources":
                     raise
-                print(f"skipped {candidate}: {error}")
+                print(f"skipped {configuration}: {error}")
                 continue
-        calls[str(candidate)] = _call(operation, module, capability, candidate, arguments)
-    if device == "cpu":
-        for call in calls.values():
-            call(0)
-        return dict.fromkeys(candidates, 1.0)  # the interpreter's time says nothing
-    times = measure.interleaved(calls, device, seconds, len(arguments))
-    return {candidate: times[str(candidate)].median for candidate in candidates if str(candidate) in times}
+        calls[str(configuration)] = call
+    times = measure.interleaved(calls, device, 0.0, sets)
+    finalists = sorted(times, key=lambda key: times[key].median)[:FINALISTS]
+    times |= measure.interleaved({key: calls[key] for key in finalists}, device, seconds, sets)
+    where = {"op": name, "case": case.name}
+    return [where | {"configuration": key, "ms": round(time.median, 4)} for key, time in times.items()]
 
 
 def _call(

@@ -118,6 +118,7 @@ class Emulation:
         class Stream:
             cuda_stream = 0
 
-        monkeypatch.setattr(backends, "native", lambda _: self.module)
+        native = backends.native
+        monkeypatch.setattr(backends, "native", lambda name: self.module if name == "_cuda" else native(name))
         monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
         monkeypatch.setattr(torch.cuda, "current_stream", Stream)

@@ -1,0 +1,77 @@
+"""famseg-train for the minutes that are left: does the loss fall, and how long does an epoch take on this GPU."""
+
+from __future__ import annotations
+
+import csv
+import functools
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from benchmarks.gpu.items import Item, Options, Row, Skipped
+from benchmarks.gpu.steps.environment import WANTED
+from benchmarks.peers import missing_module
+
+PROBE_EPOCHS = 2  # one to warm up, one to measure
+SPARE = 25.0  # seconds for what training does beside epochs: start, last checkpoint, overlays
+LEAST = 60.0
+
+
+def items(options: Options) -> Iterator[Item]:
+    yield Item(f"famseg-train {options.data}", functools.partial(_train, options), limit=3600.0)
+
+
+def _train(options: Options, left: float) -> Iterator[Row]:
+    lacking = [name for name in WANTED["training"] if missing_module(name) is not None]
+    if lacking:
+        raise Skipped(f"training needs {', '.join(lacking)}: not installed")
+    if options.dry:
+        small = ("--data", "phantom:12", "--model", "famseg_nano", "--image-size", "32", "--batch-size", "4")
+        small += ("--phases", "adamw:1")
+        yield from _run(options, "dry", 1, small)
+        return
+    if left < LEAST:
+        raise Skipped(f"{left:.0f} s are left, training takes {LEAST:.0f} at least")
+    ends = time.monotonic() + left
+    setting = ("--data", options.data, "--model", "famseg_tiny", "--image-size", "256", "--batch-size", "16")
+    setting += ("--device", "cuda", "--precision", "bf16")
+    (probe,) = _run(options, "probe", PROBE_EPOCHS, setting)
+    yield probe
+    epochs = int((ends - time.monotonic() - SPARE) / max(probe["seconds_an_epoch"], 0.1))
+    if epochs > PROBE_EPOCHS:
+        yield from _run(options, "run", epochs, setting)
+
+
+def _run(options: Options, name: str, epochs: int, setting: tuple[str, ...]) -> Iterator[Row]:
+    out = options.out / f"training-{name}"
+    shutil.rmtree(out, ignore_errors=True)  # of a run that was cut off: the folder would not be taken again
+    command = [sys.executable, "-m", "famseg.cli.train", *setting, "--epochs", str(epochs), "--out", str(out)]
+    began = time.monotonic()
+    done = subprocess.run(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=os.environ)
+    seconds = time.monotonic() - began
+    print(done.stdout, flush=True)
+    if done.returncode:
+        raise RuntimeError(f"famseg-train ended with {done.returncode}: {done.stdout.strip().splitlines()[-1:]}")
+    table = _table(out / "metrics.csv")
+    figures = json.loads((out / "metrics.json").read_text())
+    yield {
+        "run": name,
+        "setting": " ".join(setting),
+        "epochs": figures["epochs"],
+        "seconds": round(seconds, 1),
+        "seconds_an_epoch": round(figures["train_seconds"] / figures["epochs"], 2),
+        "train_loss_first": table[0]["train_loss"],
+        "train_loss_last": table[-1]["train_loss"],
+        "val_miou": round(figures["miou"], 4),
+        "best_epoch": figures["best_epoch"],
+    }
+
+
+def _table(path: Path) -> list[dict[str, str]]:
+    with path.open() as file:
+        return list(csv.DictReader(file))

@@ -1,0 +1,47 @@
+"""Launch configurations of the Triton kernels: the table's, and those that differ in one field; a shape an item.
+
+`python -m benchmarks.tune` tries every combination, in an hour.
+"""
+
+from __future__ import annotations
+
+import functools
+import multiprocessing
+import os
+from collections.abc import Iterator
+
+import torch
+
+from benchmarks import ahead, tune
+from benchmarks.gpu.items import Item, Options, Row
+from benchmarks.gpu.worker import die_with_parent
+from benchmarks.shapes import GATE_SHAPES, TINY, shapes_for
+from benchmarks.timing import without_tf32
+from famseg_kernels import launch
+from famseg_kernels.registry import Case
+
+SECONDS = 0.5
+
+
+def items(options: Options) -> Iterator[Item]:
+    without_tf32()
+    for name in tune.CANDIDATES:
+        shapes = zip(shapes_for(name, "cuda")[1:], GATE_SHAPES[name][1:], strict=True)
+        for case, small in ((TINY[name], TINY[name]),) if options.dry else shapes:
+            yield Item(f"{name} {case.name}", functools.partial(_rows, name, case, small, options), limit=90.0)
+
+
+def _rows(name: str, case: Case, small: Case, options: Options, _: float) -> Iterator[Row]:
+    capability = launch.capability(torch.device(options.device))
+    configurations = tune.neighbours(name, capability)
+    if options.dry:
+        configurations = configurations[:2]
+    else:
+        jobs = [ahead.Job(name, c, torch.bfloat16, capability, f) for f in configurations for c in (case, small)]
+        # Compiled on all cores, into the cache; one by one it would take longer than the measuring.
+        with multiprocessing.get_context("spawn").Pool(os.cpu_count(), initializer=die_with_parent) as pool:
+            for job, _, error in pool.imap_unordered(ahead.run, jobs):
+                if error:
+                    print(f"{job}: {error}", flush=True)
+    seconds = 0.0 if options.dry else SECONDS
+    yield from tune.measured(name, case, small, configurations, options.device, capability, seconds)
