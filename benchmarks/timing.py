@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -62,7 +63,7 @@ def measure_case(
         RuntimeError: after the rows of all others: one of our backends failed, or none can run the case.
     """
     device = settings.device
-    args = case.arguments(dtype, device)
+    args = arguments(case, dtype, device)
     flops = operation.spec.flops(*args) * (3 if backward else 1)
     results = operation.spec.fake(*args)
     out = sum(t.nbytes for t in (results if isinstance(results, list) else [results]))
@@ -153,6 +154,18 @@ def contestants(
                 yield Contestant(f"compiled {peer.name}{suffix(layout)}", False, run, layout)
 
 
+def arguments(case: Case, dtype: torch.dtype, device: str) -> Any:
+    """The case's arguments, the same at every call; on a GPU drawn there: a CPU takes a second for a large tensor."""
+    if device == "cpu":
+        return case.arguments(dtype)
+    generator = torch.Generator(device).manual_seed(case.seed)
+
+    def rand(*shape: int) -> Tensor:
+        return torch.randn(*shape, device=device, generator=generator)
+
+    return dataclasses.replace(case, make=lambda _: case.make(rand)).arguments(dtype, device)
+
+
 def run_backend(operation: Operation, backend: str, *args: Any) -> Any:
     return operation.packet(*args, backend)
 
@@ -169,7 +182,7 @@ def prepare(
     """A call on the buffers of a number, warmed up, and the first result."""
     sets = []
     for number in range(buffers):
-        args = case.arguments(dtype, device) if number == 0 else [copied(a) for a in sets[0][0]]
+        args = arguments(case, dtype, device) if number == 0 else [copied(a) for a in sets[0][0]]
         flat = (
             [
                 t.to(memory_format=contestant.layout) if t is not None and t.dim() == 4 else t

@@ -20,6 +20,7 @@ import famseg_kernels as fk
 from benchmarks import gate, measure
 from benchmarks.gpu.summary import best
 from benchmarks.shapes import GATE_SHAPES, shapes_for
+from benchmarks.timing import arguments, copied
 from famseg_kernels import launch
 from famseg_kernels.registry import Case, Operation
 
@@ -96,16 +97,16 @@ def measured(
     module = importlib.import_module(CANDIDATES[name][0])
     checked = small.arguments(torch.bfloat16, device)
     right = gate.expected(operation, checked)
-    arguments = [case.arguments(torch.bfloat16, device)]
-    moved = operation.spec.moved_bytes(*arguments[0])
-    sets = 1 if device == "cpu" else measure.buffers_beyond_cache(moved, device)
-    arguments += [case.arguments(torch.bfloat16, device) for _ in range(sets - 1)]
+    sets = [arguments(case, torch.bfloat16, device)]
+    if device != "cpu":
+        moved = operation.spec.moved_bytes(*sets[0])
+        sets += [copied(sets[0]) for _ in range(measure.buffers_beyond_cache(moved, device) - 1)]
     calls: dict[str, measure.Call] = {}
     for configuration in configurations:
         with configured(module, capability, configuration):
             try:
                 gate.compare(operation, "triton", gate.outcome(operation, checked, "triton", True), right)
-                call = _call(operation, module, capability, configuration, arguments)
+                call = _call(operation, module, capability, configuration, sets)
                 call(0)
             except Exception as error:
                 # Triton names what does not fit only by raising; a wrong result must stop the run.
@@ -114,23 +115,23 @@ def measured(
                 print(f"skipped {configuration}: {error}")
                 continue
         calls[str(configuration)] = call
-    times = measure.interleaved(calls, device, 0.0, sets)
+    times = measure.interleaved(calls, device, 0.0, len(sets))
     finalists = sorted(times, key=lambda key: times[key].median)[:FINALISTS]
-    times |= measure.interleaved({key: calls[key] for key in finalists}, device, seconds, sets)
+    times |= measure.interleaved({key: calls[key] for key in finalists}, device, seconds, len(sets))
     where = {"op": name, "case": case.name}
     return [where | {"configuration": key, "ms": round(time.median, 4)} for key, time in times.items()]
 
 
 def _call(
-    operation: Operation, module: Any, capability: int, candidate: Any, arguments: list[Any]
+    operation: Operation, module: Any, capability: int, candidate: Any, sets: list[Any]
 ) -> Callable[[int], object]:
     implementation = operation.implementations["triton"]
-    needs = [t is not None for t in operation.flatten(arguments[0])]
+    needs = [t is not None for t in operation.flatten(sets[0])]
 
     def run(number: int) -> object:
         with configured(module, capability, candidate):
-            y = implementation.forward(*arguments[number])
-            return implementation.backward(y, needs, *arguments[number])
+            y = implementation.forward(*sets[number])
+            return implementation.backward(y, needs, *sets[number])
 
     return run
 

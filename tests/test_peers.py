@@ -109,6 +109,15 @@ def test_peers_need_the_modules_that_they_call():
     assert needs == {"mamba_ssm": "mamba_ssm.ops.triton.ssd_combined", "mmcv": "mmcv.ops"}
 
 
+def test_the_sanitizer_looks_at_every_triton_kernel_that_is_launched():
+    pytest.importorskip("triton")
+    from benchmarks.gpu.steps.sanitizer import kernels
+
+    launched = "_strips _strip_gradients _square_gradients _chunk_states _pass_states _mix _mix_image _running_sums"
+    launched += " _matrix_gradients _step_gradients _forward _weight_gradient _source_gradient"
+    assert set(launched.split()) <= set(kernels("triton"))
+
+
 def test_the_best_configuration_is_the_fastest_over_all_shapes():
     def row(configuration, case, ms):
         return {"op": "o", "configuration": configuration, "case": case, "ms": ms}

@@ -40,7 +40,7 @@ class Step:
 
 STEPS = (
     Step("environment", 1),
-    Step("compilation", 7, workers=CORES, interprets=False),
+    Step("compilation", 10, workers=CORES, interprets=False),
     Step("correctness", 8, workers=max(2, min(8, CORES // 2))),
     Step("timings", 6),
     Step("peers", 4),
@@ -102,7 +102,9 @@ def main() -> int:
         for place, step in enumerate(chosen):
             began = time.monotonic()
             share = step.share / sum(other.share for other in chosen[place:])
-            environment = {"TRITON_INTERPRET": "1"} if options.dry_run and step.interprets else {}
+            environment = {"OMP_NUM_THREADS": str(max(1, CORES // step.workers))}
+            if options.dry_run and step.interprets:
+                environment["TRITON_INTERPRET"] = "1"
             deadline = began + max(0.0, end - began) * share  # what a step leaves over goes to those after it
             error = ""
             if not (step.fixed and step.name in folder.plans and not summary.unreached(folder, step.name)):

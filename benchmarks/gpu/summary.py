@@ -78,7 +78,9 @@ def _verdict(folder: Folder, steps: Sequence[str], errors: Mapping[str, str]) ->
         wrong = sum(outcome.status == "failed" for outcome in checks.values())
         return f"**Correctness: {wrong} of {len(checks)} cases failed, {missing} were not reached.**"
     others = len(failed)
-    text = f"**Correctness: all {len(checks)} cases passed or do not apply here.**"
+    passed = Counter(key.split()[1] for key, outcome in checks.items() if outcome.status == "passed")
+    ran = ", ".join(f"{backend} {passed[backend]}" for backend in ("cuda", "triton"))
+    text = f"**Correctness: all cases passed that can run here: {ran}.**"
     return text + (f" Elsewhere {others} items failed." if others else "")
 
 
@@ -190,7 +192,7 @@ def _network(folder: Folder) -> str:
 
 
 def _sanitizer(folder: Folder) -> str:
-    columns = ("tool", "op", "backend", "dtype", "verdict")
+    columns = ("tool", "backend", "dtype", "cases", "verdict")
     rows = ([row[column] for column in columns] for row in folder.rows("sanitizer"))
     return _section("compute-sanitizer", table(columns, rows))
 

@@ -6,6 +6,8 @@ What a cache made by `python -m benchmarks.ahead` holds takes no time; where tha
 from __future__ import annotations
 
 import functools
+import os
+import shutil
 import subprocess
 from collections.abc import Iterator
 
@@ -15,6 +17,7 @@ from benchmarks import ahead
 from benchmarks.gpu.dry import build_emulation
 from benchmarks.gpu.items import Item, Options, Row, Skipped
 from benchmarks.shapes import TINY
+from famseg_kernels import launch
 from tests import emulated_cuda
 
 
@@ -31,7 +34,9 @@ def items(options: Options) -> Iterator[Item]:
 
 
 def _capability() -> int:
-    """Of the first GPU, asked of the driver's tool: a CUDA context in each of these processes would take memory."""
+    """Of the GPU, asked of the driver's tool if that is sure to mean it: a CUDA context a process would take memory."""
+    if shutil.which("nvidia-smi") is None or "CUDA_VISIBLE_DEVICES" in os.environ:
+        return launch.capability(torch.device("cuda"))
     query = ("nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader")
     major, minor = subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0].split(".")
     return 10 * int(major) + int(minor)

@@ -9,6 +9,7 @@ import functools
 import multiprocessing
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -31,6 +32,11 @@ def items(options: Options) -> Iterator[Item]:
             yield Item(f"{name} {case.name}", functools.partial(_rows, name, case, small, options), limit=90.0)
 
 
+@functools.cache
+def _pool() -> Any:
+    return multiprocessing.get_context("spawn").Pool(os.cpu_count(), initializer=die_with_parent)
+
+
 def _rows(name: str, case: Case, small: Case, options: Options, _: float) -> Iterator[Row]:
     capability = launch.capability(torch.device(options.device))
     configurations = tune.neighbours(name, capability)
@@ -39,9 +45,8 @@ def _rows(name: str, case: Case, small: Case, options: Options, _: float) -> Ite
     else:
         jobs = [ahead.Job(name, c, torch.bfloat16, capability, f) for f in configurations for c in (case, small)]
         # Compiled on all cores, into the cache; one by one it would take longer than the measuring.
-        with multiprocessing.get_context("spawn").Pool(os.cpu_count(), initializer=die_with_parent) as pool:
-            for job, _, error in pool.imap_unordered(ahead.run, jobs):
-                if error:
-                    print(f"{job}: {error}", flush=True)
+        for job, _, error in _pool().imap_unordered(ahead.run, jobs):
+            if error:
+                print(f"{job}: {error}", flush=True)
     seconds = 0.0 if options.dry else SECONDS
     yield from tune.measured(name, case, small, configurations, options.device, capability, seconds)
