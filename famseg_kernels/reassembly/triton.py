@@ -56,6 +56,12 @@ def _columns(i, height, width):
 
 
 @triton.jit
+def _larger(a, b):
+    """The larger one, NaN if either is: PTX's plain maximum gives the other operand for a NaN."""
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def _softmax(logits, wanted, valid, area, K: tl.constexpr, K_PADDED: tl.constexpr, SIZE: tl.constexpr):
     """Maximum and 1 / Σ exp(logit − maximum) over the taps, which lie `area` apart, a kernel row at a time.
 
@@ -65,10 +71,10 @@ def _softmax(logits, wanted, valid, area, K: tl.constexpr, K_PADDED: tl.constexp
     total = tl.zeros([K_PADDED, SIZE], tl.float32)
     for ky in range(K):
         logit = tl.load(logits + ky * K * area, mask=wanted, other=float("-inf")).to(tl.float32)
-        larger = tl.maximum(maximum, logit)
+        larger = _larger(maximum, logit)
         total = total * tl.exp(maximum - larger) + tl.exp(logit - larger)
         maximum = larger
-    largest = tl.where(valid, tl.max(maximum, 0), 0.0)
+    largest = tl.where(valid, tl.reduce(maximum, 0, _larger), 0.0)
     total = tl.sum(total * tl.exp(maximum - largest[None, :]), 0)
     return largest, 1.0 / tl.where(valid, total, 1.0)
 

@@ -19,7 +19,9 @@ the states: `_mix` or `_mix_image` again. `_matrix_gradients` makes the rest, an
 gradients through softplus and clamp. Only the inputs are kept for backward.
 
 Log-decays are summed in fixed point, int64 with 40 bits after the point: the sum is exact, so a step of -110 costs its
-neighbours no digits, as it would in fp32, and no segmented sum is needed.
+neighbours no digits, as it would in fp32, and no segmented sum is needed. Integers hold no NaN: where a log-decay is
+NaN, the token's step is made NaN, a factor of all that it gives to itself and to later tokens. In the gradients, all
+that comes through a token's decay is read by the token as well: a NaN in the decays to it reaches what it should.
 
 Device memory, forward, a token and head, K = 4, e bytes an element: x is read once a direction for the states and once
 an axis for Y (6·p·e), y is written, read and written (the row's part in fp32: 8·p + p·e), the chunks' states are
@@ -48,17 +50,17 @@ from famseg_kernels.ssd_scan import spec
 # --- steps and decays -----------------------------------------------------------------------------------
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
-# exp(-110) is 0 in fp32. The gradient of a step's decay is 0 below, as that of torch.clamp. A token where a sequence
-# starts anew has this decay.
+# exp(-110) is 0 in fp32. The gradient of a step's decay is 0 below, as that of torch.clamp.
 _LOWEST = tl.constexpr(-110.0 * 1.4426950408889634)
 _ONE = tl.constexpr(float(1 << 40))  # of the fixed-point numbers
+_CUT = tl.constexpr(-(1 << 62))  # in the place of a chunk's sum of log-decays: a sequence starts anew in it
 
 
 @triton.jit
 def _unclamped(raw, SOFTPLUS: tl.constexpr):
     """softplus(raw), the identity above 20. log(1 + u) with the rounding of 1 + u divided out again: u is small."""
     if SOFTPLUS:
-        u = tl.exp(tl.minimum(raw, 20.0))
+        u = tl.exp(tl.minimum(raw, 20.0, propagate_nan=tl.PropagateNan.ALL))
         w = 1.0 + u
         series = tl.where(w == 1.0, u, tl.log(w) * (u / tl.where(w == 1.0, 1.0, w - 1.0)))
         raw = tl.where(raw > 20.0, raw, series)
@@ -66,25 +68,48 @@ def _unclamped(raw, SOFTPLUS: tl.constexpr):
 
 
 @triton.jit
-def _load_steps(dt, dt_batch, dt_pixel, A, bias, resets, batch, pixels, tokens, live, column, low, high, SOFTPLUS):
-    """Steps, and their log-decays to base 2 in fixed point. Tokens that are not live keep the state and add nothing."""
-    raw = tl.load(dt + batch * dt_batch + pixels * dt_pixel + column, mask=live, other=0.0).to(tl.float32)
-    if bias is not None:
-        raw += tl.load(bias + column).to(tl.float32)
-    step = tl.where(live, tl.minimum(tl.maximum(_unclamped(raw, SOFTPLUS), low), high), 0.0)
-    log_decay = tl.maximum(step * (tl.load(A + column).to(tl.float32) * _LOG2_E), _LOWEST)
-    if resets is not None:
-        reset = tl.load(resets + batch * tokens + pixels, mask=live, other=0)
-        log_decay = tl.where(reset != 0, _LOWEST, log_decay)
-    return step, (log_decay * _ONE).to(tl.int64)
+def _clamped(value, low, high):
+    """Between low and high, and NaN stays NaN: PTX's plain minimum and maximum give the other operand for it."""
+    raised = tl.maximum(value, low, propagate_nan=tl.PropagateNan.ALL)
+    return tl.minimum(raised, high, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
-def _split(sums):
-    """A fixed-point number as the sum of two floats, so that differences of large ones keep their digits."""
+def _load_steps(dt, dt_batch, dt_pixel, A, bias, batch, pixels, live, column, low, high, SOFTPLUS):
+    """Steps, and their log-decays to base 2 in fixed point. Tokens that are not live keep the state and add nothing.
+
+    A step is NaN where the log-decay is, which becomes 0: what a conversion makes of a NaN depends on the chip.
+    """
+    raw = tl.load(dt + batch * dt_batch + pixels * dt_pixel + column, mask=live, other=0.0).to(tl.float32)
+    if bias is not None:
+        raw += tl.load(bias + column).to(tl.float32)
+    step = _clamped(_unclamped(raw, SOFTPLUS), low, high)
+    log_decay = step * (tl.load(A + column).to(tl.float32) * _LOG2_E)
+    log_decay = tl.maximum(log_decay, _LOWEST, propagate_nan=tl.PropagateNan.ALL)
+    is_number = log_decay == log_decay
+    step = tl.where(live, tl.where(is_number, step, log_decay), 0.0)
+    return step, (tl.where(live & is_number, log_decay, 0.0) * _ONE).to(tl.int64)
+
+
+@triton.jit
+def _zero_or_nan(t):
+    """What is added to carry a NaN of t, and of t an infinity not."""
+    return tl.where(t == t, 0.0, t)
+
+
+@triton.jit
+def _sequences(resets, batch, pixels, tokens, live):
+    """How many sequences have started in the chunk up to each token."""
+    return tl.cumsum((tl.load(resets + batch * tokens + pixels, mask=live, other=0) != 0).to(tl.int32), 0)
+
+
+@triton.jit
+def _split(sums, step):
+    """A fixed-point number as the sum of two floats, so that differences of large ones keep their digits; NaN where
+    the token's own decay is."""
     high = sums.to(tl.float32)
     low = (sums - high.to(tl.int64)).to(tl.float32)
-    return high * (1.0 / _ONE), low * (1.0 / _ONE)
+    return high * (1.0 / _ONE) + _zero_or_nan(step), low * (1.0 / _ONE)
 
 
 @triton.jit
@@ -93,10 +118,8 @@ def _decay_of(sums):
 
 
 @triton.jit
-def _difference(left, right):
-    """left[i] - right[j] of fixed-point numbers, to base 2 as they are."""
-    left_high, left_low = _split(left)
-    right_high, right_low = _split(right)
+def _difference(left_high, left_low, right_high, right_low):
+    """left[i] - right[j] of numbers that were split, to base 2 as they are."""
     return (left_high[:, None] - right_high[None, :]) + (left_low[:, None] - right_low[None, :])
 
 
@@ -138,12 +161,17 @@ def _chunk_states(
     live = token < height * width
     pixels = _pixels_of(token, direction // 2, height, width)
     step, log_decay = _load_steps(
-        dt, dt_batch, dt_pixel, A, bias, resets, batch, pixels, height * width, live, direction * heads + head,
-        low, high, SOFTPLUS,
-    )  # fmt: skip
+        dt, dt_batch, dt_pixel, A, bias, batch, pixels, live, direction * heads + head, low, high, SOFTPLUS
+    )
     total = tl.sum(log_decay, 0)
     sums = tl.cumsum(log_decay, 0)
-    factor = _decay_of(sums) if GRADIENT else _decay_of(total - sums) * step
+    factor = _decay_of(sums) + _zero_or_nan(step) if GRADIENT else _decay_of(total - sums) * step
+    if resets is not None:
+        # Only the first sequence reads the state that enters, only the last one adds to the state that leaves.
+        sequence = _sequences(resets, batch, pixels, height * width, live)
+        last = tl.max(sequence, 0)
+        factor = tl.where(sequence == (0 if GRADIENT else last), factor, 0.0)
+        total = tl.where(last > 0, _CUT, total)
 
     p = block // blocks_n * BLOCK_P + tl.arange(0, BLOCK_P)
     n = block % blocks_n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -200,9 +228,10 @@ def _pass_states(
             # (Triton 3.9's interpreter cannot & a number with a block.)
             here = element < tl.where(exists, size, 0)
             added = tl.load(states + at * size + element, mask=here, other=0.0)
-            through = _decay_of(tl.load(totals + at, mask=exists, other=0))
+            total = tl.load(totals + at, mask=exists, other=0)
             tl.store(states + at * size + element, state, mask=here)
-            state = state * through + added
+            # Not by a factor of 0: 0 times a NaN or an infinity of another sequence is NaN.
+            state = tl.where(total == _CUT, 0.0, state * _decay_of(total)) + added
         done += UNROLL
     if last is not None:
         tl.store(last + row, state, mask=element < tl.where(direction == 0, size, 0))
@@ -282,19 +311,25 @@ def _mix(
         if not SHARED:
             gram = tl.where(rows >= columns, gram, other_gram)
 
+    # On its own side of the diagonal no sum of log-decays is positive.
+    side = (rows <= columns) if TRANSPOSED else (rows >= columns)
+    if resets is not None:
+        sequence = _sequences(resets, batch, pixels, height * width, live)
+        side &= sequence[:, None] == sequence[None, :]
+        reached = sequence == (tl.max(sequence, 0) if TRANSPOSED else 0)  # which tokens the states have to do with
+
     for h in range(HEADS):
         head = head_block * HEADS + h
         # Direction 0 or 2: sums from the chunk's start to the token. The decay of direction 1 or 3 from token j down
         # to token i < j is that of tokens i to j - 1: so its sums leave the token itself out.
         step, log_decay = _load_steps(
-            dt, dt_batch, dt_pixel, A, bias, resets, batch, pixels, height * width, live, 2 * AXIS * heads + head,
-            low, high, SOFTPLUS,
-        )  # fmt: skip
+            dt, dt_batch, dt_pixel, A, bias, batch, pixels, live, 2 * AXIS * heads + head, low, high, SOFTPLUS
+        )
         sums, total = tl.cumsum(log_decay, 0), tl.sum(log_decay, 0)
         if SIDES == 2:
             other_step, log_decay = _load_steps(
-                dt, dt_batch, dt_pixel, A, bias, resets, batch, pixels, height * width, live,
-                (2 * AXIS + 1) * heads + head, low, high, SOFTPLUS,
+                dt, dt_batch, dt_pixel, A, bias, batch, pixels, live, (2 * AXIS + 1) * heads + head, low, high,
+                SOFTPLUS,
             )  # fmt: skip
             other_sums, other_total = tl.cumsum(log_decay, 0) - log_decay, tl.sum(log_decay, 0)
         else:
@@ -306,8 +341,10 @@ def _mix(
             lower_step, lower_sums, upper_step, upper_sums = step, sums, other_step, other_sums
             upper_total = other_total
 
-        # Masked before the exponential: on its own side of the diagonal no sum is positive.
-        below, above = _difference(lower_sums, lower_sums), -_difference(upper_sums, upper_sums)
+        lower_high, lower_low = _split(lower_sums, lower_step)
+        upper_high, upper_low = _split(upper_sums, upper_step)
+        below = _difference(lower_high, lower_low, lower_high, lower_low)
+        above = -_difference(upper_high, upper_low, upper_high, upper_low)
         # A token's step goes with what it gives: that is a column of M and a row of its transpose.
         lower_weight = lower_step[:, None] if TRANSPOSED else lower_step[None, :]
         upper_weight = upper_step[:, None] if TRANSPOSED else upper_step[None, :]
@@ -316,9 +353,9 @@ def _mix(
             mixing = gram * decay * tl.where(rows >= columns, lower_weight, upper_weight)
             mixing += tl.where(rows == columns, (upper_diagonal * upper_step)[:, None], 0.0)
         elif TRANSPOSED:
-            mixing = gram * tl.exp2(tl.where(rows <= columns, above, float("-inf"))) * upper_weight
+            mixing = tl.where(side, gram * tl.exp2(above) * upper_weight, 0.0)
         else:
-            mixing = gram * tl.exp2(tl.where(rows >= columns, below, float("-inf"))) * lower_weight
+            mixing = tl.where(side, gram * tl.exp2(below) * lower_weight, 0.0)
         mixing = mixing.to(DOT)
         if states is not None:
             lower_factor = _decay_of(lower_sums)
@@ -331,7 +368,7 @@ def _mix(
             inside = live[:, None] & (p0 + p < P)[None, :]
             column = head * P + p0 + p[None, :]
             u_tile = tl.load(u + batch * u_batch + pixels[:, None] * u_pixel + column, mask=inside, other=0.0)
-            result = tl.dot(mixing, u_tile.to(DOT), input_precision=PRECISION)
+            result = tl.zeros((CHUNK, BLOCK_P), tl.float32)
             if states is not None:
                 for n0 in range(0, N, BLOCK_N):
                     n_inside = n0 + n < N
@@ -352,6 +389,9 @@ def _mix(
                         state = tl.load(states + at * (P * N) + element, mask=state_inside, other=0.0)
                         scaled = (tile.to(tl.float32) * upper_factor[:, None]).to(DOT)
                         result = tl.dot(scaled, tl.trans(state.to(DOT)), result, input_precision=PRECISION)
+                if resets is not None:
+                    result = tl.where(reached[:, None], result, 0.0)
+            result = tl.dot(mixing, u_tile.to(DOT), result, input_precision=PRECISION)
             if skip is not None:
                 weight_of_u = tl.load(skip + column, mask=(p0 + p < P)[None, :], other=0.0).to(tl.float32)
                 result += u_tile.to(tl.float32) * weight_of_u
@@ -376,7 +416,7 @@ def _mix(
 
 @triton.jit
 def _running_sums(
-    dt, dt_batch, dt_pixel, A, bias, steps, sums, batches, height, width, heads, low, high,
+    dt, dt_batch, dt_pixel, A, bias, steps, sums_high, sums_low, batches, height, width, heads, low, high,
     SOFTPLUS: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
     """Steps and running sums of log-decays, (direction, batch, head, pixel), of images of at most TOKENS.
@@ -390,18 +430,19 @@ def _running_sums(
     live = token < height * width
     pixels = _pixels_of(token, direction // 2, height, width)
     step, log_decay = _load_steps(
-        dt, dt_batch, dt_pixel, A, bias, None, batch, pixels, height * width, live, direction * heads + head,
-        low, high, SOFTPLUS,
-    )  # fmt: skip
+        dt, dt_batch, dt_pixel, A, bias, batch, pixels, live, direction * heads + head, low, high, SOFTPLUS
+    )
+    higher, lower = _split(tl.cumsum(log_decay, 0) - tl.where(direction % 2 == 0, 0, log_decay), step)
     place = ((direction * batches + batch) * heads + head) * height * width + pixels
     tl.store(steps + place, step, mask=live)
-    tl.store(sums + place, tl.cumsum(log_decay, 0) - tl.where(direction % 2 == 0, 0, log_decay), mask=live)
+    tl.store(sums_high + place, higher, mask=live)
+    tl.store(sums_low + place, lower, mask=live)
 
 
 @triton.jit
 def _mix_image(
-    u, u_batch, u_pixel, left, left_batch, left_pixel, right, right_batch, right_pixel, steps, sums, skip, y,
-    batches, height, width, heads, groups,
+    u, u_batch, u_pixel, left, left_batch, left_pixel, right, right_batch, right_pixel, steps, sums_high, sums_low,
+    skip, y, batches, height, width, heads, groups,
     TRANSPOSED: tl.constexpr, SHARED: tl.constexpr, TILES: tl.constexpr,
     P: tl.constexpr, N: tl.constexpr, CHUNK: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr,
@@ -452,10 +493,16 @@ def _mix_image(
             lower_at = ((lower * batches + batch) * heads + head) * tokens
             upper_at = ((upper * batches + batch) * heads + head) * tokens
             below = _difference(
-                tl.load(sums + lower_at + i, mask=live_i, other=0), tl.load(sums + lower_at + j, mask=live_j, other=0)
+                tl.load(sums_high + lower_at + i, mask=live_i, other=0.0),
+                tl.load(sums_low + lower_at + i, mask=live_i, other=0.0),
+                tl.load(sums_high + lower_at + j, mask=live_j, other=0.0),
+                tl.load(sums_low + lower_at + j, mask=live_j, other=0.0),
             )
             above = -_difference(
-                tl.load(sums + upper_at + i, mask=live_i, other=0), tl.load(sums + upper_at + j, mask=live_j, other=0)
+                tl.load(sums_high + upper_at + i, mask=live_i, other=0.0),
+                tl.load(sums_low + upper_at + i, mask=live_i, other=0.0),
+                tl.load(sums_high + upper_at + j, mask=live_j, other=0.0),
+                tl.load(sums_low + upper_at + j, mask=live_j, other=0.0),
             )
             if TRANSPOSED:
                 lower_weight = tl.load(steps + lower_at + i, mask=live_i, other=0.0)[:, None]
@@ -537,15 +584,20 @@ def _matrix_gradients(
     C_tile = tl.load(C + batch * c_batch + pixels[:, None] * c_pixel + matrix, mask=inside, other=0.0)
     gram = tl.dot(C_tile.to(DOT), tl.trans(B_tile.to(DOT)), input_precision=PRECISION)
 
+    side = rows >= columns
+    if resets is not None:
+        sequence = _sequences(resets, batch, pixels, tokens, live)
+        last = tl.max(sequence, 0)
+        side &= sequence[:, None] == sequence[None, :]
+        enters, leaves = sequence == 0, sequence == last
+
     dG = tl.zeros((CHUNK, CHUNK), tl.float32)
     dB = tl.zeros((CHUNK, BLOCK_N), tl.float32)
     dC = tl.zeros((CHUNK, BLOCK_N), tl.float32)
     for h in range(HEADS):
         head = (group * splits + split) * HEADS + h
         column = direction * heads + head
-        step, log_decay = _load_steps(
-            dt, dt_batch, dt_pixel, A, bias, resets, batch, pixels, tokens, live, column, low, high, SOFTPLUS
-        )
+        step, log_decay = _load_steps(dt, dt_batch, dt_pixel, A, bias, batch, pixels, live, column, low, high, SOFTPLUS)
         sums, total = tl.cumsum(log_decay, 0), tl.sum(log_decay, 0)
 
         dM = tl.zeros((CHUNK, CHUNK), tl.float32)
@@ -578,27 +630,38 @@ def _matrix_gradients(
                 # Once: by direction 0 and the first block of N.
                 tl.store(of_skip + skip_at, product, mask=p0 + p < tl.where(direction + block == 0, P, 0))
 
-        pair = dM * tl.exp2(tl.where(rows >= columns, _difference(sums, sums), float("-inf")))
-        dG += pair * step[None, :]
-        pair *= gram
-        d_step = tl.sum(pair, 0)
+        sums_high, sums_low = _split(sums, step)
+        difference = _difference(sums_high, sums_low, sums_high, sums_low)
+        pair = dM * tl.exp2(tl.where(side, difference, float("-inf")))
+        weighted = tl.where(side, pair * step[None, :], 0.0)  # not 0 times a step that is NaN
+        dG += weighted
+        d_step = tl.sum(pair * gram, 0)
         # across[t, j]: over the tokens i ≥ t that read token j.
-        across = tl.cumsum(pair * step[None, :], 0, reverse=True)
+        across = tl.cumsum(weighted * gram, 0, reverse=True)
         arriving = tl.zeros((CHUNK,), tl.float32)
         if states is not None:
+            if resets is not None:
+                from_state = tl.where(enters[:, None], from_state, 0.0)
             arrive = _decay_of(sums)
             dC += arrive[:, None] * from_state
             arriving = arrive * tl.sum(from_state * C_tile.to(tl.float32), 1)
         if state_gradients is not None:
             leave = _decay_of(total - sums)
-            dB += (leave * step)[:, None] * to_state
-            leaving = leave * tl.sum(to_state * B_tile.to(tl.float32), 1)
-            d_step += leaving
-            across += (leaving * step)[None, :]
+            weight = leave * step
+            if resets is not None:
+                to_state = tl.where(leaves[:, None], to_state, 0.0)
+                weight = tl.where(leaves, weight, 0.0)
+            dB += weight[:, None] * to_state
+            leaving = tl.sum(to_state * B_tile.to(tl.float32), 1)
+            d_step += leave * leaving
+            across += (weight * leaving)[None, :]
         # The decay of token t lies between the tokens j < t and those from t on, between the entering state and the
         # tokens from t on, between the tokens j < t and the leaving state, and between both states.
-        d_log = tl.sum(tl.where(columns < rows, across, arriving[None, :]), 1)
-        d_log += _decay_of(total) * tl.sum(passing, 0)
+        d_log = tl.sum(tl.where(columns < rows, across, arriving[None, :]), 1) + _zero_or_nan(step)
+        through = _decay_of(total) * tl.sum(passing, 0)
+        if resets is not None:
+            through = tl.where(last > 0, 0.0, through)
+        d_log += through
         place = ((block * batches + batch) * tokens + pixels) * (directions * heads) + column
         tl.store(of_step + place, d_step, mask=live)
         tl.store(of_log + place, d_log, mask=live)
@@ -633,7 +696,7 @@ def _step_gradients(
         raw += tl.load(bias + column, mask=exists, other=0.0).to(tl.float32)[None, :]
     decay_rate = tl.load(A + column, mask=exists, other=0.0).to(tl.float32)[None, :]
     value = _unclamped(raw, SOFTPLUS)
-    step = tl.minimum(tl.maximum(value, low), high)
+    step = _clamped(value, low, high)
     d_step = tl.zeros((ROWS, COLUMNS), tl.float32)
     d_log = tl.zeros((ROWS, COLUMNS), tl.float32)
     for part in range(PARTS):
@@ -841,12 +904,11 @@ class _Problem:
         return y
 
     def mix_image(self, u: Tensor, left: Tensor, right: Tensor, transposed: bool) -> Tensor:
-        steps = self.fp32(self.directions, self.batches, self.heads, self.tokens)
-        sums = torch.empty_like(steps, dtype=torch.int64)
+        steps, *sums = (self.fp32(self.directions, self.batches, self.heads, self.tokens) for _ in range(3))
         launch.run(
             _running_sums, (self.directions * self.batches * self.heads,), launch.Config(_WARPS),
-            *_strided(self.dt), self.A, self.bias, steps, sums, self.batches, self.height, self.width, self.heads,
-            self.low, self.high, SOFTPLUS=self.softplus, TOKENS=_power_of_two(self.tokens),
+            *_strided(self.dt), self.A, self.bias, steps, *sums, self.batches, self.height, self.width,
+            self.heads, self.low, self.high, SOFTPLUS=self.softplus, TOKENS=_power_of_two(self.tokens),
         )  # fmt: skip
         # Of 64 pixels a program's tiles would not fit into registers.
         constants = self.constants(self.state_tile) | {"CHUNK": min(self.chunk, 32)}
@@ -856,7 +918,7 @@ class _Problem:
         y = u.new_empty((self.batches, self.tokens, self.heads * self.headdim), dtype=self.x.dtype)
         launch.run(
             _mix_image, (self.batches * tiles * self.heads * blocks,), self.config,
-            *_strided(u), *_strided(left), *_strided(right), steps, sums, self.skip, y,
+            *_strided(u), *_strided(left), *_strided(right), steps, *sums, self.skip, y,
             self.batches, self.height, self.width, self.heads, self.groups,
             TRANSPOSED=transposed, SHARED=self.matrices == 1, TILES=tiles, **constants,
         )  # fmt: skip
