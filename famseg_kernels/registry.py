@@ -210,7 +210,7 @@ class Operation:
     def _faster(self, name: str, args: Sequence[Any], method: str) -> str | None:
         """The later backend that `name` itself holds to be faster at this call, if that one can run it."""
         faster = getattr(self.implementations[name], "faster", None)
-        other = None if faster is None else faster(method, args[0])
+        other = None if faster is None else faster(method, *args)
         return other if other is not None and self.refusal(other, args, method) is None else None
 
     # --- kernels behind torch's dispatcher ------------------------------------------------------------

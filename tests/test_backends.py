@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 import famseg_kernels as fk
 from famseg_kernels import backends
+from famseg_kernels.strip_conv import cuda
 
 X = torch.randn(1, 4, 6, 6)
 LAYER = fk.StripConv2d(4)
@@ -48,14 +50,27 @@ def test_a_backend_leaves_a_call_to_a_faster_one_where_that_can_run_it(monkeypat
     monkeypatch.setattr(operation, "refusal", lambda name, *_: None if name in runs else "it is not here")
     monkeypatch.setattr(backends, "TRITON_INTERPRETS", False)
 
-    def chosen(dtype, method):
-        implementation = operation.choose("auto", (X.to(dtype), None, None, [], [], [], []), method)
+    def chosen(dtype, method, square=5, strips=(7, 11, 21)):
+        weight = X.new_empty(4, 1, square, square) if square else None
+        rows, cols = [X.new_empty(4, 1, 1, k) for k in strips], [X.new_empty(4, 1, k, 1) for k in strips]
+        args = (X.to(dtype), weight, None, rows, [None] * len(rows), cols, [None] * len(cols))
+        implementation = operation.choose("auto", args, method)
         return next(name for name, other in operation.implementations.items() if other is implementation)
 
     assert chosen(torch.bfloat16, "forward") == chosen(torch.float32, "backward") == "cuda"
     assert chosen(torch.bfloat16, "backward") == chosen(torch.float16, "backward") == "triton"
+    for untuned in ((3, ()), (0, (7, 11, 21)), (5, (7, 11)), (5, (7, 11, 23))):
+        assert chosen(torch.bfloat16, "forward", *untuned) == chosen(torch.float16, "forward", *untuned) == "triton"
+        assert chosen(torch.float32, "forward", *untuned) == chosen(torch.float32, "backward", *untuned) == "cuda"
     runs.remove("triton")
-    assert chosen(torch.bfloat16, "backward") == "cuda"
+    assert chosen(torch.bfloat16, "backward") == chosen(torch.bfloat16, "forward", 3, ()) == "cuda"
+
+
+def test_the_tuned_sizes_are_those_of_the_native_code():
+    plan = (Path(__file__).parent.parent / "csrc" / "strip_conv" / "plan.h").read_text()
+    square, strips = cuda.TUNED
+    assert f"kSquare = {square};" in plan
+    assert "kStrips[3] = {" + ", ".join(str(row) for row, column in strips if row == column) + "};" in plan
 
 
 def test_use_backend_nests_and_restores():

@@ -29,12 +29,31 @@ def unsupported(
     return f"{len(row_weights)} branches, at most {most} have a kernel" if len(row_weights) > most else None
 
 
-def faster(method: str, x: Tensor) -> str | None:
+# The sizes of the square and of the strips that have kernels on tensor cores: csrc/strip_conv/plan.h.
+TUNED = (5, [(7, 7), (11, 11), (21, 21)])
+
+
+def faster(
+    method: str,
+    x: Tensor,
+    square_weight: Tensor | None,
+    square_bias: Tensor | None,
+    row_weights: Sequence[Tensor],
+    row_biases: Sequence[Tensor | None],
+    col_weights: Sequence[Tensor],
+    *_: Any,
+) -> str | None:
     """The backend that automatic choice takes instead, where it can: by model, not by measurement (docs/gpu-notes.md).
 
-    In 16 bits Triton sums the weights' gradients on tensor cores, these kernels on FMA units.
+    In 16 bits Triton sums the weights' gradients on tensor cores, these kernels on FMA units. Other sizes than the
+    tuned ones go through FMA units here as a whole: a 3 × 3 square alone is 130 instructions of a thread an element,
+    and 20 in Triton.
     """
-    return "triton" if method == "backward" and x.dtype in (torch.bfloat16, torch.float16) else None
+    if x.dtype not in (torch.bfloat16, torch.float16):
+        return None
+    square = 0 if square_weight is None else square_weight.shape[3]
+    strips = [(row.shape[3], col.shape[2]) for row, col in zip(row_weights, col_weights, strict=True)]
+    return "triton" if method == "backward" or (square, strips) != TUNED else None
 
 
 def forward(
