@@ -9,10 +9,8 @@ takes the first two shapes of an operation on two chips with one dtype each.
 
 from __future__ import annotations
 
-import csv
 import functools
 import importlib
-import itertools
 import os
 import re
 import subprocess
@@ -248,23 +246,6 @@ def test_nan_spoils_its_pixel_and_minus_infinity_none(name, dtype):
     for ours, truth in zip(results[1], results[0], strict=True):
         assert 0 < truth.isnan().sum() <= 8 * 25  # channels or none, and taps
         torch.testing.assert_close(ours, truth, equal_nan=True, rtol=1e-5, atol=1e-5)
-
-
-def test_the_gpu_command_goes_through_its_steps_in_the_interpreter(tmp_path):
-    result = tmp_path / "rows.csv"
-    command = [sys.executable, "-m", "benchmarks", "--device", "cpu", "--dtype", "fp32", "--csv", str(result)]
-    run = subprocess.run(command, cwd=ROOT, env=INTERPRETER, capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout + run.stderr
-    with result.open() as file:
-        rows = [row for row in csv.DictReader(file) if row["contestant"] == "famseg triton"]
-    assert [(row["op"], row["pass"]) for row in rows] == list(itertools.product(ahead.OPERATIONS, ("fwd", "fwd+bwd")))
-
-
-def test_tuning_goes_through_its_steps_in_the_interpreter():
-    command = [sys.executable, "-m", "benchmarks.tune"]
-    run = subprocess.run(command, cwd=ROOT, env=INTERPRETER, capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout + run.stderr
-    assert run.stdout.count("CONFIGURATIONS[0] = Configuration(") == 3
 
 
 @pytest.mark.skipif(backends.TRITON_INTERPRETS, reason="kernels of this process are interpreted")
