@@ -67,18 +67,87 @@ def _triton_reason() -> str:
 
 def _cuda_reason() -> str:
     module, reason = native_module("_cuda")
-    return gpu_reason() if module is not None else reason
+    if module is None or (reason := gpu_reason()) != "ok":
+        return reason
+    driver, runtime = _cuda_versions()
+    if driver // 1000 < runtime // 1000:
+        return (
+            f"the NVIDIA driver is for CUDA {_dotted(driver)}, famseg_kernels._cuda was built with {_dotted(runtime)}: "
+            "install a newer driver, or reinstall with an older CUDA toolkit: pip install -e ."
+        )
+    return "ok"
+
+
+def _cuda_versions() -> tuple[int, int]:
+    """What the driver runs and what the native module was built with, CUDA 13.0 as 13000."""
+    module = native("_cuda")
+    return module.driver_version()[0], module.runtime_version()
+
+
+def _dotted(version: int) -> str:
+    return f"{version // 1000}.{version % 1000 // 10}"
+
+
+@functools.cache
+def installed(name: str) -> str:
+    """ "ok" where backend `name` is installed and there is a GPU if it needs one, whichever it is; else why not."""
+    if name == "cuda":
+        return _cuda_reason()
+    if name == "triton":
+        return _triton_reason()
+    return native_module("_cpu")[1] if name == "cpu" else "ok"
+
+
+def gpu_refusal(name: str, index: int | None) -> str | None:
+    """None if "cuda" or "triton", which is installed, can use GPU `index`, else why not. Starts CUDA in this process.
+
+    Both ask for compute capability 8.0: there is no older instruction for the 16-bit products of the CUDA kernels
+    (mma.m16n8k16), and Triton's README names 8.0 as the oldest that it supports.
+    """
+    if torch.cuda._is_in_bad_fork():
+        return "this process was forked from one that had started CUDA: use the start method 'spawn'"
+    gpu = torch.cuda.get_device_properties(index)
+    capability = 10 * gpu.major + gpu.minor
+    what = f"{gpu.name} has compute capability {gpu.major}.{gpu.minor}"
+    if capability < 80:
+        return f"{what}, the kernels need 8.0"
+    return None if name == "triton" else _no_code(capability, what)
+
+
+def _no_code(capability: int, what: str) -> str | None:
+    """None if the CUDA module has code for this compute capability × 10, else a reason that starts with `what`.
+
+    Machine code runs on later chips of its generation too; PTX, of the newest one, on all that are later, if the
+    driver is no older than the compiler that made it.
+    """
+    names = native("_cuda").archs()
+    numbers = [int(name) for name in names if name.isdigit()]  # the code of "90a" runs on that one chip only
+    if str(capability) + "a" in names or any(n // 10 == capability // 10 and n <= capability for n in numbers):
+        return None
+    reason = f"{what}, famseg_kernels._cuda has code for {', '.join(f'{n // 10}.{n % 10}' for n in numbers)}"
+    remedy = f'FAMSEG_CUDA_ARCHS="{";".join(map(str, sorted({*numbers, capability})))}" pip install -e .'
+    if numbers and capability > max(numbers):
+        driver, runtime = _cuda_versions()
+        if driver >= runtime:
+            return None
+        reason += f" and newer with a driver for CUDA {_dotted(runtime)}, this one is for {_dotted(driver)}"
+        remedy = f"install a newer driver, or {remedy}"
+    return f"{reason}: {remedy}"
 
 
 @functools.cache
 def availability() -> dict[str, str]:
-    """Backend → "ok" or the reason why it cannot run here, whatever operations it implements."""
-    return {
-        "cuda": _cuda_reason(),
-        "triton": _triton_reason(),
-        "cpu": native_module("_cpu")[1],
-        "reference": "ok",
-    }
+    """Backend → "ok" or the reason why it cannot run here, whatever operations it implements.
+
+    One for GPUs is "ok" if it can use any of those that are visible.
+    """
+    reasons = {name: installed(name) for name in BACKENDS}
+    for name in ("cuda", "triton"):
+        if reasons[name] == "ok" and not (name == "triton" and TRITON_INTERPRETS):
+            refusals = [gpu_refusal(name, index) for index in range(torch.cuda.device_count())]
+            if refusals and None not in refusals:
+                reasons[name] = "; ".join(dict.fromkeys(map(str, refusals)))
+    return reasons
 
 
 class _Requested(threading.local):

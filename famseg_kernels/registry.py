@@ -163,23 +163,26 @@ class Operation:
 
     def refusal(self, name: str, args: Sequence[Any], method: str) -> str | None:
         """None if backend `name` can run `method` ("forward" or "backward") on these arguments, else why not."""
-        if (reason := self._refusal_here(name, args[0].device.type, method)) is not None:
+        if (reason := self._refusal_on(name, args[0].device, method)) is not None:
             return reason
         unsupported = getattr(self.implementations[name], "unsupported", None)  # absent: takes what the spec allows
         return None if unsupported is None else unsupported(*args)
 
     @functools.cache  # noqa: B019 - operations live as long as the process
-    def _refusal_here(self, name: str, device: str, method: str) -> str | None:
-        """The part of a refusal that does not depend on the arguments: worth keeping, a call costs microseconds."""
+    def _refusal_on(self, name: str, device: torch.device, method: str) -> str | None:
+        """The part of a refusal that depends on x's device only: worth keeping, a call costs microseconds."""
         implementation = self.implementations.get(name)
         if implementation is None:
             return f"it has no kernel for {self.spec.name}"
-        if (reason := backends.availability()[name]) != "ok":
+        if (reason := backends.installed(name)) != "ok":
             return reason
         if name == "reference":  # plain PyTorch runs wherever PyTorch does; its backward is autograd's
             return None
-        if device != _DEVICE[name]:
-            return f"it runs on {_DEVICE[name]} tensors, x is on {device}"
+        if device.type != _DEVICE[name]:
+            return f"it runs on {_DEVICE[name]} tensors, x is on {device.type}"
+        # A GPU is looked at for its own tensors only: one may serve where another is too old, and to look starts CUDA.
+        if device.type == "cuda" and (refusal := backends.gpu_refusal(name, device.index)) is not None:
+            return refusal
         if not hasattr(implementation, method):
             return f"it has no {method} kernel for {self.spec.name}"
         return None

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import famseg_kernels as fk
-from famseg_kernels import backends
+from famseg_kernels import backends, registry
+from famseg_kernels.registry import Operation
 from famseg_kernels.strip_conv import cuda
 
 X = torch.randn(1, 4, 6, 6)
@@ -64,6 +68,142 @@ def test_a_backend_leaves_a_call_to_a_faster_one_where_that_can_run_it(monkeypat
         assert chosen(torch.float32, "forward", *untuned) == chosen(torch.float32, "backward", *untuned) == "cuda"
     runs.remove("triton")
     assert chosen(torch.bfloat16, "backward") == chosen(torch.bfloat16, "forward", 3, ()) == "cuda"
+
+
+@dataclass
+class Machine:
+    """GPUs by compute capability, a driver, and a native module with code for some of them; CUDA versions as 13000."""
+
+    gpus: tuple[str, ...]
+    driver: int = 13000
+    runtime: int = 13000
+    codes: tuple[str, ...] = ("80", "90")
+
+    def driver_version(self):
+        return self.driver, ""
+
+    def runtime_version(self):
+        return self.runtime
+
+    def archs(self):
+        return list(self.codes)
+
+    def strip_conv2d_max_branches(self):
+        return 3
+
+    def properties(self, index):
+        major, minor = self.gpus[index].split(".")
+        return SimpleNamespace(name=f"card {index}", major=int(major), minor=int(minor))
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """A function that makes this machine look like another one, whose Triton runs on GPUs."""
+    kept = (backends.installed, backends.availability, Operation._refusal_on)
+    modules = backends.native_module
+
+    def become(*gpus, **versions):
+        here = Machine(gpus, **versions)
+        monkeypatch.setattr(backends, "native_module", lambda n: (here, "ok") if n == "_cuda" else modules(n))
+        monkeypatch.setattr(backends, "TRITON_INTERPRETS", False)
+        monkeypatch.setitem(registry._DEVICE, "triton", "cuda")
+        monkeypatch.setattr(torch.version, "cuda", "13.0")
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: len(gpus))
+        monkeypatch.setattr(torch.cuda, "get_device_properties", here.properties)
+        for function in kept:
+            function.cache_clear()
+
+    yield become
+    monkeypatch.undo()
+    for function in kept:
+        function.cache_clear()
+
+
+def chosen_on(index, caplog):
+    """The backend of an automatic choice for x on this GPU, and what was said about those skipped."""
+    operation, x = fk.OPERATIONS[0], SimpleNamespace(device=torch.device("cuda", index), dtype=torch.float32)
+    caplog.clear()
+    with caplog.at_level("DEBUG", "famseg_kernels"):
+        implementation = operation.choose("auto", (x, None, None, [], [], [], []), "forward")
+    return next(name for name, other in operation.implementations.items() if other is implementation), caplog.text
+
+
+@pytest.mark.parametrize(
+    ("gpu", "versions", "reason"),
+    [
+        ("8.0", {}, "ok"),
+        ("8.6", {}, "ok"),
+        ("9.0", {}, "ok"),
+        ("9.0", {"codes": ("80", "90a")}, "ok"),
+        ("12.0", {}, "ok"),  # from PTX
+        ("12.0", {"driver": 13020}, "ok"),
+        ("12.0", {"runtime": 13010, "codes": ("80", "90", "120")}, "ok"),
+        ("12.1", {"runtime": 13010, "codes": ("120",)}, "ok"),
+        (
+            "12.0",
+            {"runtime": 13010},
+            "card 0 has compute capability 12.0, famseg_kernels._cuda has code for 8.0, 9.0 and newer with a driver "
+            "for CUDA 13.1, this one is for 13.0: install a newer driver, or "
+            'FAMSEG_CUDA_ARCHS="80;90;120" pip install -e .',
+        ),
+        (
+            "8.0",
+            {"codes": ("86", "90")},
+            "card 0 has compute capability 8.0, famseg_kernels._cuda has code for 8.6, 9.0: "
+            'FAMSEG_CUDA_ARCHS="80;86;90" pip install -e .',
+        ),
+        ("7.5", {}, "card 0 has compute capability 7.5, the kernels need 8.0"),
+        (
+            "9.0",
+            {"driver": 12080},
+            "the NVIDIA driver is for CUDA 12.8, famseg_kernels._cuda was built with 13.0: install a newer driver, or "
+            "reinstall with an older CUDA toolkit: pip install -e .",
+        ),
+    ],
+)
+def test_cuda_needs_a_driver_and_code_for_the_gpu(machine, caplog, gpu, versions, reason):
+    machine(gpu, **versions)
+    assert fk.available_backends()["cuda"] == reason
+    name, said = chosen_on(0, caplog)
+    assert name == ("cuda" if reason == "ok" else "reference" if gpu == "7.5" else "triton")
+    if reason != "ok":
+        assert reason in said
+        with pytest.raises(RuntimeError, match=re.escape(reason)):
+            fk.use_backend("cuda").__enter__()
+
+
+def test_each_gpu_is_judged_by_itself(machine, caplog):
+    machine("7.5", "8.0", "12.0", runtime=13010)
+    assert fk.available_backends()["cuda"] == fk.available_backends()["triton"] == "ok"
+    name, said = chosen_on(0, caplog)
+    assert name == "reference"
+    assert said.count("card 0 has compute capability 7.5, the kernels need 8.0") == 2
+    assert chosen_on(1, caplog)[0] == "cuda"
+    name, said = chosen_on(2, caplog)
+    assert name == "triton" and "card 2 has compute capability 12.0, famseg_kernels._cuda has code for" in said
+
+
+def test_no_gpu_of_several_can_be_used(machine):
+    machine("6.1", "7.5")
+    reason = "; ".join(
+        f"card {i} has compute capability {gpu}, the kernels need 8.0" for i, gpu in enumerate(("6.1", "7.5"))
+    )
+    assert fk.available_backends()["cuda"] == fk.available_backends()["triton"] == reason
+
+
+def test_a_tensor_on_the_cpu_does_not_start_cuda(machine, monkeypatch):
+    machine("8.0")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: pytest.fail("a GPU was looked at"))
+    operation = fk.OPERATIONS[0]
+    assert operation.choose("auto", (X, None, None, [], [], [], []), "forward") in operation.implementations.values()
+
+
+def test_a_fork_of_a_process_that_used_cuda_says_so(machine, monkeypatch):
+    machine("8.0")
+    monkeypatch.setattr(torch.cuda, "_is_in_bad_fork", lambda: True)
+    assert "use the start method 'spawn'" in fk.available_backends()["cuda"]
+    assert fk.available_backends()["cpu"] == backends.installed("cpu")
 
 
 def test_the_tuned_sizes_are_those_of_the_native_code():
