@@ -387,3 +387,10 @@ def test_sixteen_bit_strips_are_tensor_core_instructions(inspect, element: str, 
         assert "LDSM.16.MT88.4" in text
     strips = [text for text in functions if re.search(r"6stripsI", text.split("\n")[0])]
     assert strips and not any("HMMA" in text for text in strips)
+
+
+def test_no_minimum_or_maximum_drops_a_nan(inspect) -> None:
+    """PTX's min and max of floats give the other operand for a NaN, unless they say .NaN."""
+    found = set(re.findall(r"\b(?:min|max)\.\S+", inspect("--dump-ptx")))
+    assert found  # of integers
+    assert not [name for name in found if re.search(r"\.b?f\d", name) and ".NaN" not in name]
