@@ -138,9 +138,10 @@ def contestants(
             yield Contestant("famseg cpu, one thread", True, run, threads=1)
     if settings.peers == "none":
         return
-    # The peers' code objects are shared by all cases, and dynamo limits how often each is compiled. Not once a
-    # contestant: that would throw away what the one before has just compiled.
-    torch._dynamo.reset()
+    if settings.peers == "compiled":
+        # The peers' code objects are shared by all cases, and dynamo limits how often each is compiled. Not once a
+        # contestant: that would throw away what the one before has just compiled.
+        torch._dynamo.reset()
     for peer in PEERS[operation.spec.name]:
         if (reason := peer.missing(settings.device)) is not None:
             if settings.device == "cuda":

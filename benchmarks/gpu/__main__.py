@@ -102,7 +102,8 @@ def main() -> int:
         for place, step in enumerate(chosen):
             began = time.monotonic()
             share = step.share / sum(other.share for other in chosen[place:])
-            environment = {"OMP_NUM_THREADS": str(max(1, CORES // step.workers))}
+            # Threads that wait for each other on a busy machine spin; a dry run has nothing for a second one to do.
+            environment = {"OMP_NUM_THREADS": "1" if options.dry_run else str(max(1, CORES // step.workers))}
             if options.dry_run and step.interprets:
                 environment["TRITON_INTERPRET"] = "1"
             deadline = began + max(0.0, end - began) * share  # what a step leaves over goes to those after it

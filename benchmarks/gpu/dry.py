@@ -39,7 +39,8 @@ def emulate(options: Options) -> None:
 
     if emulated_cuda.missing() is not None:
         return  # the backend then says itself why it is not there
-    found = dict(backends.availability())
+    found, installed = dict(backends.availability()), backends.installed
     emulated_cuda.Emulation(build_emulation(options.out)).install(pytest.MonkeyPatch())  # for good: nothing undoes it
     backends.availability = lambda: found | {"cuda": "ok"}
+    backends.installed = lambda name: "ok" if name == "cuda" else installed(name)
     registry._DEVICE["cuda"] = "cpu"
