@@ -6,9 +6,11 @@ import functools
 import importlib
 import importlib.util
 import os
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -59,9 +61,16 @@ def gpu_reason() -> str:
 TRITON_INTERPRETS = os.environ.get("TRITON_INTERPRET") == "1"
 
 
+_OLDEST_TRITON = (3, 3)
+
+
 def _triton_reason() -> str:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed: pip install triton"
+    found = version("triton")
+    if tuple(map(int, re.findall(r"\d+", found)[:2])) < _OLDEST_TRITON:
+        oldest = ".".join(map(str, _OLDEST_TRITON))
+        return f"triton {found} is too old, the kernels need {oldest} (tl.gather): upgrade torch, which brings it along"
     return "ok" if TRITON_INTERPRETS else gpu_reason()
 
 

@@ -299,3 +299,12 @@ def test_kernels_run_in_forked_data_workers_after_threads_were_used():
     loader = torch.utils.data.DataLoader(Filtered(), None, num_workers=2, multiprocessing_context="fork", timeout=60)
     for mine, theirs in zip(here, loader, strict=True):
         assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize(("found", "usable"), [("3.2.0", False), ("3.3.1", True), ("3.10.0+git1", True), ("4.0", True)])
+def test_a_triton_without_gather_is_too_old(monkeypatch, found, usable):
+    pytest.importorskip("triton")
+    monkeypatch.setattr(backends, "version", lambda _: found)
+    monkeypatch.setattr(backends, "gpu_reason", lambda: "ok")
+    reason = backends._triton_reason()
+    assert reason == "ok" if usable else reason.startswith(f"triton {found} is too old, the kernels need 3.3")
