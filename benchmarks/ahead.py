@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import hashlib
 import importlib
 import itertools
@@ -25,7 +26,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -34,7 +35,7 @@ import torch
 
 import famseg_kernels as fk
 from benchmarks import gate, tune
-from benchmarks.shapes import GATE_SHAPES, network_shapes, shapes_for
+from benchmarks.shapes import GATE_SHAPES, TINY, network_shapes, shapes_for
 from famseg_kernels import launch
 from famseg_kernels.registry import Case, Operation
 
@@ -43,8 +44,7 @@ CHIPS = (80, 90)
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}
 STACK = 64  # bytes a thread may keep in local memory: a few spilled registers, no arrays
 DTYPES = (torch.bfloat16, torch.float32, torch.float16)
-# Triton compiles a kernel anew for an address that is not a multiple of 16; a few cases show that it does.
-ODD_CASES = 3
+ODD_CASES = 3  # of the contract that run at odd addresses
 OPERATIONS = {op.spec.name: op for op in fk.OPERATIONS if "triton" in op.implementations}
 
 
@@ -77,9 +77,17 @@ class _Chip:
 
 
 def compiled(
-    operation: Operation, cases: Sequence[Case], dtype: torch.dtype, capability: int, odd: bool = False
+    operation: Operation,
+    cases: Sequence[Case],
+    dtype: torch.dtype,
+    capability: int,
+    layout: str = "",
+    launchers: bool = False,
 ) -> list[Compiled]:
-    """Every different kernel that forward and backward of these cases launch on a chip (`odd`: at odd addresses)."""
+    """Every different kernel that forward and backward of these cases launch on a chip.
+
+    `launchers`: also what Triton compiles in C to launch each, half a second apiece; that needs the driver's library.
+    """
     from triton.runtime import driver
 
     found: dict[int, Any] = {}
@@ -87,20 +95,23 @@ def compiled(
     def warm_up(kernel: Any, grid: tuple[int, ...], config: launch.Config, *args: Any, **constants: Any) -> None:
         assert 0 < grid[0] < 2**31 and all(0 < size < 2**16 for size in grid[1:]), grid
         result = kernel.warmup(*args, grid=grid, **constants, **config._asdict())
+        if launchers and id(result) not in found:
+            from triton.backends.nvidia.driver import CudaLauncher
+
+            CudaLauncher(result.src, result.metadata)
         found[id(result)] = (kernel.__name__, result, config.num_warps)
 
     driver.set_active(_Chip(capability))
     with mock.patch.object(launch, "run", warm_up), mock.patch.object(launch, "capability", lambda _: capability):
         for case in cases:
-            _call(operation, case, dtype, odd)
+            _call(operation, case, dtype, LAYOUTS[layout])
     return [_inspected(name, result, warps) for name, result, warps in found.values()]
 
 
-def _call(operation: Operation, case: Case, dtype: torch.dtype, odd: bool) -> None:
+def _call(operation: Operation, case: Case, dtype: torch.dtype, move: Callable[[torch.Tensor], torch.Tensor]) -> None:
     """Forward and backward on floating-point tensors without data; integers (ends of sequences) are read."""
     made = operation.flatten(case.make(_nothing))
     args: Sequence[Any] = dataclasses.replace(case, make=lambda _: case.make(_nothing)).arguments(dtype, "meta")
-    move = gate.shifted if odd else (lambda t: t)
     flat = [
         move(t) if t is not None and t.is_floating_point() else m
         for m, t in zip(made, operation.flatten(args), strict=True)
@@ -131,50 +142,79 @@ def _inspected(name: str, result: Any, warps: int) -> Compiled:
     return Compiled(name, int(registers), int(stack), result.metadata.shared, warps)
 
 
+# How the arguments lie in memory; Triton compiles a kernel anew for addresses and strides that are no multiples of 16.
+LAYOUTS = {"": lambda t: t, "odd": gate.shifted, "channels_last": gate.channels_last}
+
+
+@functools.cache
+def cases_of(source: str, operation: str) -> tuple[Case, ...]:
+    """The cases of an operation from one of the places that have some."""
+    if source == "contract":
+        return OPERATIONS[operation].spec.cases
+    if source.startswith("network"):
+        _, batch, size = source.split()
+        return network_shapes("famseg_tiny", int(batch), int(size)).get(operation, ())
+    if source in ("gpu", "cpu"):
+        return shapes_for(operation, "cuda" if source == "gpu" else "cpu")
+    return {"gate": GATE_SHAPES[operation], "tiny": (TINY[operation],)}[source]
+
+
 class Job(NamedTuple):
+    """A case by its place: a case itself, made of closures, does not travel to another process."""
+
     operation: str
-    case: Case
+    source: str
+    place: int
     dtype: torch.dtype
     capability: int
     configuration: Any = None  # to be tried by `benchmarks.tune`; None: the one of the table
-    odd: bool = False  # at odd addresses
+    layout: str = ""
+
+    @property
+    def case(self) -> Case:
+        return cases_of(self.source, self.operation)[self.place]
 
     def __str__(self) -> str:
         what = f"{self.operation} {self.case.name} {str(self.dtype).removeprefix('torch.')} sm_{self.capability}"
-        what += " odd" if self.odd else ""
+        what += f" {self.layout}" if self.layout else ""
         return what if self.configuration is None else f"{what} {self.configuration}"
 
 
 def jobs(operations: Sequence[str], chips: Sequence[int], dtypes: Sequence[torch.dtype]) -> Iterator[Job]:
-    """All that `python -m benchmarks.gpu` launches but for its tuning."""
-    network, small = network_shapes("famseg_tiny", 16, 512), network_shapes("famseg_tiny", 2, 256)
+    """All that `python -m benchmarks.gpu` launches but for its tuning, each once."""
+    return iter({str(job): job for job in _jobs(operations, chips, dtypes)}.values())
+
+
+def _jobs(operations: Sequence[str], chips: Sequence[int], dtypes: Sequence[torch.dtype]) -> Iterator[Job]:
     for dtype, chip, name in itertools.product(dtypes, chips, operations):
-        spec = OPERATIONS[name].spec
-        for case in (*spec.cases, *shapes_for(name, "cuda"), *GATE_SHAPES[name][1:], *small.get(name, ())):
-            yield Job(name, case, dtype, chip)
-        for case in spec.cases[:ODD_CASES]:
-            yield Job(name, case, dtype, chip, odd=True)
-        if dtype != torch.float16:
-            for case in (*network.get(name, ()), *shapes_for(name, "cpu")[1:]):
-                yield Job(name, case, dtype, chip)
+        sources = ["contract", "gpu", "gate", "network 2 256"]
+        sources += ["network 16 512", "cpu"] if dtype != torch.float16 else []
+        for source in sources:
+            for place in range(len(cases_of(source, name))):
+                yield Job(name, source, place, dtype, chip)
+                if name in ("reassemble", "carafe") and source != "cpu":  # the others' kernels see no channels_last
+                    yield Job(name, source, place, dtype, chip, layout="channels_last")
+        for place in range(min(ODD_CASES, len(cases_of("contract", name)))):
+            yield Job(name, "contract", place, dtype, chip, layout="odd")
 
 
 def tuning_jobs(operations: Sequence[str], chips: Sequence[int]) -> Iterator[Job]:
     for name in operations:
         for candidate in tune.candidates(name) if name in tune.CANDIDATES else ():
-            for chip, case in itertools.product(chips, shapes_for(name, "cuda")[1:]):
-                yield Job(name, case, torch.bfloat16, chip, candidate)
+            for chip, source, place in itertools.product(chips, ("gpu", "gate"), range(1, len(cases_of("gpu", name)))):
+                yield Job(name, source, place, torch.bfloat16, chip, candidate)
 
 
-def run(job: Job) -> tuple[Job, list[Compiled], str]:
-    """What was compiled, and the error that ended it."""
+def run(job: Job, launchers: bool = False) -> tuple[Job, list[Compiled], str]:
+    """What was compiled, and the error that ended it; `launchers` as `compiled` has it."""
     try:
         operation = OPERATIONS[job.operation]
+        what = (operation, [job.case], job.dtype, job.capability, job.layout, launchers)
         if job.configuration is None:
-            return job, compiled(operation, [job.case], job.dtype, job.capability, job.odd), ""
+            return job, compiled(*what), ""
         module = importlib.import_module(tune.CANDIDATES[job.operation][0])
         with tune.configured(module, job.capability, job.configuration):
-            return job, compiled(operation, [job.case], job.dtype, job.capability), ""
+            return job, compiled(*what), ""
     except Exception as error:  # the others are compiled all the same
         return job, [], f"{type(error).__name__}: {error}"
 

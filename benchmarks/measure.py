@@ -34,6 +34,7 @@ class Time:
     median: float
     low: float
     high: float
+    graph: bool = False  # on a GPU, replayed from a CUDA graph: without the time it takes to launch
 
 
 def interleaved(
@@ -66,6 +67,7 @@ def _interleaved_cuda(
     calls: Mapping[str, Call], seconds: float, buffers: int, least: int, graphs: bool
 ) -> dict[str, Time]:
     replays: dict[str, Callable[[], object]] = {}
+    recorded = set()
     for name, call in calls.items():
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
@@ -81,10 +83,13 @@ def _interleaved_cuda(
         try:
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
-                for number in range(buffers):
-                    call(number)
+                # All results at once: freed one by one, each would be written where the last one lies in the L2.
+                kept = [call(number) for number in range(buffers)]
+            del kept
             replays[name] = graph.replay
-        except RuntimeError:  # the call synchronises or allocates behind torch's back: time it as it is
+            recorded.add(name)
+        except RuntimeError as error:  # the call synchronises or allocates behind torch's back: time it as it is
+            print(f"{name}: timed without a CUDA graph: {str(error).splitlines()[0]}", flush=True)
             torch.cuda.set_stream(outside)  # torch stays on the stream of a capture that went wrong
             torch.cuda.synchronize()
     samples: dict[str, list[float]] = {name: [] for name in calls}
@@ -99,7 +104,7 @@ def _interleaved_cuda(
             end.synchronize()
             samples[name].append(start.elapsed_time(end) / buffers)
         rounds += 1
-    return {name: _summary(values) for name, values in samples.items()}
+    return {name: _summary(values, name in recorded) for name, values in samples.items()}
 
 
 def wake_threads() -> None:
@@ -130,11 +135,10 @@ def keep_freed_memory() -> None:
         libc.mallopt(trim_threshold, 2**31 - 1)
 
 
-def _summary(values: Sequence[float]) -> Time:
+def _summary(values: Sequence[float], graph: bool = False) -> Time:
     ordered = sorted(values)
-    return Time(
-        statistics.median(ordered), ordered[int(0.2 * (len(ordered) - 1))], ordered[int(0.8 * (len(ordered) - 1))]
-    )
+    low, high = (ordered[int(part * (len(ordered) - 1))] for part in (0.2, 0.8))
+    return Time(statistics.median(ordered), low, high, graph)
 
 
 def peak_megabytes(call: Call, device: str) -> float:
@@ -195,7 +199,7 @@ def provenance(device: str) -> dict[str, str]:
         "commit": commit + ("+changes" if changes else ""),
         "date": time.strftime("%Y-%m-%d"),
         "device": device_name(device),
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),  # it is a class of torch's own
         "triton": _version("triton"),
         "threads": str(torch.get_num_threads()),
     }

@@ -25,6 +25,7 @@ class Peer:
     layouts: tuple[torch.memory_format, ...] = (torch.contiguous_format,)
     compiles: bool = True
     cuda_only: bool = False
+    forward_only: bool = False  # its gradients are another peer's
     needs: str | None = None  # a module that must be there: of a package, the one that has what is called
 
     def missing(self, device: str) -> str | None:
@@ -58,7 +59,7 @@ def strip_convolutions(x, square, square_bias, rows, row_biases, cols, col_biase
 
 
 def strip_convolutions_cudnn(x, square, square_bias, rows, row_biases, cols, col_biases):  # type: ignore[no-untyped-def]
-    """The same on cuDNN's kernels. Left to itself, torch takes its own for depthwise convolutions, nearly always."""
+    """The same on cuDNN's kernels; torch takes its own for depthwise convolutions, in the backward of these too."""
     return _strips(_depthwise_cudnn, x, square, square_bias, rows, row_biases, cols, col_biases)
 
 
@@ -300,7 +301,7 @@ def reassemble_mmcv(x, logits, k, s, groups):  # type: ignore[no-untyped-def]
 PEERS: dict[str, tuple[Peer, ...]] = {
     "strip_conv2d": (
         Peer("convolutions", strip_convolutions, _IMAGES),
-        Peer("cuDNN convolutions", strip_convolutions_cudnn, _IMAGES, compiles=False, cuda_only=True),
+        Peer("cuDNN", strip_convolutions_cudnn, _IMAGES, compiles=False, cuda_only=True, forward_only=True),
     ),
     "ssd_scan_2d": (
         Peer("einsum", scan_2d_einsum),

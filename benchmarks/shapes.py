@@ -130,7 +130,8 @@ def gpu_shapes(n: int) -> dict[str, tuple[Case, ...]]:
 GPU_SHAPES = gpu_shapes(16)
 # Images of the gate at these shapes: several blocks of them on a GPU, and one that is left over in each.
 GATE_IMAGES = 5
-GATE_SHAPES = gpu_shapes(GATE_IMAGES)
+# The scans' are small enough to be checked as they are timed: how their backward is split depends on the batch.
+GATE_SHAPES = gpu_shapes(GATE_IMAGES) | {name: GPU_SHAPES[name] for name in ("ssd_scan_2d", "ssd_scan")}
 
 
 # Of every operation, for a dry run in Triton's interpreter, which takes seconds for the smoke test's.

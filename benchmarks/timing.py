@@ -58,8 +58,9 @@ def measure_case(
 ) -> Iterator[dict[str, Any]]:
     """One row for each of our backends and each peer that can run this case.
 
+    A contestant that fails, or whose result differs from the first one's, is left out.
+
     Raises:
-        AssertionError: a result differs from the first contestant's; nothing was timed.
         RuntimeError: after the rows of all others: one of our backends failed, or none can run the case.
     """
     device = settings.device
@@ -72,24 +73,25 @@ def measure_case(
     moved += (2 * (moved - out) + out) if backward else 0
     buffers = measure.buffers_beyond_cache(moved, device)
 
-    truth = None
+    truth: list[Tensor] = []
     calls: dict[str, measure.Call] = {}
     chosen: dict[str, Contestant] = {}
     failed: list[str] = []
     for contestant in contestants(operation, args, dtype, backward, settings):
         try:
-            call, result = prepare(operation, contestant, case, dtype, device, backward, buffers)
+            call, results = prepare(operation, contestant, case, dtype, device, backward, buffers)
+            truth = truth or results
+            # Gradients of ours only: peers sum them in x's dtype.
+            for mine, first in zip(results, truth if contestant.ours else truth[:1], strict=False):
+                wrong = float((mine.float() - first.float()).norm() / first.float().norm().clamp(min=1e-30))
+                if not wrong <= (0.05 if dtype.itemsize < 4 or settings.tf32 else 1e-3):
+                    raise AssertionError(f"it differs from the first contestant by {wrong:.1e}")
         except Exception as error:
             # A peer that cannot run a case (a shape that mamba_ssm has no kernel for) is no contestant there.
             settings.say(f"{contestant.name} left out: {type(error).__name__}: {error}")
             if contestant.ours:
                 failed.append(f"{contestant.name}: {type(error).__name__}: {error}")
             continue
-        result = result.float()
-        truth = result if truth is None else truth
-        wrong = float((result - truth).norm() / truth.norm())
-        if not wrong <= (0.05 if dtype.itemsize < 4 or settings.tf32 else 1e-3):
-            raise AssertionError(f"{operation.spec.name}: {contestant.name} differs from the first by {wrong:.1e}")
         calls[contestant.name], chosen[contestant.name] = call, contestant
     times = measure.interleaved(calls, device, settings.seconds, buffers)
     best = min((times[name].median for name in calls if not chosen[name].ours), default=float("nan"))
@@ -109,6 +111,7 @@ def measure_case(
             "gb_s": round(moved / ms / 1e6, 2),
             "roofline_percent": round(100 * bound / ms, 1),
             "bound": unit,
+            "graph": times[name].graph if device == "cuda" else "",
             "peak_mb": round(measure.peak_megabytes(call, device), 2),
             "result_mb": round(out / 1e6, 2),
             "best_peer_ms": round(best, 4),
@@ -143,6 +146,8 @@ def contestants(
         # contestant: that would throw away what the one before has just compiled.
         torch._dynamo.reset()
     for peer in PEERS[operation.spec.name]:
+        if backward and peer.forward_only:
+            continue
         if (reason := peer.missing(settings.device)) is not None:
             if settings.device == "cuda":
                 settings.say(f"peer {peer.name} left out: {reason}")
@@ -179,8 +184,8 @@ def prepare(
     device: str,
     backward: bool,
     buffers: int,
-) -> tuple[measure.Call, Tensor]:
-    """A call on the buffers of a number, warmed up, and the first result."""
+) -> tuple[measure.Call, list[Tensor]]:
+    """A call on the buffers of a number, warmed up; the first result and, with `backward`, the gradients."""
     sets = []
     for number in range(buffers):
         args = arguments(case, dtype, device) if number == 0 else [copied(a) for a in sets[0][0]]
@@ -196,7 +201,7 @@ def prepare(
     with torch.set_grad_enabled(backward):  # as it is timed: the other mode would be compiled apart
         first = contestant.run(*sets[0][0])
     first = first[0] if isinstance(first, (list, tuple)) else first
-    grad = torch.ones_like(first)
+    grad = torch.full_like(first, 2.0**-6)  # of ones a bias's gradient, their number, is infinite in fp16
 
     def call(number: int) -> Any:
         args, leaves = sets[number]
@@ -212,8 +217,9 @@ def prepare(
             return call(number)
 
     chosen = call if contestant.threads is None else call_on_threads
-    chosen(0)
-    return chosen, first.detach()
+    gradients = chosen(0)
+    found = [g.detach() for g in gradients if g is not None] if backward else []
+    return chosen, [first.detach(), *found]
 
 
 @contextmanager

@@ -84,14 +84,14 @@ def neighbours(name: str, capability: int) -> list[Any]:
 
 def measured(
     name: str, case: Case, small: Case, configurations: list[Any], device: str, capability: int, seconds: float
-) -> list[dict[str, Any]]:
+) -> Iterator[dict[str, Any]]:
     """A row for each configuration that the chip can run: milliseconds of forward and backward in bf16.
 
     All are checked against the fp64 reference on `small`, fewer images of the same shape, then timed once each; the
     fastest few then take turns for `seconds`, and their rows tell the median of that.
 
     Raises:
-        AssertionError: a configuration gives a wrong result.
+        AssertionError: after the rows of the others: a configuration gives a wrong result.
     """
     operation = _operation(name)
     module = importlib.import_module(CANDIDATES[name][0])
@@ -102,14 +102,18 @@ def measured(
         moved = operation.spec.moved_bytes(*sets[0])
         sets += [copied(sets[0]) for _ in range(measure.buffers_beyond_cache(moved, device) - 1)]
     calls: dict[str, measure.Call] = {}
+    wrong: list[str] = []
     for configuration in configurations:
         with configured(module, capability, configuration):
             try:
                 gate.compare(operation, "triton", gate.outcome(operation, checked, "triton", True), right)
                 call = _call(operation, module, capability, configuration, sets)
                 call(0)
+            except AssertionError as error:
+                wrong.append(f"{configuration}: {error}")
+                continue
             except Exception as error:
-                # Triton names what does not fit only by raising; a wrong result must stop the run.
+                # Triton names what does not fit only by raising.
                 if type(error).__name__ != "OutOfResources":
                     raise
                 print(f"skipped {configuration}: {error}")
@@ -119,7 +123,10 @@ def measured(
     finalists = sorted(times, key=lambda key: times[key].median)[:FINALISTS]
     times |= measure.interleaved({key: calls[key] for key in finalists}, device, seconds, len(sets))
     where = {"op": name, "case": case.name}
-    return [where | {"configuration": key, "ms": round(time.median, 4)} for key, time in times.items()]
+    for key, time in times.items():
+        yield where | {"configuration": key, "ms": round(time.median, 4)}
+    if wrong:
+        raise AssertionError("; ".join(wrong))
 
 
 def _call(

@@ -102,6 +102,60 @@ def test_the_deadline_leaves_the_rest_for_the_next_call(tmp_path):
     assert len((folder.path / "slow.csv").read_text().splitlines()) == 61
 
 
+def test_what_was_skipped_is_asked_again(tmp_path):
+    folder = Folder(tmp_path / "out", IDENTITY)
+    folder.plan("step", ["one", "two", "three"])
+    folder.add(Outcome("step", "one", "passed", rows=[{"n": 1}]))
+    folder.add(Outcome("step", "two", "skipped", "a package is missing", rows=[{"n": 0}]))
+    assert folder.missing("step") == ["two", "three"] and summary.unreached(folder, "step") == ["three"]
+    folder.add(Outcome("step", "two", "passed", rows=[{"n": 2}]))
+    assert folder.missing("step") == ["three"]
+    assert list(folder.rows("step")) == [{"n": 1}, {"n": 2}]
+
+
+def test_no_verdict_without_a_case_on_each_backend(tmp_path):
+    folder = Folder(tmp_path / "out", IDENTITY)
+    assert "Correctness was not checked" in summary.page(folder, ["correctness"], {})
+    assert summary.bad(folder, ["correctness"], {})
+    keys = ["strip_conv2d triton fp32 contract a", "strip_conv2d cuda fp32 contract a"]
+    folder.plan("correctness", keys)
+    folder.add(Outcome("correctness", keys[0], "passed"))
+    folder.add(Outcome("correctness", keys[1], "skipped", "this GPU has no code"))
+    assert "no case ran on cuda" in summary.page(folder, ["correctness"], {})
+    assert summary.bad(folder, ["correctness"], {})
+    folder.add(Outcome("correctness", keys[1], "passed"))
+    assert "all cases passed that can run here: cuda 1, triton 1" in summary.page(folder, ["correctness"], {})
+    assert not summary.bad(folder, ["correctness"], {})
+
+
+def test_figures_count_behind_their_own_gate_only(tmp_path):
+    folder = Folder(tmp_path / "out", IDENTITY)
+    folder.plan(
+        "correctness", [f"strip_conv2d cuda {dtype} contract {case}" for dtype in ("fp32", "bf16") for case in "ab"]
+    )
+    folder.add(Outcome("correctness", "strip_conv2d cuda fp32 contract a", "passed"))
+    folder.add(Outcome("correctness", "strip_conv2d cuda fp32 contract b", "failed", "AssertionError: gradient 1"))
+    folder.add(Outcome("correctness", "strip_conv2d cuda bf16 contract a", "passed"))
+    gate = summary.gate_of(folder)
+    assert gate == {("strip_conv2d", "cuda", "fp32"): "wrong", ("strip_conv2d", "cuda", "bf16"): "not all checked"}
+
+
+RACES = """========= COMPUTE-SANITIZER
+========= Error: Race reported between Write access at strips+0x1a0 and Read access at strips+0x2b0 [16 hazards]
+=========
+========= RACECHECK SUMMARY: 1 hazard displayed (1 error, 0 warnings)
+"""
+
+
+def test_the_sanitizers_verdict_is_read_off_its_summary():
+    from benchmarks.gpu.steps.sanitizer import first_finding, verdict_of
+
+    assert verdict_of(RACES) == "1 hazard displayed (1 error, 0 warnings)"
+    assert first_finding(RACES).startswith("Error: Race reported between Write access at strips")
+    assert verdict_of("========= COMPUTE-SANITIZER\n========= ERROR SUMMARY: 0 errors\n") == "0 errors"
+    assert verdict_of("killed") == "no summary"
+
+
 # --- the folder -----------------------------------------------------------------------------------------
 
 
@@ -220,7 +274,7 @@ def test_a_dry_run_killed_ten_times_completes_with_nothing_measured_twice(tmp_pa
     assert process.returncode == 0, printed
     assert f"going on with {out}" in printed
     done = Counter((line["step"], line["key"]) for line in journal(out))
-    assert max(done.values()) == 1
+    assert max(done.values()) == 1 and {line["status"] for line in journal(out)} == {"passed"}
     statuses = {(line["step"], line["key"]): (line["status"], line["message"]) for line in journal(out)}
     assert not [key for key, (status, _) in statuses.items() if status == "failed"], statuses
     assert {step for step, _ in done} == {step.name for step in command.STEPS}

@@ -41,13 +41,13 @@ class Step:
 STEPS = (
     Step("environment", 1),
     Step("compilation", 10, workers=CORES, interprets=False),
-    Step("correctness", 8, workers=max(2, min(8, CORES // 2))),
-    Step("timings", 6),
-    Step("peers", 4),
-    Step("network", 5, interprets=False),
-    Step("sanitizer", 4, workers=max(1, min(4, CORES // 4))),
-    Step("tuning", 4),
-    Step("training", 5, interprets=False, fixed=False),
+    Step("correctness", 10, workers=max(2, min(8, CORES // 2))),
+    Step("timings", 9),
+    Step("peers", 5),
+    Step("network", 6, interprets=False),
+    Step("sanitizer", 6, workers=max(1, min(4, CORES // 4))),
+    Step("tuning", 3),
+    Step("training", 3, interprets=False, fixed=False),
 )
 LEAST_MINUTES = 2.0
 DRY_MINUTES = 30.0  # nothing is measured: only the steps' own limits count
@@ -108,20 +108,28 @@ def main() -> int:
                 environment["TRITON_INTERPRET"] = "1"
             deadline = began + max(0.0, end - began) * share  # what a step leaves over goes to those after it
             error = ""
-            if not (step.fixed and step.name in folder.plans and not summary.unreached(folder, step.name)):
-                error = run_step(step.name, folder, told, step.workers, deadline, environment)
+            if not (step.fixed and step.name in folder.plans and not folder.missing(step.name)):
+                error = run_step(
+                    step.name, folder, told, step.workers, deadline, environment, lambda: _write(folder, errors)
+                )
             if error:
                 errors[step.name] = error
             print(f"{summary.line(folder, step.name, errors)}, {time.monotonic() - began:.0f} s", flush=True)
-            folder.write("summary.md", summary.page(folder, names, errors))
+            _write(folder, errors)
     except Stopped:
         stopped = True
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)  # the summary is on its way
         print("stopped", flush=True)
-    folder.write("summary.md", summary.page(folder, names, errors))
+    _write(folder, errors)
     print(f"written: {folder.path / 'summary.md'}", flush=True)
     if stopped:
         return 130
     return 1 if summary.bad(folder, [step.name for step in chosen], errors) else 0
+
+
+def _write(folder: Folder, errors: dict[str, str]) -> None:
+    folder.write("summary.md", summary.page(folder, [step.name for step in STEPS], errors))
 
 
 def _stop(*_: Any) -> NoReturn:

@@ -18,8 +18,16 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-# What a figure depends on. Not the compiled modules: the same sources make others in another build.
-SOURCES = ("famseg_kernels/**/*.py", "csrc/**/*", "benchmarks/**/*.py", "famseg/**/*.py", "CMakeLists.txt", "setup.py")
+# What a figure depends on, the compiled modules included: other options of the build make others.
+SOURCES = (
+    "famseg_kernels/**/*.py",
+    "famseg_kernels/*.so",
+    "csrc/**/*",
+    "benchmarks/**/*.py",
+    "famseg/**/*.py",
+    "CMakeLists.txt",
+    "setup.py",
+)
 JOURNAL = "journal.jsonl"
 
 
@@ -43,7 +51,7 @@ def tree_hash() -> str:
     """Of the sources: the same tree, the same hash, with or without git."""
     digest = hashlib.sha256()
     for path in sorted({path for pattern in SOURCES for path in ROOT.glob(pattern) if path.is_file()}):
-        if path.suffix not in (".pyc", ".so"):
+        if path.suffix != ".pyc":
             digest.update(f"{path.relative_to(ROOT)}\0{hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
     return digest.hexdigest()[:16]
 
@@ -141,10 +149,14 @@ class Folder:
         """The items of a step that are done, by key."""
         return {outcome.key: outcome for outcome in self.outcomes if outcome.step == step}
 
+    def missing(self, step: str) -> list[str]:
+        """The items of a step that are still to be done; what was skipped may be had by now."""
+        done = self.of(step)
+        return [key for key in self.plans.get(step, ()) if key not in done or done[key].status == "skipped"]
+
     def rows(self, step: str) -> Iterator[dict[str, Any]]:
-        for outcome in self.outcomes:
-            if outcome.step == step:
-                yield from outcome.rows
+        for outcome in self.of(step).values():
+            yield from outcome.rows
 
     def write_csv(self, step: str) -> None:
         """STEP.csv: all rows of the step so far; columns in the order in which they first come."""

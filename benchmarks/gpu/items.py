@@ -14,6 +14,10 @@ class Skipped(Exception):
     """This item cannot be had here; the message says why. No failure."""
 
 
+class Later(Exception):
+    """Too little time is left for this item: it counts as not reached."""
+
+
 @dataclass(frozen=True)
 class Options:
     """What every step may ask for."""

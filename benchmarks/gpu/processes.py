@@ -8,7 +8,7 @@ import os
 import signal
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from typing import Any
@@ -18,6 +18,7 @@ from benchmarks.gpu.items import Options
 from benchmarks.gpu.worker import work
 
 START_LIMIT = 180.0  # seconds until a process has listed its items: it imports torch and Triton
+PROGRESS = 10.0  # seconds
 STARTS = 3  # processes that may end without a word before an item is begun
 
 
@@ -46,10 +47,11 @@ def run_step(
     workers: int,
     deadline: float,
     environment: Mapping[str, str],
+    progress: Callable[[], None] = lambda: None,
     package: str = "benchmarks.gpu.steps",
 ) -> str:
     """Do what is missing of a step, a module of `package`, until `deadline` (of time.monotonic), in up to `workers`
-    processes.
+    processes. `progress` is called now and then.
 
     An item that raises, whose process ends or that outlasts its own limit has failed; one that the deadline cuts off
     is not in the folder afterwards: it was not reached. What is returned is why the step did not come up, or "".
@@ -81,14 +83,19 @@ def run_step(
             worker.item, worker.limit = key, limit
             todo.popleft()
 
+    told = time.monotonic()
     try:
-        start()
+        for _ in range(workers):  # at once: to list the items takes each of them seconds
+            start()
         while team:
             now = time.monotonic()
             if now >= deadline:
                 break
-            first = min(worker.begun + worker.limit for worker in team)
-            for connection in wait([worker.connection for worker in team], max(0.0, min(first, deadline) - now)):
+            if now > told + PROGRESS:
+                progress()
+                told = now
+            until = min(deadline, told + PROGRESS, *(worker.begun + worker.limit for worker in team))
+            for connection in wait([worker.connection for worker in team], max(0.0, until - now)):
                 worker = next(w for w in team if w.connection is connection)
                 spent = time.monotonic() - worker.begun
                 try:
@@ -99,25 +106,26 @@ def run_step(
                     if worker.item is not None:
                         fail(worker.item, f"its process ended ({_ending(worker.process.exitcode)})", spent)
                     lost += not worker.ready
-                    if lost >= STARTS:
+                    if lost >= STARTS and todo is None:
                         return f"its processes end ({_ending(worker.process.exitcode)})"
-                    if todo is None or len(todo) > len(team):
+                    if lost < STARTS and (todo is None or len(todo) > len(team)):
                         start()
                     continue
                 if isinstance(message, str):
-                    return message
+                    if todo is None:
+                        return message
+                    continue
                 if isinstance(message, list):
                     worker.ready = True
                     if todo is None:
                         folder.plan(step, [key for key, _ in message])
-                        done = folder.of(step)
-                        todo = deque((key, limit) for key, limit in message if key not in done)
-                        for _ in range(min(workers, len(todo)) - 1):
-                            start()
+                        missing = set(folder.missing(step))
+                        todo = deque((key, limit) for key, limit in message if key in missing)
                 else:
                     assert worker.item is not None
                     status, why, seconds, rows, broken = message
-                    folder.add(Outcome(step, worker.item, status, why, round(seconds, 3), rows))
+                    if status != "later":
+                        folder.add(Outcome(step, worker.item, status, why, round(seconds, 3), rows))
                     worker.item = None
                     if broken:
                         continue
@@ -125,7 +133,7 @@ def run_step(
             for worker in [w for w in team if time.monotonic() > w.begun + w.limit]:
                 team.remove(worker)
                 worker.end()
-                if not worker.ready:
+                if not worker.ready and todo is None:
                     return f"its process did not start within {worker.limit:.0f} s"
                 if worker.item is not None:
                     fail(worker.item, f"no answer within {worker.limit:.0f} s: its process was ended", worker.limit)

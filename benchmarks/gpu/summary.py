@@ -36,8 +36,14 @@ def unreached(folder: Folder, step: str) -> list[str]:
 def bad(folder: Folder, steps: Sequence[str], errors: Mapping[str, str]) -> bool:
     """Whether something of `steps` failed, or correctness, without which no figure counts, is not through."""
     failed = any(outcome.status == "failed" for step in steps for outcome in folder.of(step).values())
-    unchecked = CHECKED in steps and (CHECKED not in folder.plans or unreached(folder, CHECKED))
+    unchecked = CHECKED in steps and (unreached(folder, CHECKED) or not all(_ran(folder).values()))
     return failed or bool(errors) or bool(unchecked)
+
+
+def _ran(folder: Folder) -> dict[str, int]:
+    """How many cases of each backend have passed."""
+    passed = Counter(key.split()[1] for key, outcome in folder.of(CHECKED).items() if outcome.status == "passed")
+    return {backend: passed[backend] for backend in ("cuda", "triton")}
 
 
 def page(folder: Folder, steps: Sequence[str], errors: Mapping[str, str]) -> str:
@@ -74,12 +80,13 @@ def _verdict(folder: Folder, steps: Sequence[str], errors: Mapping[str, str]) ->
     missing = len(unreached(folder, CHECKED))
     if not checks:
         return "**Correctness was not checked: no figure counts.**"
-    if bad(folder, [CHECKED], errors):
-        wrong = sum(outcome.status == "failed" for outcome in checks.values())
+    wrong = sum(outcome.status == "failed" for outcome in checks.values())
+    if wrong or missing or CHECKED in errors:
         return f"**Correctness: {wrong} of {len(checks)} cases failed, {missing} were not reached.**"
+    if idle := [backend for backend, passed in _ran(folder).items() if not passed]:
+        return f"**Correctness: no case ran on {' and '.join(idle)}; the reason is below.**"
     others = len(failed)
-    passed = Counter(key.split()[1] for key, outcome in checks.items() if outcome.status == "passed")
-    ran = ", ".join(f"{backend} {passed[backend]}" for backend in ("cuda", "triton"))
+    ran = ", ".join(f"{backend} {passed}" for backend, passed in _ran(folder).items())
     text = f"**Correctness: all cases passed that can run here: {ran}.**"
     return text + (f" Elsewhere {others} items failed." if others else "")
 
@@ -155,13 +162,14 @@ def _timings(folder: Folder) -> str:
         figures = (f"{row['ms']:.4g}", f"{row['gb_s']:.0f}", f"{row['gflops'] / 1e3:.3g}")
         where = (row["op"], row["case"], row["dtype"], row["pass"], row["contestant"].removeprefix("famseg "))
         bound = (f"{row['roofline_percent']:.0f}", row["bound"], over)
-        rows.append((*where, *figures, *bound, f"{row['peak_mb']:.0f}", _verified(row, gate)))
+        graph = {True: "", False: "no graph", "": ""}[row["graph"]]
+        rows.append((*where, *figures, *bound, f"{row['peak_mb']:.0f}", _verified(row, gate), graph))
         rates = f"copy {row['copy_gb_s']:.0f} GB/s" + (f", fp32 FMA {fma / 1e3:.1f} TFLOP/s" if fma else "")
     matrix = {row["dtype"]: row["matrix_gflops"] for row in folder.rows("timings")}
     rates += "".join(f", matrix product {dtype} {rate / 1e3:.0f} TFLOP/s" for dtype, rate in matrix.items())
     headings = ("op", "case", "dtype", "pass", "backend", "ms", "GB/s", "TFLOP/s", "% of bound", "bound by")
     note = f"Measured in the same process: {rates}. Bytes are those that any implementation must move." if rows else ""
-    return _section("Our kernels", note, table((*headings, "% of FMA", "peak MB", "verified"), rows))
+    return _section("Our kernels", note, table((*headings, "% of FMA", "peak MB", "verified", ""), rows))
 
 
 def _peers(folder: Folder) -> str:
@@ -169,8 +177,9 @@ def _peers(folder: Folder) -> str:
     rows = []
     for row in folder.rows("peers"):
         where = (row["op"], row["case"], row["dtype"], row["pass"], row["contestant"])
-        rows.append((*where, f"{row['ms']:.4g}", row["speedup"], f"{row['peak_mb']:.0f}", _verified(row, gate)))
-    headings = ("op", "case", "dtype", "pass", "contestant", "ms", "× best peer", "peak MB", "verified")
+        graph = {True: "", False: "no graph", "": ""}[row["graph"]]
+        rows.append((*where, f"{row['ms']:.4g}", row["speedup"], f"{row['peak_mb']:.0f}", _verified(row, gate), graph))
+    headings = ("op", "case", "dtype", "pass", "contestant", "ms", "× best peer", "peak MB", "verified", "")
     return _section("Beside peers", table(headings, rows))
 
 

@@ -6,6 +6,7 @@ import ctypes
 import importlib
 import os
 import signal
+import subprocess
 import sys
 import time
 import traceback
@@ -13,7 +14,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu.items import Options, Skipped
+from benchmarks.gpu.items import Later, Options, Skipped
 
 MESSAGE = 2000  # characters of an error that go to the journal; all of it is in the log
 
@@ -22,6 +23,25 @@ def die_with_parent() -> None:
     """Linux ends this process when its parent is gone, however that came about: a GPU is not held by orphans."""
     set_parent_death_signal = 1  # linux/prctl.h
     ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+
+
+def program(command: list[str], environment: dict[str, str] | None = None) -> tuple[int, str]:
+    """Run a program of an item: its exit status and what it printed, which the log gets line by line."""
+    process = subprocess.Popen(
+        command,
+        env=os.environ | (environment or {}),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        preexec_fn=die_with_parent,
+    )
+    assert process.stdout is not None
+    lines = []
+    for line in process.stdout:
+        print(line, end="", flush=True)
+        lines.append(line)
+    return process.wait(), "".join(lines)
 
 
 def work(module: str, options: Options, connection: Connection, log: Path, environment: dict[str, str]) -> None:
@@ -49,7 +69,11 @@ def work(module: str, options: Options, connection: Connection, log: Path, envir
         connection.send(traceback.format_exc(limit=-1).strip()[-MESSAGE:])
         return
     connection.send([(item.key, item.limit) for item in items.values()])
-    while (order := connection.recv()) is not None:
+    while True:
+        order = connection.recv()
+        if order is None:
+            sys.stdout.flush()
+            os._exit(0)  # not by the interpreter's end: pools and the GPU's runtime may take their time there
         key, left = order
         started = time.monotonic()
         print(f"--- {key}", flush=True)
@@ -58,8 +82,8 @@ def work(module: str, options: Options, connection: Connection, log: Path, envir
         try:
             for row in items[key].run(left):
                 rows.append(row)
-        except Skipped as reason:
-            status, message = "skipped", str(reason)
+        except (Skipped, Later) as reason:
+            status, message = "skipped" if isinstance(reason, Skipped) else "later", str(reason)
         except Exception as error:
             traceback.print_exc()
             status, message = "failed", f"{type(error).__name__}: {error}"[:MESSAGE]

@@ -16,7 +16,6 @@ import torch
 from benchmarks import ahead
 from benchmarks.gpu.dry import build_emulation
 from benchmarks.gpu.items import Item, Options, Row, Skipped
-from benchmarks.shapes import TINY
 from famseg_kernels import launch
 from tests import emulated_cuda
 
@@ -26,11 +25,11 @@ def items(options: Options) -> Iterator[Item]:
     yield Item("cache", functools.partial(_cache, capability))
     if options.dry:
         yield Item("emulation of CUDA", functools.partial(_emulation, options), limit=300.0)
-        jobs = [ahead.Job(name, TINY[name], torch.bfloat16, capability) for name in ahead.OPERATIONS]
+        jobs = [ahead.Job(name, "tiny", 0, torch.bfloat16, capability) for name in ahead.OPERATIONS]
     else:
         jobs = list(ahead.jobs(list(ahead.OPERATIONS), [capability], ahead.DTYPES))
     for job in jobs:
-        yield Item(str(job), functools.partial(_compile, job), limit=180.0)
+        yield Item(str(job), functools.partial(_compile, job, not options.dry), limit=180.0)
 
 
 def _capability() -> int:
@@ -54,8 +53,8 @@ def _emulation(options: Options, _: float) -> Iterator[Row]:
     yield {"what": "emulation of CUDA", "value": str(build_emulation(options.out))}
 
 
-def _compile(job: ahead.Job, _: float) -> Iterator[Row]:
-    _, kernels, error = ahead.run(job)
+def _compile(job: ahead.Job, launchers: bool, _: float) -> Iterator[Row]:
+    _, kernels, error = ahead.run(job, launchers)
     for kernel in kernels:
         yield {"what": str(job)} | kernel._asdict()
     if error:

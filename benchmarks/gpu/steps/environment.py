@@ -9,14 +9,14 @@ import platform
 import re
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
 import famseg_kernels as fk
 from benchmarks import measure, peers
-from benchmarks.gpu.items import Item, Options, Row, Skipped
+from benchmarks.gpu.items import Item, Options, Row
 from famseg_kernels.backends import native_module
 
 # What a step needs beside torch, Triton and NumPy.
@@ -68,9 +68,7 @@ def _gpu(options: Options) -> Iterator[Row]:
         yield _named("CUDA module", facts)
     else:
         yield {"what": "CUDA module", "value": reason}
-    if options.dry:
-        raise Skipped("no GPU in a dry run")
-    for index in range(torch.cuda.device_count()):
+    for index in range(0 if options.dry else torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
         facts = {
             "name": properties.name,
@@ -84,16 +82,12 @@ def _gpu(options: Options) -> Iterator[Row]:
 def _backend(name: str, options: Options, _: float) -> Iterator[Row]:
     reason = fk.available_backends()[name]
     yield {"what": f"backend {name}", "value": reason}
-    if reason != "ok":
-        raise Skipped(reason) if options.dry else RuntimeError(reason)
+    if reason != "ok" and not options.dry:
+        raise RuntimeError(reason)
 
 
 def _module(name: str, _: float) -> Iterator[Row]:
-    check: Callable[[str], str | None] = peers.missing_module
-    reason = check(name)
-    yield {"what": name, "value": reason or version_of(name)}
-    if reason is not None:
-        raise Skipped(reason)
+    yield {"what": name, "value": peers.missing_module(name) or version_of(name)}
 
 
 def version_of(module: str) -> str:

@@ -14,7 +14,7 @@ from benchmarks.gpu.steps.timings import timed
 from benchmarks.shapes import TINY, shapes_for
 from benchmarks.timing import DTYPES, without_tf32
 
-SECONDS = 1.0
+SECONDS = 0.5
 
 
 def items(options: Options) -> Iterator[Item]:

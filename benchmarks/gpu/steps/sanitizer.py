@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import functools
 import itertools
-import os
 import re
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +21,7 @@ import famseg_kernels as fk
 from benchmarks import gate
 from benchmarks.gpu.dry import emulate
 from benchmarks.gpu.items import Item, Options, Row, Skipped
+from benchmarks.gpu.worker import program
 from benchmarks.shapes import SHAPES, TINY
 from benchmarks.timing import DTYPES
 
@@ -42,33 +41,42 @@ def _run(tool: str, backend: str, dtype: str, options: Options, _: float) -> Ite
     if not options.dry:
         if shutil.which("compute-sanitizer") is None:
             raise Skipped("compute-sanitizer is not on PATH: it is part of the CUDA toolkit")
-        filters = [part for kernel in kernels(backend) for part in ("--kernel-name", f"kns={kernel}")]
+        filters = [part for kernel in kernels(backend) for part in ("--kernel-name", kernel)]
         checks = ["--padding", "64", "--report-api-errors", "no"] if tool == "memcheck" else []
-        command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *checks, *filters, *command]
-    environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    print(done.stdout, flush=True)
-    summary = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: (.*)", done.stdout)
-    verdict = "not run under it" if options.dry else summary[-1] if summary else "no summary"
-    ran = len(re.findall(r"^ran ", done.stdout, re.MULTILINE))
-    yield {"tool": tool, "backend": backend, "dtype": dtype, "cases": ran, "verdict": verdict, "exit": done.returncode}
-    if done.returncode or not ran:
-        first = next((line for line in done.stdout.splitlines() if line.startswith("========= ")), verdict)
-        raise RuntimeError(f"exit status {done.returncode}, {ran} cases ran, {verdict}: {first}")
-    if not options.dry and not summary:
-        raise RuntimeError(f"{tool} said nothing of what it found")
+        # A port of its own for each that runs at the same time.
+        port = str(49152 + 32 * ("fp32", "bf16").index(dtype) + 64 * ("cuda", "triton").index(backend))
+        general = ["--error-exitcode", "9", "--target-processes", "application-only", "--port", port]
+        command = ["compute-sanitizer", "--tool", tool, *general, *checks, *filters, *command]
+    status, printed = program(command, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
+    verdict = "not run under it" if options.dry else verdict_of(printed)
+    ran = len(re.findall(r"^ran ", printed, re.MULTILINE))
+    yield {"tool": tool, "backend": backend, "dtype": dtype, "cases": ran, "verdict": verdict, "exit": status}
+    # Warnings of races count, whatever the exit status says of them.
+    if status or not ran or not (options.dry or verdict.startswith("0 ")):
+        raise RuntimeError(f"exit status {status}, {ran} cases ran, {verdict}: {first_finding(printed)}")
+
+
+def verdict_of(printed: str) -> str:
+    found = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: (.*)", printed)
+    return found[-1] if found else "no summary"
+
+
+def first_finding(printed: str) -> str:
+    """The first line of the tool's own, its banner aside."""
+    lines = re.findall(r"^=+ +(\S.*)", printed, re.MULTILINE)
+    return next((line for line in lines if "COMPUTE-SANITIZER" not in line), "nothing more")
 
 
 def kernels(backend: str) -> list[str]:
-    """Parts of our kernels' symbols that torch's own have not."""
+    """Filters of the tool: our kernels' symbols, or what is in all of them and in none of torch's."""
     if backend == "cuda":
-        return ["famseg"]
+        return ["kns=famseg"]
     from triton.runtime import JITFunction
 
     for operation in fk.OPERATIONS:
         operation.implementations["triton"].forward  # noqa: B018 - imports the room's module, if nobody has
     modules = [m for name, m in sys.modules.items() if name.startswith("famseg_kernels.") and name.endswith(".triton")]
-    return sorted({name for m in modules for name, value in vars(m).items() if isinstance(value, JITFunction)})
+    return sorted({f"kne={name}" for m in modules for name, value in vars(m).items() if isinstance(value, JITFunction)})
 
 
 def main() -> None:

@@ -17,7 +17,7 @@ from benchmarks.shapes import TINY, shapes_for
 from benchmarks.timing import DTYPES, PASSES, Settings, measure_case, name_of, without_tf32
 from famseg_kernels.registry import Case, Operation
 
-SECONDS = 0.4  # of measuring a case; twenty to a thousand replays
+SECONDS = 0.25  # of measuring a case; ten to a thousand replays
 
 
 def items(options: Options) -> Iterator[Item]:

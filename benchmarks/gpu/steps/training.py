@@ -5,16 +5,15 @@ from __future__ import annotations
 import csv
 import functools
 import json
-import os
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from benchmarks.gpu.items import Item, Options, Row, Skipped
+from benchmarks.gpu.items import Item, Later, Options, Row, Skipped
 from benchmarks.gpu.steps.environment import WANTED
+from benchmarks.gpu.worker import program
 from benchmarks.peers import missing_module
 
 PROBE_EPOCHS = 2  # one to warm up, one to measure
@@ -36,7 +35,7 @@ def _train(options: Options, left: float) -> Iterator[Row]:
         yield from _run(options, "dry", 1, small)
         return
     if left < LEAST:
-        raise Skipped(f"{left:.0f} s are left, training takes {LEAST:.0f} at least")
+        raise Later(f"{left:.0f} s are left, training takes {LEAST:.0f} at least")
     ends = time.monotonic() + left
     setting = ("--data", options.data, "--model", "famseg_tiny", "--image-size", "256", "--batch-size", "16")
     setting += ("--device", "cuda", "--precision", "bf16")
@@ -52,11 +51,10 @@ def _run(options: Options, name: str, epochs: int, setting: tuple[str, ...]) -> 
     shutil.rmtree(out, ignore_errors=True)  # of a run that was cut off: the folder would not be taken again
     command = [sys.executable, "-m", "famseg.cli.train", *setting, "--epochs", str(epochs), "--out", str(out)]
     began = time.monotonic()
-    done = subprocess.run(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=os.environ)
+    status, printed = program(command)
     seconds = time.monotonic() - began
-    print(done.stdout, flush=True)
-    if done.returncode:
-        raise RuntimeError(f"famseg-train ended with {done.returncode}: {done.stdout.strip().splitlines()[-1:]}")
+    if status:
+        raise RuntimeError(f"famseg-train ended with {status}: {printed.strip().splitlines()[-1:]}")
     table = _table(out / "metrics.csv")
     figures = json.loads((out / "metrics.json").read_text())
     yield {

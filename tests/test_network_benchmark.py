@@ -1,0 +1,82 @@
+"""`python -m benchmarks.network`, and that what the network asks of the operations is timed on its own."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import sys
+
+import pytest
+import torch
+
+from benchmarks import network
+from benchmarks.shapes import SHAPES, gpu_shapes, network_shapes
+
+
+@contextlib.contextmanager
+def parts_that_run_out_of_memory():
+    raise RuntimeError("CUDA out of memory")
+    yield
+
+
+def broken_models(device, seconds, say):
+    row = {"model": "a model of others", "batch": 1, "size": 32, "dtype": "fp32", "kind": "inference"}
+    yield [row | {"build": "accelerated", "ms": 1.0, "images_s": 1.0, "peak_mb": 1.0, "famseg_speedup": 1.0}]
+    raise AssertionError("a model of others: accelerated output differs by 2.0e-01")
+
+
+def test_a_failure_costs_no_figure_of_the_others(tmp_path, monkeypatch, capsys):
+    written = []
+    write_csv = network.measure.write_csv
+
+    def record(path, rows):
+        written.append(len(rows))
+        write_csv(path, [{key: row.get(key, "") for key in rows[-1]} for row in rows])
+
+    monkeypatch.setattr(network.measure, "write_csv", record)
+    monkeypatch.setattr(network, "standard_parts", parts_that_run_out_of_memory)
+    monkeypatch.setattr(network, "accelerate_rows", broken_models)
+    table = tmp_path / "network.csv"
+    options = ["--device", "cpu", "--model", "famseg_nano", "--shapes", "2x32", "--seconds", "0", "--csv", str(table)]
+    monkeypatch.setattr(sys, "argv", ["network", *options])
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    assert network.main() == 1
+    with table.open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["kind"], row["build"]) for row in rows] == [
+        ("inference", "accelerated"),
+        ("inference", "famseg"),
+        ("inference", "reference backend"),
+        ("training step", "famseg"),
+        ("training step", "reference backend"),
+    ]
+    assert written == [1, 3, 5], "written as it goes"
+    printed = capsys.readouterr()
+    assert "out: standard parts: RuntimeError: CUDA out of memory" in printed.out
+    assert "failed, see above:" in printed.out and "differs by 2.0e-01" in printed.out
+    assert not torch.backends.cudnn.allow_tf32, "outputs are held to 1e-3: TF32 is off unless it is asked for"
+
+
+def test_a_wrong_output_of_ours_is_a_failure(monkeypatch):
+    contest = network.Contest(network.Setting("cpu", "famseg_nano", 2, 32, "fp32", 0.0))
+    assert contest.wrong == []
+    told = contest._told("famseg, channels_last", AssertionError("output differs"))
+    assert told == ["famseg, channels_last: AssertionError: output differs"]
+    contest.wrong += told
+    with pytest.raises(RuntimeError, match="famseg, channels_last: AssertionError"):
+        list(contest.rows("inference"))
+
+
+@pytest.mark.parametrize("shapes", [SHAPES, gpu_shapes(16)], ids=["cpu", "gpu"])
+def test_all_kernel_sizes_of_the_network_are_timed(shapes):
+    def sizes(cases):
+        found = set()
+        for case in cases:
+            _, square, _, rows, _, cols, _ = case.make(lambda *shape: torch.empty(shape, device="meta"))
+            strips = tuple((row.shape[3], col.shape[2]) for row, col in zip(rows, cols, strict=True))
+            found.add((square.shape[-1], strips))
+        return found
+
+    asked = sizes(network_shapes("famseg_tiny", 16, 512)["strip_conv2d"])
+    assert asked == {(5, ((7, 7), (11, 11), (21, 21))), (3, ())}
+    assert asked <= sizes(shapes["strip_conv2d"])
