@@ -262,6 +262,16 @@ def test_every_launch_compiles_and_fits(name, capability, dtype):
 
 
 @pytest.mark.skipif(backends.TRITON_INTERPRETS, reason="kernels of this process are interpreted")
+@pytest.mark.parametrize("layout", ["", "odd"], ids=["aligned", "odd"])
+@pytest.mark.parametrize("name", ahead.OPERATIONS)
+def test_sizes_of_one_compile(name, layout):
+    """No interpreter shows it: Triton makes a constant of an argument that is 1, and has no gather of a single row."""
+    cases = [case for case in ahead.OPERATIONS[name].spec.cases if ALL or case.name.startswith("one_")]
+    assert cases
+    assert ahead.compiled(ahead.OPERATIONS[name], cases[: None if layout == "" else 1], torch.float16, 90, layout)
+
+
+@pytest.mark.skipif(backends.TRITON_INTERPRETS, reason="kernels of this process are interpreted")
 @pytest.mark.parametrize(("capability", "dtype"), CHIPS, ids=lambda value: str(value).removeprefix("torch."))
 @pytest.mark.parametrize("name", ahead.OPERATIONS)
 def test_minima_and_maxima_keep_nan(name, capability, dtype, monkeypatch):

@@ -100,7 +100,7 @@ def _forward(
     column_blocks,
     row_blocks,
     K: tl.constexpr,
-    K_PADDED: tl.constexpr,  # the next power of 2
+    K_PADDED: tl.constexpr,  # the next power of 2, at least 4
     S: tl.constexpr,
     SOFTMAX: tl.constexpr,
     C_BLOCK: tl.constexpr,  # channels of a program
@@ -120,7 +120,7 @@ def _forward(
     program //= row_blocks
     group = program % groups
     n = program // groups
-    area = height.to(tl.int64) * width * (S * S)
+    area = tl.cast(height, tl.int64) * width * (S * S)
     weights += (n * groups + group).to(tl.int64) * (K * K) * area
 
     place = tl.arange(0, D * B * E)
@@ -181,7 +181,7 @@ def _source_gradient(
     column_blocks,
     row_blocks,
     K: tl.constexpr,
-    K_PADDED: tl.constexpr,  # the next power of 2
+    K_PADDED: tl.constexpr,  # the next power of 2, at least 4
     S: tl.constexpr,
     SOFTMAX: tl.constexpr,
     C_BLOCK: tl.constexpr,
@@ -201,7 +201,7 @@ def _source_gradient(
     program //= row_blocks
     group = program % groups
     n = program // groups
-    area = height.to(tl.int64) * width * (S * S)
+    area = tl.cast(height, tl.int64) * width * (S * S)
     weights += (n * groups + group).to(tl.int64) * (K * K) * area
     softmax += (n * groups + group).to(tl.int64) * 2 * area
 
@@ -264,7 +264,7 @@ def _weight_gradient(
     x_w,
     column_blocks,
     K: tl.constexpr,
-    K_PADDED: tl.constexpr,  # the next power of 2
+    K_PADDED: tl.constexpr,  # the next power of 2, at least 4
     S: tl.constexpr,
     SOFTMAX: tl.constexpr,
     C_BLOCK: tl.constexpr,
@@ -283,7 +283,7 @@ def _weight_gradient(
     program //= height
     group = program % groups
     n = program // groups
-    area = height.to(tl.int64) * width * (S * S)
+    area = tl.cast(height, tl.int64) * width * (S * S)
     offset = (n * groups + group).to(tl.int64) * (K * K) * area
 
     SIZE: tl.constexpr = D * B * E
@@ -378,7 +378,8 @@ class _Plan:
         dot = torch.float32 if backends.TRITON_INTERPRETS and x.dtype == torch.bfloat16 else x.dtype
         self.constants = {
             "K": kernel_size,
-            "K_PADDED": triton.next_power_of_2(kernel_size),
+            # Of one or two taps tl.gather does not compile (Triton 3.6 fails an assertion).
+            "K_PADDED": max(4, triton.next_power_of_2(kernel_size)),
             "S": scale,
             "SOFTMAX": softmax,
             "C_BLOCK": self.c_block,
