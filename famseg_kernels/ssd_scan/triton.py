@@ -12,7 +12,7 @@ An element of M off the diagonal belongs to one direction only, so two direction
 M X. Kernels: `_chunk_states` (each chunk's own Xᵀ (weight ∘ B)), `_pass_states` (the recurrence over chunks, in place)
 and `_mix` (Y), once an axis; the column launch adds to what the row launch has left. A sequence of a single chunk (64
 tokens in bf16, else 32) needs `_mix` alone. Of a bf16 image of at most 600 pixels one matrix holds all four directions,
-and there are no states: `_running_sums` and `_mix_image` (docs/gpu-notes.md counts both ways).
+and there are no states: `_running_sums` and `_mix_image` (docs/design/gpu-model.md counts both ways).
 
 The gradient of X is the same computation on dY with M transposed, B and C swapped and the gradients of the states for
 the states: `_mix` or `_mix_image` again. `_matrix_gradients` makes the rest, and `_step_gradients` takes the steps'
