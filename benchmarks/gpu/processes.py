@@ -102,6 +102,7 @@ def run_step(
                     message = worker.connection.recv()
                 except (EOFError, OSError):  # it has ended: by itself, or in the middle of something
                     team.remove(worker)
+                    worker.process.join(5.0)  # its own end, not the one that it is given
                     worker.end()
                     if worker.item is not None:
                         fail(worker.item, f"its process ended ({_ending(worker.process.exitcode)})", spent)

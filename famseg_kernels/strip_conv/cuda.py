@@ -43,9 +43,9 @@ def faster(
     col_weights: Sequence[Tensor],
     *_: Any,
 ) -> str | None:
-    """The backend that automatic choice takes instead, where it can: by model, not by measurement (docs/design/gpu-model.md).
+    """The backend that automatic choice takes instead, where it can: by model, not by measurement.
 
-    In 16 bits Triton sums the weights' gradients on tensor cores, these kernels on FMA units. Other sizes than the
+    The model is in docs/design/gpu-model.md. In 16 bits Triton sums the weights' gradients on tensor cores, these kernels on FMA units. Other sizes than the
     tuned ones go through FMA units here as a whole: a 3 × 3 square alone is 130 instructions of a thread an element,
     and 20 in Triton.
     """
