@@ -45,9 +45,9 @@ def faster(
 ) -> str | None:
     """The backend that automatic choice takes instead, where it can: by model, not by measurement.
 
-    The model is in docs/design/gpu-model.md. In 16 bits Triton sums the weights' gradients on tensor cores, these kernels on FMA units. Other sizes than the
-    tuned ones go through FMA units here as a whole: a 3 × 3 square alone is 130 instructions of a thread an element,
-    and 20 in Triton.
+    The model is in docs/design/gpu-model.md. In 16 bits Triton sums the weights' gradients on tensor cores, these
+    kernels on FMA units. Other sizes than the tuned ones go through FMA units here as a whole: a 3 × 3 square alone is
+    130 instructions of a thread an element, and 20 in Triton.
     """
     if x.dtype not in (torch.bfloat16, torch.float16):
         return None
