@@ -61,7 +61,8 @@ def measure_case(
     A contestant that fails, or whose result differs from the first one's, is left out.
 
     Raises:
-        RuntimeError: after the rows of all others: one of our backends failed, or none can run the case.
+        RuntimeError: after the rows of all others: one of our backends failed, none can run the case, or no peer's
+            result is ours.
     """
     device = settings.device
     args = arguments(case, dtype, device)
@@ -77,6 +78,7 @@ def measure_case(
     calls: dict[str, measure.Call] = {}
     chosen: dict[str, Contestant] = {}
     failed: list[str] = []
+    doubts: list[str] = []  # peers whose result is not ours
     for contestant in contestants(operation, args, dtype, backward, settings):
         try:
             call, results = prepare(operation, contestant, case, dtype, device, backward, buffers)
@@ -85,6 +87,7 @@ def measure_case(
             for mine, first in zip(results, truth if contestant.ours else truth[:1], strict=False):
                 wrong = float((mine.float() - first.float()).norm() / first.float().norm().clamp(min=1e-30))
                 if not wrong <= (0.05 if dtype.itemsize < 4 or settings.tf32 else 1e-3):
+                    doubts += [] if contestant.ours else [contestant.name]
                     raise AssertionError(f"it differs from the first contestant by {wrong:.1e}")
         except Exception as error:
             # A peer that cannot run a case (a shape that mamba_ssm has no kernel for) is no contestant there.
@@ -118,6 +121,8 @@ def measure_case(
             "speedup": round(best / ms, 2) if chosen[name].ours else "",
             **rate.columns(dtype),
         }
+    if doubts and all(contestant.ours for contestant in chosen.values()):
+        failed.append(f"no peer agrees with ours: {', '.join(doubts)}")
     if failed:
         raise RuntimeError("; ".join(failed))
     if not any(contestant.ours for contestant in chosen.values()):

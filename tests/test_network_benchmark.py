@@ -5,12 +5,15 @@ from __future__ import annotations
 import contextlib
 import csv
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from benchmarks import network
-from benchmarks.shapes import SHAPES, gpu_shapes, network_shapes
+import famseg_kernels as fk
+from benchmarks import network, timing
+from benchmarks.rates import machine_rates
+from benchmarks.shapes import SHAPES, TINY, gpu_shapes, network_shapes
 
 
 @contextlib.contextmanager
@@ -58,13 +61,29 @@ def test_a_failure_costs_no_figure_of_the_others(tmp_path, monkeypatch, capsys):
 
 
 def test_a_wrong_output_of_ours_is_a_failure(monkeypatch):
+    operation = next(op for op in fk.OPERATIONS if op.spec.name == "strip_conv2d")
+    right = operation.implementations["cpu"]
+    wrong = SimpleNamespace(forward=lambda *args: 1.1 * right.forward(*args), backward=right.backward)
+    monkeypatch.setitem(operation.implementations, "cpu", wrong)
     contest = network.Contest(network.Setting("cpu", "famseg_nano", 2, 32, "fp32", 0.0))
-    assert contest.wrong == []
-    told = contest._told("famseg, channels_last", AssertionError("output differs"))
-    assert told == ["famseg, channels_last: AssertionError: output differs"]
-    contest.wrong += told
-    with pytest.raises(RuntimeError, match="famseg, channels_last: AssertionError"):
-        list(contest.rows("inference"))
+    rows = []
+    with pytest.raises(RuntimeError, match="famseg: AssertionError: output differs from the reference backend's by"):
+        rows += contest.rows("inference")
+    contest = contest.rows("inference")
+    assert {next(contest)["build"], next(contest)["build"]} == {"standard parts", "reference backend"}
+
+
+def test_a_case_in_which_no_peer_agrees_with_ours_is_a_failure(monkeypatch):
+    operation = next(op for op in fk.OPERATIONS if op.spec.name == "strip_conv2d")
+    right = operation.implementations["cpu"]
+    wrong = SimpleNamespace(forward=lambda *args: 1.1 * right.forward(*args), backward=right.backward)
+    settings = timing.Settings("cpu", 0.0, "eager", say=lambda _: None)
+    speed = machine_rates("cpu", [torch.float32], 0.0)
+    arguments = (operation, TINY["strip_conv2d"], torch.float32, False, settings, {None: speed, 1: speed})
+    assert {row["contestant"].split()[0] for row in timing.measure_case(*arguments)} == {"famseg", "eager"}
+    monkeypatch.setitem(operation.implementations, "cpu", wrong)
+    with pytest.raises(RuntimeError, match="no peer agrees with ours: eager convolutions"):
+        list(timing.measure_case(*arguments))
 
 
 @pytest.mark.parametrize("shapes", [SHAPES, gpu_shapes(16)], ids=["cpu", "gpu"])
