@@ -200,7 +200,7 @@ def provenance(device: str) -> dict[str, str]:
         "date": time.strftime("%Y-%m-%d"),
         "device": device_name(device),
         "torch": str(torch.__version__),  # it is a class of torch's own
-        "triton": _version("triton"),
+        "triton": installed_version("triton"),
         "threads": str(torch.get_num_threads()),
     }
     if device == "cuda":
@@ -239,7 +239,8 @@ def _printed(*command: str) -> str:
     return done.stdout.strip() if done.returncode == 0 else ""
 
 
-def _version(package: str) -> str:
+def installed_version(package: str) -> str:
+    """Of a distribution; nothing where it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:

@@ -153,11 +153,7 @@ def test_fake_results_have_the_real_layout(operation, backend, dtype, case):
 
 
 def channels_last(operation: Operation, args):
-    flat = [
-        t.to(memory_format=torch.channels_last) if t is not None and t.dim() == 4 else t
-        for t in operation.flatten(args)
-    ]
-    return operation.replace(args, flat)
+    return operation.replace(args, [t if t is None else gate.channels_last(t) for t in operation.flatten(args)])
 
 
 @generated(dtypes=(torch.float32, torch.bfloat16))

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import famseg_kernels as fk
-from benchmarks.gate import shifted
+from benchmarks.gate import channels_last, shifted
 from benchmarks.shapes import shapes_for
 from famseg_kernels import tolerance
 from famseg_kernels.registry import Operation
@@ -52,10 +52,6 @@ def emulation(built, monkeypatch: pytest.MonkeyPatch):
 
 def as_it_is(t: torch.Tensor) -> torch.Tensor:
     return t
-
-
-def channels_last(t: torch.Tensor) -> torch.Tensor:
-    return t.to(memory_format=torch.channels_last) if t.dim() == 4 else t
 
 
 def assert_right(

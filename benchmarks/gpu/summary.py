@@ -16,7 +16,7 @@ COMMAND = "python -m benchmarks.gpu"
 
 
 def line(folder: Folder, step: str, errors: Mapping[str, str]) -> str:
-    """`step: 40 of 52 done, 2 failed ...`"""
+    """`step: 40 passed, 2 failed, 3 skipped, 7 not reached`, leaving out what is none."""
     done = folder.of(step)
     counts = Counter(outcome.status for outcome in done.values())
     parts = [f"{counts['passed']} passed"]
@@ -153,6 +153,10 @@ def _verified(row: Mapping[str, Any], gate: Mapping[tuple[str, str, str], str]) 
     return gate.get((row["op"], contestant[1], row["dtype"]), "not checked") or "yes"
 
 
+def _graph(row: Mapping[str, Any]) -> str:
+    return "no graph" if row["graph"] is False else ""  # "": not on a GPU
+
+
 def _timings(folder: Folder) -> str:
     gate = gate_of(folder)
     rows, rates = [], ""
@@ -162,8 +166,7 @@ def _timings(folder: Folder) -> str:
         figures = (f"{row['ms']:.4g}", f"{row['gb_s']:.0f}", f"{row['gflops'] / 1e3:.3g}")
         where = (row["op"], row["case"], row["dtype"], row["pass"], row["contestant"].removeprefix("famseg "))
         bound = (f"{row['roofline_percent']:.0f}", row["bound"], over)
-        graph = {True: "", False: "no graph", "": ""}[row["graph"]]
-        rows.append((*where, *figures, *bound, f"{row['peak_mb']:.0f}", _verified(row, gate), graph))
+        rows.append((*where, *figures, *bound, f"{row['peak_mb']:.0f}", _verified(row, gate), _graph(row)))
         rates = f"copy {row['copy_gb_s']:.0f} GB/s" + (f", fp32 FMA {fma / 1e3:.1f} TFLOP/s" if fma else "")
     matrix = {row["dtype"]: row["matrix_gflops"] for row in folder.rows("timings")}
     rates += "".join(f", matrix product {dtype} {rate / 1e3:.0f} TFLOP/s" for dtype, rate in matrix.items())
@@ -177,8 +180,9 @@ def _peers(folder: Folder) -> str:
     rows = []
     for row in folder.rows("peers"):
         where = (row["op"], row["case"], row["dtype"], row["pass"], row["contestant"])
-        graph = {True: "", False: "no graph", "": ""}[row["graph"]]
-        rows.append((*where, f"{row['ms']:.4g}", row["speedup"], f"{row['peak_mb']:.0f}", _verified(row, gate), graph))
+        rows.append(
+            (*where, f"{row['ms']:.4g}", row["speedup"], f"{row['peak_mb']:.0f}", _verified(row, gate), _graph(row))
+        )
     headings = ("op", "case", "dtype", "pass", "contestant", "ms", "× best peer", "peak MB", "verified", "")
     return _section("Beside peers", table(headings, rows))
 

@@ -17,7 +17,6 @@ from benchmarks import ahead
 from benchmarks.gpu.dry import build_emulation
 from benchmarks.gpu.items import Item, Options, Row, Skipped
 from famseg_kernels import launch
-from tests import emulated_cuda
 
 
 def items(options: Options) -> Iterator[Item]:
@@ -48,6 +47,8 @@ def _cache(capability: int, _: float) -> Iterator[Row]:
 
 
 def _emulation(options: Options, _: float) -> Iterator[Row]:
+    from tests import emulated_cuda  # a GPU does not need it, and has perhaps a `tests` of another package
+
     if (reason := emulated_cuda.missing()) is not None:
         raise Skipped(reason)
     yield {"what": "emulation of CUDA", "value": str(build_emulation(options.out))}

@@ -10,7 +10,6 @@ import re
 import shutil
 import subprocess
 from collections.abc import Iterator
-from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
@@ -49,12 +48,7 @@ def _tools() -> dict[str, str]:
         text = subprocess.run([tool, "--version"], capture_output=True, text=True).stdout if path else ""
         match = re.search(pattern, text)
         found[tool] = match[1] if match else "not on PATH"
-    for package in ("numpy", "pytest"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed"
-    return found
+    return found | {name: measure.installed_version(name) or "not installed" for name in ("numpy", "pytest")}
 
 
 def _gpu(options: Options) -> Iterator[Row]:
