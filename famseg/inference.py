@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from famseg.data.augment import letterbox, letterbox_window, normalise
-from famseg.data.errors import DataError
 from famseg.data.sample import CLASSES
+from famseg.files.errors import DataError
 from famseg.models import create_model, option_names
 from famseg_kernels.backends import requesting
 

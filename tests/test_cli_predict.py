@@ -15,9 +15,9 @@ from pydicom.uid import ExplicitVRLittleEndian, UltrasoundImageStorage, generate
 
 from famseg.biometrics import head_circumference
 from famseg.cli.predict import main
-from famseg.data.errors import DataError
-from famseg.data.files import read_image
 from famseg.data.phantom import Phantom
+from famseg.files.errors import DataError
+from famseg.files.images import read_image
 from tests.checkpoints import write_checkpoint
 
 SHAPE = (45, 70)

@@ -25,13 +25,14 @@ from famseg.data.augment import (
     undo_letterbox,
 )
 from famseg.data.dataset import PHANTOM_LENGTH, SegmentationDataset, open_data
-from famseg.data.errors import DataError
-from famseg.data.files import read_grey, read_labels
 from famseg.data.folder import Folder, write_folder
 from famseg.data.hc18 import HC18, fill_outline
 from famseg.data.phantom import Phantom
 from famseg.data.sample import Sample
 from famseg.data.split import k_folds, split_by_subject
+from famseg.files.errors import DataError
+from famseg.files.images import read_grey
+from famseg.files.labels import read_labels
 
 SHARED = Path(__file__).resolve().parents[1] / ".." / "shared" / "data"
 HC18_TABLE = "training_set_pixel_size_and_HC.csv"

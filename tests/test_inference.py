@@ -11,8 +11,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from famseg.data.augment import letterbox, undo_letterbox
-from famseg.data.errors import DataError
 from famseg.data.phantom import Phantom
+from famseg.files.errors import DataError
 from famseg.inference import Network, labels_at, load_network, predict
 from famseg.metrics import jaggedness
 from tests.checkpoints import write_checkpoint

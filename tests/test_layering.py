@@ -29,6 +29,7 @@ ROOM_FILES = {
 }
 # Parts of famseg, each may import the earlier ones (and famseg_kernels).
 FAMSEG = (
+    "files",
     "data",
     "metrics",
     "biometrics",

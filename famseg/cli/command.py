@@ -12,7 +12,7 @@ from jsonargparse import ActionConfigFile, ArgumentParser
 from rich.console import Console
 from rich.progress import track
 
-from famseg.data.errors import DataError
+from famseg.files.errors import DataError
 from famseg.training.config import ConfigError
 
 Item = TypeVar("Item")

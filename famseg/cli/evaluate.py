@@ -20,10 +20,11 @@ import numpy as np
 
 from famseg.cli.command import build_parser, parse, progress, required, run
 from famseg.data.dataset import open_data
-from famseg.data.errors import DataError
-from famseg.data.files import empty_folder, write_atomic, write_table
 from famseg.data.sample import CLASSES, Sample
 from famseg.evaluation import FITS, LENGTHS, Evaluation, ImageScore
+from famseg.files.errors import DataError
+from famseg.files.tables import write_table
+from famseg.files.writing import empty_folder, write_atomic
 from famseg.inference import Network, load_network, predict
 from famseg.reporting.overlay import draw_overlay
 from famseg.reporting.page import NAMES, Picture, report

@@ -28,8 +28,8 @@ from torch.export import Dim, ExportedProgram
 
 from famseg.cli.command import build_parser, parse, required, run
 from famseg.data.augment import MEAN, STD
-from famseg.data.errors import DataError
 from famseg.data.sample import CLASSES
+from famseg.files.errors import DataError
 from famseg.inference import Network, load_network
 from famseg.training.config import ConfigError, option
 from famseg_kernels.reassembly.op import REASSEMBLE_OPERATION

@@ -20,19 +20,13 @@ import numpy as np
 
 from famseg.biometrics import Axis, Ellipse, doubts
 from famseg.cli.command import build_parser, parse, progress, required, run
-from famseg.data.errors import DataError
-from famseg.data.files import (
-    IMAGE_SUFFIXES,
-    empty_folder,
-    positive,
-    read_image,
-    read_table,
-    write_atomic,
-    write_labels,
-    write_table,
-)
 from famseg.data.sample import CLASSES
 from famseg.evaluation import FITS, LENGTHS
+from famseg.files.errors import DataError
+from famseg.files.images import IMAGE_SUFFIXES, read_image
+from famseg.files.labels import write_labels
+from famseg.files.tables import positive, read_table, write_table
+from famseg.files.writing import empty_folder, write_atomic
 from famseg.inference import load_network, predict
 from famseg.reporting.overlay import draw_overlay
 from famseg.training.config import ConfigError, device_for, expect_at_least, option

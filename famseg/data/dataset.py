@@ -12,12 +12,12 @@ import numpy as np
 import torch
 
 from famseg.data.augment import Transform, letterbox_scale
-from famseg.data.errors import DataError
 from famseg.data.folder import Folder
 from famseg.data.hc18 import HC18
 from famseg.data.phantom import Phantom
 from famseg.data.sample import Sample
 from famseg.data.split import subjects_of
+from famseg.files.errors import DataError
 
 PHANTOM_LENGTH = 800  # images of a plain "phantom": 640 to train, 160 to validate at the usual 80:20 split
 SCHEMES = "phantom, phantom:LENGTH, hc18:DIR, folder:DIR (several joined by commas)"

@@ -16,17 +16,12 @@ from pathlib import Path
 
 from PIL import Image
 
-from famseg.data.errors import DataError
-from famseg.data.files import (
-    positive,
-    read_grey,
-    read_labels,
-    read_table,
-    require_same_size,
-    write_atomic,
-    write_labels,
-)
 from famseg.data.sample import CLASSES, Sample
+from famseg.files.errors import DataError
+from famseg.files.images import read_grey
+from famseg.files.labels import read_labels, require_same_size, write_labels
+from famseg.files.tables import positive, read_table
+from famseg.files.writing import write_atomic
 
 TABLE = "pixel_size.csv"
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")

@@ -14,9 +14,11 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from famseg.data.errors import DataError
-from famseg.data.files import positive, read_grey, read_table, require_same_size
 from famseg.data.sample import CLASSES, Sample
+from famseg.files.errors import DataError
+from famseg.files.images import read_grey
+from famseg.files.labels import require_same_size
+from famseg.files.tables import positive, read_table
 
 HEAD = CLASSES.index("FB")
 TABLE = "training_set_pixel_size_and_HC.csv"

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from famseg.data.errors import DataError
 from famseg.data.sample import Sample
+from famseg.files.errors import DataError
 
 
 def subjects_of(samples: Sequence[Sample] | Sequence[str]) -> list[str]:

@@ -16,8 +16,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from famseg.data.files import write_atomic
 from famseg.data.sample import CLASSES
+from famseg.files.writing import write_atomic
 from famseg.metrics import SegmentationMetrics
 
 # The paper's colours (Fig. 4): head green, femur red. Shades that stay apart from each other and from grey

@@ -15,7 +15,7 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import RichProgressBar
 
-from famseg.data.files import write_atomic
+from famseg.files.writing import write_atomic
 from famseg.training.module import SegmentationModule
 
 

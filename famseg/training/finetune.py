@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from famseg.data.errors import DataError
+from famseg.files.errors import DataError
 from famseg.inference import read_checkpoint, weights_of
 from famseg.models import FAMSeg, UNetMobileNetV2, load_mscan
 

@@ -25,11 +25,11 @@ from torch.utils.data import DataLoader, Sampler, SequentialSampler
 
 from famseg.data.augment import eval_transform, train_transform
 from famseg.data.dataset import SegmentationDataset, open_data
-from famseg.data.errors import DataError
-from famseg.data.files import empty_folder, write_atomic
 from famseg.data.sample import CLASSES
 from famseg.data.split import k_folds, split_by_subject
 from famseg.evaluation import evaluate
+from famseg.files.errors import DataError
+from famseg.files.writing import empty_folder, write_atomic
 from famseg.inference import load_network, predict, read_checkpoint
 from famseg.reporting.figures import plot_history, plot_overlays
 from famseg.training.callbacks import EpochLine, MetricsTable, ProgressBar, StopOnTerminate, TimeLeft

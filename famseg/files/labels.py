@@ -1,0 +1,59 @@
+"""Masks: index images, one label a pixel."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from famseg.files.errors import DataError
+from famseg.files.images import file_bytes
+from famseg.files.writing import write_atomic
+
+_PALETTE = [0, 0, 0, 255, 0, 0, 0, 255, 0]  # the paper's colours: femur red, head green
+
+
+def read_labels(path: Path) -> np.ndarray:
+    """Decode an index image to (H, W) uint8 labels, exactly as stored: a palette is not looked up.
+
+    Raises:
+        DataError: the file is missing, cannot be decoded, or holds colours instead of one label per pixel.
+    """
+    file_bytes(path)  # a missing or empty file gets its own message
+    try:
+        with Image.open(path) as picture:
+            picture.load()
+            mode, labels = picture.mode, np.asarray(picture)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        # Pillow reports broken PNG chunks as SyntaxError.
+        raise DataError(
+            f"{path}: expected an index PNG, but it cannot be decoded ({error}); replace or remove the file"
+        ) from error
+    if labels.ndim != 2 or labels.dtype.kind not in "bui":
+        raise DataError(
+            f"{path}: expected one label per pixel (8-bit grey or palette PNG), found mode {mode}; "
+            "save the label indices, not their colours"
+        )
+    # 16-bit index files are fine as long as the labels fit; the caller judges the values that do.
+    return np.clip(labels, 0, 255).astype(np.uint8)
+
+
+def require_same_size(image: np.ndarray, mask: np.ndarray, image_path: Path, mask_path: Path) -> None:
+    """DataError when an image and its mask differ in size."""
+    if image.shape != mask.shape:
+        (h, w), (mask_h, mask_w) = image.shape, mask.shape
+        raise DataError(
+            f"{mask_path}: expected {w}x{h} pixels as in {image_path.name}, found {mask_w}x{mask_h}; "
+            "export the pair again at one size"
+        )
+
+
+def write_labels(path: Path, labels: np.ndarray) -> None:
+    """Write labels (H, W) uint8 as a palette PNG: viewers show colours, readers see the indices."""
+    content = io.BytesIO()
+    picture = Image.fromarray(labels)
+    picture.putpalette(_PALETTE)
+    picture.save(content, format="PNG")
+    write_atomic(path, content.getvalue())
