@@ -17,6 +17,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from famseg_kernels.strip_conv.spec import unpacked
+
 ROOT = Path(__file__).resolve().parent.parent
 COMPILER = shutil.which("g++")
 SOURCES = (
@@ -64,13 +66,14 @@ class Counted:
         square_weight: Tensor | None,
         square_bias: Tensor | None,
         row_weights: list[Tensor],
-        row_biases: list[Tensor | None],
+        row_biases: list[Tensor],
         col_weights: list[Tensor],
-        col_biases: list[Tensor | None],
+        col_biases: list[Tensor],
     ) -> tuple[Tensor, int]:
         tensors = [self._wide(t) for t in (x, square_weight, square_bias, torch.empty_like(x))]
         kept, branches = [], []
-        for row, row_bias, col, col_bias in zip(row_weights, row_biases, col_weights, col_biases, strict=True):
+        sides = (row_weights, unpacked(row_biases, row_weights), col_weights, unpacked(col_biases, col_weights))
+        for row, row_bias, col, col_bias in zip(*sides, strict=True):
             kept += (branch := [self._wide(t) for t in (row, row_bias, col, col_bias)])
             a, b, c, d = _addresses(branch)
             branches += [a, b, row.shape[3], c, d, col.shape[2]]

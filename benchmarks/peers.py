@@ -78,6 +78,7 @@ def _depthwise_cudnn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def _strips(depthwise, x, square, square_bias, rows, row_biases, cols, col_biases):  # type: ignore[no-untyped-def]
     a = depthwise(x, square, square_bias)
     y = a
+    row_biases, col_biases = row_biases or [None] * len(rows), col_biases or [None] * len(cols)
     for row, row_bias, col, col_bias in zip(rows, row_biases, cols, col_biases, strict=True):
         y = y + depthwise(depthwise(a, row, row_bias), col, col_bias)
     return y

@@ -5,7 +5,7 @@ A message names the argument, what was expected and what came; nothing runs befo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -27,6 +27,13 @@ def data(name: str, value: Any, dims: int) -> None:
     tensor(name, value, dims)
     if value.dtype not in DTYPES:
         raise TypeError(f"{name}: expected float32, bfloat16, float16 or float64, got {value.dtype}")
+
+
+def items(name: str, value: Any) -> list[Any]:
+    """`value`, a list of tensors or anything that gives them one by one (but for one tensor: that gives its rows)."""
+    if isinstance(value, Tensor) or not isinstance(value, Iterable):
+        raise TypeError(f"{name}: expected a list of tensors, got {type(value).__name__}")
+    return list(value)
 
 
 def shape(name: str, value: Tensor, expected: Sequence[int], meaning: str) -> None:

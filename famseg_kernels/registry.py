@@ -5,6 +5,10 @@ take the backend's name as their last argument: the choice made by the caller's 
 and is part of a compiled graph. Autograd is registered on the op itself (so that opcheck, torch.compile and
 AOTAutograd see it) by one generic autograd.Function that saves nothing but the inputs.
 
+What no kernel can do, the definition does: the reference is the decomposition of the op to aten. Forward-mode
+derivatives go through it, and so does a TorchScript trace, which has to run without Python. docs/transformations.md
+says what may be done to an op.
+
 What a call costs before any arithmetic: `python -m benchmarks.overhead`.
 """
 
@@ -21,6 +25,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._decomp import register_decomposition
+from torch._functorch.autograd_function import enable_single_level_autograd_function
+from torch.autograd import forward_ad
+from torch.autograd.function import _SingleLevelFunction
+from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import register_flop_formula
 
 from famseg_kernels import backends
@@ -118,18 +127,24 @@ class Operation:
         self.packet = getattr(torch.ops.famseg, name)
         self.overload = self.packet.default
         self.backward_overload = getattr(torch.ops.famseg, f"{name}_backward").default
-        for suffix, run, fake, autograd in (
-            ("", self._run_forward, self._fake_forward, self._autograd_forward),
-            ("_backward", self._run_backward, self._fake_backward, self._autograd_backward),
+        for overload, run, fake, autograd in (
+            (self.overload, self._run_forward, self._fake_forward, self._autograd_forward),
+            (self.backward_overload, self._run_backward, self._fake_backward, self._autograd_backward),
         ):
-            _library.impl(name + suffix, run, "CompositeExplicitAutograd")
-            torch.library.register_fake(f"famseg::{name}{suffix}", fake, lib=_library)
-            _library.impl(name + suffix, autograd, "Autograd", with_keyset=True)
+            qualified = overload.name()
+            _library.impl(qualified, run, "CompositeExplicitAutograd")
+            torch.library.register_fake(qualified, fake, lib=_library)
+            _library.impl(qualified, autograd, "Autograd", with_keyset=True)
+            torch.library.register_vmap(qualified, functools.partial(_one_by_one, overload), lib=_library)
+        # torch.onnx.export(dynamo=True) takes its decompositions from this table, as get_decompositions does.
+        register_decomposition(self.overload)(self._decomposed)
         register_flop_formula(self.packet, get_raw=True)(self._count_forward)
         register_flop_formula(getattr(torch.ops.famseg, f"{name}_backward"), get_raw=True)(self._count_backward)
 
     def __call__(self, *args: Any) -> Any:
         """Run on the backend asked for by `use_backend`, FAMSEG_BACKEND or automatic choice."""
+        if torch.jit.is_tracing():  # the trace has to run without Python, where only aten is
+            return self._decomposed(*args, "reference")
         return self.packet(*args, backends.requested())
 
     # --- arguments ----------------------------------------------------------------------------------
@@ -287,19 +302,33 @@ class Operation:
         flat: list[Any] = self.flatten(args)
         return [torch.empty_like(t) for t, need in zip(flat, needs, strict=True) if need]
 
+    def _decomposed(self, *args: Any) -> Any:
+        """The op in aten, by its definition: differentiable as any PyTorch code is. The last argument is not used."""
+        with _plain_arithmetic(args[0].device.type):
+            return self.implementations["reference"].forward(*args[:-1])
+
     def _autograd_forward(self, keyset: Any, *args: Any) -> Any:
         flat = self.flatten(args[:-1])
+        if _has_tangent(flat):
+            if args[-1] not in ("auto", "reference"):
+                raise RuntimeError(
+                    f"{self.spec.name}: backend {args[-1]!r} was asked for but has no forward-mode derivative; "
+                    "use use_backend('auto') or 'reference', or unset FAMSEG_BACKEND."
+                )
+            return self._decomposed(*args)
         if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in flat):
             if args[-1] not in ("auto", "reference"):
                 self.choose(args[-1], args[:-1], "backward")  # raise at the call, not in its backward
-            result = _Differentiable.apply(self, keyset, args, *flat)
+            result = _applied(_Differentiable, self, keyset, args, *flat)
             return list(result) if self._returns_list else result
         with torch._C._AutoDispatchBelowAutograd():
             return self.overload.redispatch(keyset & torch._C._after_autograd_keyset, *args)
 
     def _autograd_backward(self, keyset: Any, grads: list[Tensor], *args: Any) -> list[Tensor]:
         inputs = [*grads, *self.flatten(args[:-2])]
-        return list(_OnceDifferentiable.apply(self, keyset, len(grads), args, *inputs))
+        if _has_tangent(inputs):
+            raise RuntimeError(_no_second_derivative(self.spec.name))
+        return list(_applied(_OnceDifferentiable, self, keyset, len(grads), args, *inputs))
 
     def _count_forward(self, *args: Any, **_: Any) -> int:
         return self.spec.flops(*args[:-1])
@@ -312,7 +341,26 @@ class Operation:
 _DEVICE = {"cuda": "cuda", "triton": "cpu" if backends.TRITON_INTERPRETS else "cuda", "cpu": "cpu"}
 
 
-class _Differentiable(torch.autograd.Function):
+def _applied(function: Any, *args: Any) -> Any:
+    """function.apply. Under torch.func this is one level of the transforms; the dispatcher goes from one to another."""
+    if not torch._C._are_functorch_transforms_active():
+        return function.apply(*args)
+    with enable_single_level_autograd_function():
+        return function.apply(*args)
+
+
+def _redispatch(overload: Any, keyset: Any, *args: Any) -> Any:
+    """The op below autograd; called inside an autograd.Function, which has switched recording off."""
+    keyset = keyset & torch._C._after_autograd_keyset
+    with torch._C._AutoDispatchBelowAutograd():
+        if not torch._C._are_functorch_transforms_active():
+            return overload.redispatch(keyset, *args)
+        # Off for this level only: the next one has its own derivatives to record.
+        with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
+            return overload.redispatch(keyset, *args)
+
+
+class _Differentiable(_SingleLevelFunction):
     """Any operation with its backward op; the graph keeps the inputs and nothing else."""
 
     @staticmethod
@@ -322,8 +370,7 @@ class _Differentiable(torch.autograd.Function):
         *plain, ctx.backend = args
         # The saved tensors are kept once, by save_for_backward; here only their places and the plain values stay.
         ctx.template = operation.replace(plain, [None] * len(flat))
-        with torch._C._AutoDispatchBelowAutograd():
-            result = operation.overload.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+        result = _redispatch(operation.overload, keyset, *args)
         return tuple(result) if isinstance(result, list) else result
 
     @staticmethod
@@ -335,25 +382,51 @@ class _Differentiable(torch.autograd.Function):
         return None, None, None, *(next(results) if need else None for need in needs)
 
 
-class _OnceDifferentiable(torch.autograd.Function):
+class _OnceDifferentiable(_SingleLevelFunction):
     """The backward op; differentiating it again is an error, never a silent None."""
 
     @staticmethod
     def forward(ctx: Any, operation: Operation, keyset: Any, grads: int, args: Sequence[Any], *flat: Any) -> Any:
         ctx.name = operation.spec.name
-        with torch._C._AutoDispatchBelowAutograd():
-            return tuple(
-                operation.backward_overload.redispatch(
-                    keyset & torch._C._after_autograd_keyset, list(flat[:grads]), *args
-                )
-            )
+        return tuple(_redispatch(operation.backward_overload, keyset, list(flat[:grads]), *args))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        raise RuntimeError(
-            f"{ctx.name} has no second derivative: its backward cannot be differentiated again. "
-            "Call backward/grad without create_graph=True through this layer."
-        )
+        raise RuntimeError(_no_second_derivative(ctx.name))
+
+
+def _no_second_derivative(name: str) -> str:
+    return (
+        f"{name} has no second derivative: its backward cannot be differentiated again. "
+        "Call backward/grad without create_graph=True through this layer."
+    )
+
+
+def _has_tangent(flat: Sequence[Tensor | None]) -> bool:
+    """Whether forward-mode derivatives are asked for: the autograd.Functions below would drop them without a word."""
+    return forward_ad._current_level >= 0 and any(
+        t is not None and forward_ad.unpack_dual(t).tangent is not None for t in flat
+    )
+
+
+def _is_leaf(value: Any) -> bool:
+    return not isinstance(value, (list, tuple))  # None is one
+
+
+def _one_by_one(overload: Any, info: Any, in_dims: Any, *args: Any) -> tuple[Any, Any]:
+    """The op under torch.vmap: once a slice, stacked. Any argument may be batched, weights too."""
+
+    def part(index: int) -> Any:
+        def select(value: Any, dim: int | None) -> Any:
+            if dim is None:
+                return value
+            return value.select(dim, index) if info.batch_size else value.new_zeros(value.movedim(dim, 0).shape[1:])
+
+        return overload(*pytree.tree_map(select, args, in_dims, is_leaf=_is_leaf))
+
+    results = [part(index) for index in range(max(info.batch_size, 1))]
+    stacked = pytree.tree_map(lambda *parts: torch.stack(parts)[: info.batch_size], *results)
+    return stacked, pytree.tree_map(lambda _: 0, stacked)
 
 
 @contextmanager

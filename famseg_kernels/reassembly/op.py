@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from famseg_kernels.reassembly import cpu, cuda, reference
 from famseg_kernels.reassembly.spec import CARAFE, REASSEMBLE
@@ -47,6 +48,8 @@ def reassemble(x: Tensor, logits: Tensor, kernel_size: int = 5, scale: int = 2, 
     Raises:
         TypeError, ValueError: arguments of another dtype, device or shape; an even kernel.
     """
+    if has_torch_function_variadic(x, logits):
+        return handle_torch_function(reassemble, (x, logits), x, logits, kernel_size, scale, groups)
     x, logits = _autocast(x, logits)
     REASSEMBLE.check(x, logits, kernel_size, scale, groups)
     return REASSEMBLE_OPERATION(x, logits, kernel_size, scale, groups)
@@ -68,6 +71,8 @@ def carafe(features: Tensor, masks: Tensor, kernel_size: int, group_size: int = 
     Raises:
         TypeError, ValueError: arguments of another dtype, device or shape; an even kernel.
     """
+    if has_torch_function_variadic(features, masks):
+        return handle_torch_function(carafe, (features, masks), features, masks, kernel_size, group_size, scale_factor)
     features, masks = _autocast(features, masks)
     CARAFE.check(features, masks, kernel_size, group_size, scale_factor)
     return CARAFE_OPERATION(features, masks, kernel_size, group_size, scale_factor)

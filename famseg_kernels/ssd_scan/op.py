@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
 
 from famseg_kernels.registry import Later, Operation, autocast_dtype
 from famseg_kernels.ssd_scan import cpu, reference
@@ -60,6 +61,10 @@ def ssd_scan_2d(
     Raises:
         TypeError, ValueError: arguments of another dtype, device or shape; K other than 1, 2, 4.
     """
+    tensors = (x, dt, A, B, C, D, dt_bias)
+    if has_torch_function(tensors):
+        options = {"dt_bias": dt_bias, "dt_softplus": dt_softplus, "dt_limit": dt_limit, "chunk_size": chunk_size}
+        return handle_torch_function(ssd_scan_2d, tensors, x, dt, A, B, C, D, **options)
     x, B, C = _autocast(x, B, C)
     args = (x, dt, A, B, C, D, dt_bias, chunk_size, dt_softplus, *_limits(dt_limit))
     SCAN_2D.check(*args)
@@ -111,6 +116,11 @@ def ssd_scan(
     Raises:
         TypeError, ValueError: arguments of another dtype, device or shape.
     """
+    tensors = (x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx, cu_seqlens)
+    if has_torch_function(tensors):
+        states = (z, dt_bias, initial_states, seq_idx, cu_seqlens)
+        asked = (dt_softplus, dt_limit, return_final_states, return_varlen_states)
+        return handle_torch_function(ssd_scan, tensors, x, dt, A, B, C, chunk_size, D, *states, *asked)
     x, B, C = _autocast(x, B, C)
     if isinstance(z, Tensor) and isinstance(x, Tensor) and (dtype := autocast_dtype(x)) is not None:
         z = z.to(dtype)

@@ -16,9 +16,9 @@ def forward(
     square_weight: Tensor | None,
     square_bias: Tensor | None,
     row_weights: Sequence[Tensor],
-    row_biases: Sequence[Tensor | None],
+    row_biases: Sequence[Tensor],
     col_weights: Sequence[Tensor],
-    col_biases: Sequence[Tensor | None],
+    col_biases: Sequence[Tensor],
 ) -> Tensor:
     """y (N, C, H, W) in x's dtype and memory format."""
     layout = checks.image_format(x)
@@ -40,9 +40,9 @@ def backward(
     square_weight: Tensor | None,
     square_bias: Tensor | None,
     row_weights: Sequence[Tensor],
-    row_biases: Sequence[Tensor | None],
+    row_biases: Sequence[Tensor],
     col_weights: Sequence[Tensor],
-    col_biases: Sequence[Tensor | None],
+    col_biases: Sequence[Tensor],
 ) -> list[Tensor | None]:
     """Gradients of the flattened tensor arguments where `needs`, None elsewhere."""
     layout = checks.image_format(x)

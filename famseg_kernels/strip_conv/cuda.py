@@ -39,7 +39,7 @@ def faster(
     square_weight: Tensor | None,
     square_bias: Tensor | None,
     row_weights: Sequence[Tensor],
-    row_biases: Sequence[Tensor | None],
+    row_biases: Sequence[Tensor],
     col_weights: Sequence[Tensor],
     *_: Any,
 ) -> str | None:
@@ -61,9 +61,9 @@ def forward(
     square_weight: Tensor | None,
     square_bias: Tensor | None,
     row_weights: Sequence[Tensor],
-    row_biases: Sequence[Tensor | None],
+    row_biases: Sequence[Tensor],
     col_weights: Sequence[Tensor],
-    col_biases: Sequence[Tensor | None],
+    col_biases: Sequence[Tensor],
 ) -> Tensor:
     """y (N, C, H, W) in x's dtype and memory format."""
     layout = checks.image_format(x)
@@ -85,9 +85,9 @@ def backward(
     square_weight: Tensor | None,
     square_bias: Tensor | None,
     row_weights: Sequence[Tensor],
-    row_biases: Sequence[Tensor | None],
+    row_biases: Sequence[Tensor],
     col_weights: Sequence[Tensor],
-    col_biases: Sequence[Tensor | None],
+    col_biases: Sequence[Tensor],
 ) -> list[Tensor | None]:
     """Gradients of the flattened tensor arguments where `needs`, None elsewhere."""
     args = spec.Arguments(x.contiguous(), square_weight, square_bias, row_weights, row_biases, col_weights, col_biases)

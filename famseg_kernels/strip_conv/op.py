@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
 
+from famseg_kernels import checks
 from famseg_kernels.registry import Later, Operation, autocast_dtype
 from famseg_kernels.strip_conv import cpu, cuda, reference
-from famseg_kernels.strip_conv.spec import SPEC
+from famseg_kernels.strip_conv.spec import SPEC, packed
 
 OPERATION = Operation(
     SPEC,
@@ -46,12 +48,15 @@ def strip_conv2d(
         TypeError: a tensor of another dtype than x (outside autocast), or no tensor.
         ValueError: a wrong shape or device, an even kernel or one above 63, a bias without its weight.
     """
-    row_weights, col_weights = list(row_weights), list(col_weights)
-    row_biases = [None] * len(row_weights) if row_biases is None else list(row_biases)
-    col_biases = [None] * len(col_weights) if col_biases is None else list(col_biases)
-    args = (x, square_weight, square_bias, row_weights, row_biases, col_weights, col_biases)
+    rows, cols = checks.items("row_weights", row_weights), checks.items("col_weights", col_weights)
+    of_rows = [None] * len(rows) if row_biases is None else checks.items("row_biases", row_biases)
+    of_cols = [None] * len(cols) if col_biases is None else checks.items("col_biases", col_biases)
+    args = (x, square_weight, square_bias, rows, of_rows, cols, of_cols)
+    flat = OPERATION.flatten(args)
+    if has_torch_function(flat):
+        return handle_torch_function(strip_conv2d, flat, *args)
     if isinstance(x, Tensor) and (dtype := autocast_dtype(x)) is not None:
-        flat = [t.to(dtype) if isinstance(t, Tensor) else t for t in OPERATION.flatten(args)]
-        args = tuple(OPERATION.replace(args, flat))
+        args = tuple(OPERATION.replace(args, [t.to(dtype) if isinstance(t, Tensor) else t for t in flat]))
     SPEC.check(*args)
-    return OPERATION(*args)
+    x, square_weight, square_bias, rows, of_rows, cols, of_cols = args
+    return OPERATION(x, square_weight, square_bias, rows, packed(of_rows, x), cols, packed(of_cols, x))

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from famseg_kernels import checks
+from famseg_kernels.strip_conv import spec
 
 
 def forward(
@@ -14,14 +15,16 @@ def forward(
     square_weight: Tensor | None,
     square_bias: Tensor | None,
     row_weights: list[Tensor],
-    row_biases: list[Tensor | None],
+    row_biases: list[Tensor],
     col_weights: list[Tensor],
-    col_biases: list[Tensor | None],
+    col_biases: list[Tensor],
 ) -> Tensor:
     """y = a + Σ col_i(row_i(a)), a = square(x); every stage zero-padded to "same" size, in fp32 or better."""
     a = _depthwise(_wide(x), square_weight, square_bias)
     y = a.clone()
-    for row, row_bias, col, col_bias in zip(row_weights, row_biases, col_weights, col_biases, strict=True):
+    row_sides = zip(row_weights, spec.unpacked(row_biases, row_weights), strict=True)
+    col_sides = zip(col_weights, spec.unpacked(col_biases, col_weights), strict=True)
+    for (row, row_bias), (col, col_bias) in zip(row_sides, col_sides, strict=True):
         y = y + _depthwise(_depthwise(a, row, row_bias), col, col_bias)
     return y.to(x.dtype).contiguous(memory_format=checks.image_format(x))
 

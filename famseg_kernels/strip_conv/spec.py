@@ -18,8 +18,8 @@ from famseg_kernels.registry import Case, Spec
 MAX_KERNEL = 63
 
 SCHEMA = (
-    "(Tensor x, Tensor? square_weight, Tensor? square_bias, Tensor[] row_weights, Tensor?[] row_biases, "
-    "Tensor[] col_weights, Tensor?[] col_biases) -> Tensor"
+    "(Tensor x, Tensor? square_weight, Tensor? square_bias, Tensor[] row_weights, Tensor[] row_biases, "
+    "Tensor[] col_weights, Tensor[] col_biases) -> Tensor"
 )
 
 
@@ -49,6 +49,18 @@ def check(
             _weight(f"{side}_weights[{i}]", weight, x, row=side == "row")
             if bias is not None:
                 _bias(f"{side}_biases[{i}]", bias, x, channels)
+
+
+def packed(biases: Sequence[Tensor | None], x: Tensor) -> list[Tensor]:
+    """The biases of a side as the schema has them: one a branch, or none. torch.jit cannot trace a Tensor?[]."""
+    if all(bias is None for bias in biases):
+        return []
+    return [x.new_zeros(x.shape[1]) if bias is None else bias for bias in biases]
+
+
+def unpacked(biases: Sequence[Tensor], weights: Sequence[Tensor]) -> Sequence[Tensor | None]:
+    """One bias a branch, or None a branch where the side has none."""
+    return biases or [None] * len(weights)
 
 
 def _weight(name: str, weight: Tensor, x: Tensor, *, square: bool = False, row: bool = False) -> None:
@@ -104,12 +116,13 @@ class Arguments:
         square_weight: Tensor | None,
         square_bias: Tensor | None,
         row_weights: Sequence[Tensor],
-        row_biases: Sequence[Tensor | None],
+        row_biases: Sequence[Tensor],
         col_weights: Sequence[Tensor],
-        col_biases: Sequence[Tensor | None],
+        col_biases: Sequence[Tensor],
     ) -> None:
         given = [square_weight, square_bias, *row_weights, *row_biases, *col_weights, *col_biases]
         self._tensors = [x, *(None if t is None else t.contiguous() for t in given)]
+        self._counts = (len(row_weights), len(row_biases), len(col_weights), len(col_biases))
         square, bias, branches = self.grouped(self._tensors)[1:]
         size = 0 if square_weight is None else square_weight.shape[-1]
         self.native = (
@@ -132,12 +145,15 @@ class Arguments:
             for t, need in zip(self._tensors, needs, strict=True)
         ]
 
-    @staticmethod
-    def grouped(flat: Sequence[Tensor | None]) -> tuple[int, int, int, list[tuple[int, ...]]]:
+    def grouped(self, flat: Sequence[Tensor | None]) -> tuple[int, int, int, list[tuple[int, ...]]]:
         """Addresses of x, square weight and bias, and of each branch's row weight and bias, column weight and bias."""
-        x, square, bias, *sides = (backends.address(t) for t in flat)
-        count = len(sides) // 4
-        return x, square, bias, [tuple(sides[i::count]) for i in range(count)]
+        x, square, bias, *rest = (backends.address(t) for t in flat)
+        branches, start = self._counts[0], 0
+        sides = []
+        for count in self._counts:
+            sides.append(rest[start : start + count] or [0] * branches)  # a side without biases
+            start += count
+        return x, square, bias, list(zip(*sides, strict=True))
 
 
 def _case(
@@ -150,8 +166,8 @@ def _case(
     channels = shape[1]
 
     def make(rand: Callable[..., Tensor]) -> tuple[Any, ...]:
-        def biases() -> list[Tensor | None]:
-            return [rand(channels) if bias else None for _ in strips]
+        def biases() -> list[Tensor]:
+            return [rand(channels) for _ in strips] if bias else []
 
         return (
             rand(*shape),

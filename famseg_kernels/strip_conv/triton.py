@@ -28,6 +28,7 @@ the kernels' reach. Intermediate `a` and row results are rounded to x's dtype, a
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -37,6 +38,7 @@ import triton.language as tl
 from torch import Tensor
 
 from famseg_kernels import backends, checks, launch
+from famseg_kernels.strip_conv import spec
 
 # --- the kernels -----------------------------------------------------------------------------------------------
 
@@ -365,16 +367,17 @@ def forward(
     square_weight: Tensor | None,
     square_bias: Tensor | None,
     row_weights: Sequence[Tensor],
-    row_biases: Sequence[Tensor | None],
+    row_biases: Sequence[Tensor],
     col_weights: Sequence[Tensor],
-    col_biases: Sequence[Tensor | None],
+    col_biases: Sequence[Tensor],
 ) -> Tensor:
     """y (N, C, H, W) in x's dtype and memory format."""
     with launch.on(x.device):
         square = _dense((square_weight, square_bias))
-        strips = (_dense(row_weights), _dense(row_biases), _dense(col_weights), _dense(col_biases))
+        rows = (_dense(row_weights), _dense(spec.unpacked(row_biases, row_weights)))
+        cols = (_dense(col_weights), _dense(spec.unpacked(col_biases, col_weights)))
         # channels_last goes through a copy: a program reads planes, and one channel of 32-byte sectors is 16 planes.
-        y = _convolve(x.contiguous(), square, *strips)
+        y = _convolve(x.contiguous(), square, *rows, *cols)
         return y.contiguous(memory_format=checks.image_format(x))
 
 
@@ -385,9 +388,9 @@ def backward(
     square_weight: Tensor | None,
     square_bias: Tensor | None,
     row_weights: Sequence[Tensor],
-    row_biases: Sequence[Tensor | None],
+    row_biases: Sequence[Tensor],
     col_weights: Sequence[Tensor],
-    col_biases: Sequence[Tensor | None],
+    col_biases: Sequence[Tensor],
 ) -> list[Tensor | None]:
     """Gradients of the flattened tensor arguments where `needs`, None elsewhere. Recomputes `a`, saves nothing."""
     with launch.on(x.device):
@@ -399,6 +402,7 @@ def backward(
             _dense(row_weights),
             _dense(row_biases),
             _dense(col_weights),
+            len(col_biases),
         )
 
 
@@ -411,17 +415,21 @@ def _gradients(
     x: Tensor,
     square: tuple[Any, Any],
     rows: tuple[Tensor, ...],
-    row_biases: tuple[Tensor | None, ...],
+    row_biases: tuple[Tensor, ...],
     cols: tuple[Tensor, ...],
+    col_biases: int,
 ) -> list[Tensor | None]:
     """Contiguous arguments → gradients in any dtype and layout, None where not needed."""
     weight = square[0]
     count = len(rows)
     nothing = (None,) * count
     need_x, need_square, need_square_bias = needs[:3]
-    need_rows, need_row_biases, need_cols, need_col_biases = (
-        any(needs[3 + i * count : 3 + (i + 1) * count]) for i in range(4)
+    # Where each side's gradients stand in the flattened arguments: row weights, their biases, column weights, theirs.
+    of_rows, of_row_biases, of_cols, of_col_biases, end = itertools.accumulate(
+        (3, count, len(row_biases), count, col_biases)
     )
+    need_rows, need_row_biases = any(needs[of_rows:of_row_biases]), any(needs[of_row_biases:of_cols])
+    need_cols, need_col_biases = any(needs[of_cols:of_col_biases]), any(needs[of_col_biases:end])
     found: list[Tensor | None] = [None] * len(needs)
     if need_x or need_square or need_square_bias:
         da = _convolve(dy, _NOTHING, rows, nothing, cols, nothing, flip=True) if count else dy
@@ -439,13 +447,14 @@ def _gradients(
             some = slice(start, start + together)
             if need_rows or need_row_biases:
                 taps, sums = _correlate_strips(dy, a, cols[some], nothing[some], rows[some], columns=False)
-                found[3 + start : 3 + start + len(taps)] = taps
-                found[3 + count + start : 3 + count + start + len(sums)] = sums
+                found[of_rows + start : of_rows + start + len(taps)] = taps
+                if row_biases:
+                    found[of_row_biases + start : of_row_biases + start + len(sums)] = sums
             if need_cols:
-                taps, _ = _correlate_strips(a, dy, rows[some], row_biases[some], cols[some], columns=True)
-                found[3 + 2 * count + start : 3 + 2 * count + start + len(taps)] = taps
+                taps, _ = _correlate_strips(a, dy, rows[some], (row_biases or nothing)[some], cols[some], columns=True)
+                found[of_cols + start : of_cols + start + len(taps)] = taps
     if need_col_biases:
-        found[3 + 3 * count :] = [_sum_by_channel(dy)] * count  # a column bias is added to y as it is
+        found[of_col_biases:end] = [_sum_by_channel(dy)] * col_biases  # a column bias is added to y as it is
     return found
 
 
