@@ -18,21 +18,20 @@ from famseg_kernels import checks
 def _reassemble(x: Tensor, logits: Tensor, kernel_size: int, scale: int, groups: int) -> Tensor:
     n, _, h, w = x.shape
     weights = _wide(logits).view(n, groups, kernel_size**2, scale, scale, h, w).softmax(dim=2)
-    return _weighted_sum(x, weights)
+    return _weighted_sum(x, weights, kernel_size)
 
 
 def _carafe(features: Tensor, masks: Tensor, kernel_size: int, group_size: int, scale_factor: int) -> Tensor:
     n, _, h, w = features.shape
     s = scale_factor
     weights = _wide(masks).view(n, group_size, kernel_size**2, h, s, w, s).permute(0, 1, 2, 4, 6, 3, 5)
-    return _weighted_sum(features, weights)
+    return _weighted_sum(features, weights, kernel_size)
 
 
-def _weighted_sum(x: Tensor, weights: Tensor) -> Tensor:
+def _weighted_sum(x: Tensor, weights: Tensor, k: int) -> Tensor:
     """y[n, c, s·i+dy, s·j+dx] = Σ_tap weights[n, g(c), tap, dy, dx, i, j] · x[n, c, i+ky−r, j+kx−r], zero outside."""
     n, c, h, w = x.shape
-    _, g, taps, s, _, _, _ = weights.shape
-    k = round(taps**0.5)
+    _, g, _, s, _, _, _ = weights.shape
     padded = F.pad(_wide(x), [k // 2] * 4).view(n, g, c // g, 1, 1, h + k - 1, w + k - 1)
     y = torch.zeros((n, g, c // g, s, s, h, w), dtype=padded.dtype, device=x.device)
     for tap, weight in enumerate(weights.unsqueeze(2).unbind(3)):  # unbind: its backward is one stack, not k² zeros
