@@ -12,7 +12,8 @@ from famseg.biometrics import Axis, Ellipse
 from famseg.data.sample import CLASSES
 from famseg.reporting.figures import COLOURS
 
-_WIDTH = 720  # px; images are drawn at least this wide, so that lines and text stay thin beside the anatomy
+_WIDTH = 720  # px; images are drawn about this wide, so that lines and text stay thin beside the anatomy
+_HEIGHT = 4 * _WIDTH  # px; a narrow strip is enlarged no further
 _CALIPER = (255, 221, 51)  # yellow, the colour of calipers on most scanners
 _TRUTH = (255, 255, 255)
 _LINE = 30  # px, height of a line of text
@@ -36,9 +37,9 @@ def draw_overlay(
         caption: lines written on a black strip below the image.
 
     Returns:
-        (H', W', 3) uint8 RGB, enlarged by a whole number.
+        (H', W', 3) uint8 RGB, enlarged by a whole number: to about 720 px wide and at most 2880 px high.
     """
-    scale = max(1, round(_WIDTH / image.shape[1]))
+    scale = max(1, min(round(_WIDTH / image.shape[1]), _HEIGHT // image.shape[0]))
     height, width = image.shape[0] * scale, image.shape[1] * scale
     enlarged = cv2.resize(image, (width, height), interpolation=cv2.INTER_CUBIC)
     picture = cv2.cvtColor(enlarged, cv2.COLOR_GRAY2RGB)
