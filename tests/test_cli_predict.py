@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import csv
-import sys
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 from PIL import Image
-from pydicom.dataset import Dataset, FileMetaDataset
-from pydicom.uid import ExplicitVRLittleEndian, UltrasoundImageStorage, generate_uid
 
 from famseg.biometrics import head_circumference
 from famseg.cli.predict import main
 from famseg.data.phantom import Phantom
-from famseg.files.errors import DataError
-from famseg.files.images import read_image
 from tests.checkpoints import write_checkpoint
+from tests.dicom import dicom, region, save
 
 SHAPE = (45, 70)
 
@@ -31,41 +27,6 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="module")
 def grey() -> np.ndarray:
     return Phantom(1, SHAPE, seed=2)[0].image
-
-
-def dicom(pixels: np.ndarray, **attributes: object) -> Dataset:
-    """An ultrasound record of one frame (H, W) or (H, W, 3), 8 or 16 bit."""
-    record, colour = Dataset(), pixels.ndim == 3
-    record.file_meta = FileMetaDataset()
-    record.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
-    record.file_meta.MediaStorageSOPClassUID = record.SOPClassUID = UltrasoundImageStorage
-    record.file_meta.MediaStorageSOPInstanceUID = record.SOPInstanceUID = generate_uid()
-    record.Rows, record.Columns = pixels.shape[:2]
-    record.SamplesPerPixel = 3 if colour else 1
-    record.PhotometricInterpretation = "RGB" if colour else "MONOCHROME2"
-    if colour:
-        record.PlanarConfiguration = 0
-    record.BitsAllocated = record.BitsStored = 8 * pixels.itemsize
-    record.HighBit, record.PixelRepresentation = record.BitsAllocated - 1, 0
-    record.PixelData = pixels.tobytes()
-    for name, value in attributes.items():
-        setattr(record, name, value)
-    return record
-
-
-def region(centimetres: float, **attributes: object) -> Dataset:
-    found = Dataset()
-    found.RegionDataType = found.RegionSpatialFormat = 1
-    found.PhysicalUnitsXDirection = found.PhysicalUnitsYDirection = 3
-    found.PhysicalDeltaX = found.PhysicalDeltaY = centimetres
-    for name, value in attributes.items():
-        setattr(found, name, value)
-    return found
-
-
-def save(record: Dataset, path: Path) -> Path:
-    record.save_as(path, enforce_file_format=True)
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -204,59 +165,3 @@ def test_an_interrupt_keeps_the_table_of_what_is_done(
     done = {path.stem for path in (tmp_path / "out" / "masks").iterdir()}
     assert {Path(name).stem for name in table(tmp_path / "out")} == done
     assert done
-
-
-# --- DICOM --------------------------------------------------------------------------------------------
-
-
-def test_dicom_pixels_are_those_of_the_frame(tmp_path: Path, grey: np.ndarray) -> None:
-    for name, record, expected in (
-        ("grey", dicom(grey), grey),
-        ("colour", dicom(np.stack([grey] * 3, 2)), grey),
-        ("inverted", dicom(255 - grey, PhotometricInterpretation="MONOCHROME1"), grey),
-    ):
-        image, pixel_size = read_image(save(record, tmp_path / name))  # known without a suffix
-        np.testing.assert_array_equal(image, expected)
-        assert pixel_size is None
-    deep = np.linspace(100, 900, grey.size).reshape(SHAPE).astype(np.uint16)
-    image, _ = read_image(save(dicom(deep), tmp_path / "deep"))
-    np.testing.assert_allclose(image, (deep - 100.0) / 800 * 255, atol=0.51)
-
-
-def test_dicom_pixel_sizes(tmp_path: Path, grey: np.ndarray) -> None:
-    def size(**attributes: object) -> float | None:
-        return read_image(save(dicom(grey, **attributes), tmp_path / "x.dcm"))[1]
-
-    assert size(PixelSpacing=[0.2, 0.2]) == pytest.approx(0.2)
-    assert size(SequenceOfUltrasoundRegions=[region(0.03)], PixelSpacing=[9, 9]) == pytest.approx(0.3)
-    spectrum = region(0.5, RegionSpatialFormat=3)  # Doppler: its x axis is time
-    assert size(SequenceOfUltrasoundRegions=[spectrum, region(0.03)]) == pytest.approx(0.3)
-    assert size(SequenceOfUltrasoundRegions=[region(0.03, PhysicalUnitsXDirection=4)]) is None
-    with pytest.raises(DataError, match="square pixels"):
-        size(PixelSpacing=[0.2, 0.3])
-    with pytest.raises(DataError, match="2 pictures of different pixel sizes"):
-        size(SequenceOfUltrasoundRegions=[region(0.03), region(0.01)])
-
-
-def test_dicom_that_cannot_be_used_says_why(tmp_path: Path, grey: np.ndarray) -> None:
-    film = dicom(grey)
-    film.NumberOfFrames, film.PixelData = 2, grey.tobytes() * 2
-    with pytest.raises(DataError, match="one frame, found 2"):
-        read_image(save(film, tmp_path / "film.dcm"))
-    short = dicom(grey)
-    short.PixelData = grey.tobytes()[:101] + b"\0"
-    with pytest.raises(DataError, match="cannot be decoded") as caught:
-        read_image(save(short, tmp_path / "short.dcm"))
-    assert "\n" not in str(caught.value)
-    with pytest.raises(DataError, match="cannot be decoded"):
-        (tmp_path / "noise.dcm").write_bytes(b"\0" * 128 + b"DICM" + b"\xff" * 50)
-        read_image(tmp_path / "noise.dcm")
-
-
-def test_without_pydicom_the_message_says_what_to_install(
-    tmp_path: Path, grey: np.ndarray, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = save(dicom(grey), tmp_path / "x.dcm")
-    monkeypatch.setitem(sys.modules, "pydicom", None)
-    with pytest.raises(DataError, match=r"pip install 'famseg\[dicom\]'"):
-        read_image(path)

@@ -1,13 +1,16 @@
 """famseg-predict: masks, overlays and millimetres of ultrasound images.
 
-Reads PNG, JPEG, BMP, TIFF (grey or colour, 8 or 16 bit) and, with pydicom installed, DICOM. Writes to DIR
-masks/NAME.png (0 background, 1 femur, 2 head, at the image's own size), overlays/NAME.png and biometrics.csv.
+Reads PNG, JPEG, BMP, TIFF, WebP, GIF, JPEG 2000 (grey or colour, 8 or 16 bit) and, with pydicom installed, DICOM.
+Writes to DIR masks/NAME.png (0 background, 1 femur, 2 head, at the image's own size), overlays/NAME.png and
+biometrics.csv.
 
-Exit code: 0 all images done, 1 some could not be read and were skipped, 2 none could or bad usage, 130 interrupted.
+Exit code: 0 all images done, 1 some could not be read and were skipped, 2 none could, the results cannot be written
+(a full disk), or bad usage, 130 interrupted.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -23,9 +26,10 @@ from famseg.cli.command import build_parser, parse, progress, required, run
 from famseg.data.sample import CLASSES
 from famseg.evaluation import FITS, LENGTHS
 from famseg.files.errors import DataError
-from famseg.files.images import IMAGE_SUFFIXES, read_image
+from famseg.files.images import read_image
 from famseg.files.labels import write_labels
-from famseg.files.tables import positive, read_table, write_table
+from famseg.files.listing import given_path, list_images, stem
+from famseg.files.tables import parse_positive, read_table, write_table
 from famseg.files.writing import empty_folder, write_atomic
 from famseg.inference import load_network, predict
 from famseg.reporting.overlay import draw_overlay
@@ -33,6 +37,8 @@ from famseg.training.config import ConfigError, device_for, expect_at_least, opt
 from famseg_kernels.backends import CHOICES as BACKENDS
 
 PROG = "famseg-predict"
+PIXEL_SIZE = "pixel_size_mm"
+_LONGEST_NAME = 255  # bytes, of every usual file system
 _WORDS = {"FB": "head", "FL": "femur"}
 _SHORT = {"FB": "HC", "FL": "FL"}
 
@@ -77,7 +83,7 @@ def _predict(options: Options) -> int:
     assert options.checkpoint is not None and options.out is not None
     device = device_for(options.device, options.backend)
     pixel_size = _pixel_sizes(options.pixel_size)
-    out = empty_folder(Path(options.out))
+    out = empty_folder(given_path(options.out))
     paths = _files(options.images)
     network = load_network(options.checkpoint)
 
@@ -107,6 +113,11 @@ def _predict(options: Options) -> int:
     try:
         for found in labels:
             rows.append(_write(out, pending.popleft(), found))
+    except OSError as error:
+        if error.filename is None:  # standard error is closed, say
+            raise
+        done = f"{len(rows)} of {len(paths)} images are done"
+        raise DataError(f"{error.filename}: cannot be written ({error.strerror}); {done}; make room for it") from error
     finally:  # also when interrupted: the table has a line for every mask
         if rows:
             write_table(out / "biometrics.csv", rows)
@@ -118,18 +129,18 @@ def _files(inputs: Sequence[str]) -> list[Path]:
     """Every file once, folders listed by name. Raises DataError where results would overwrite each other."""
     paths: list[Path] = []
     for name in inputs:
-        path = Path(name)
+        path = given_path(name)
         if path.is_dir():
-            inside = sorted(file for file in path.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
+            inside = list_images(path)
             if not inside:
-                raise DataError(f"{path}: expected images ({', '.join(IMAGE_SUFFIXES)}), found none in this folder")
+                raise DataError(f"{path}: expected images, found none in this folder")
             paths += inside
         else:
             paths.append(path)
     paths = list(dict.fromkeys(paths))
     seen: dict[str, Path] = {}
     for path in paths:
-        other = seen.setdefault(path.stem, path)
+        other = seen.setdefault(stem(path), path)
         if other is not path:
             raise DataError(f"{path}: would overwrite the results of {other}; give them separately, each its own --out")
     return paths
@@ -140,20 +151,19 @@ def _pixel_sizes(text: str | None) -> Callable[[Path], float | None]:
     if text is None:
         return lambda path: None
     if text.lower().endswith(".csv"):
-        table = Path(text)
-        rows = {row["filename"]: row["pixel_size_mm"] for row in read_table(table, ("filename", "pixel_size_mm"))}
-        sizes = {name: positive(cell, table, name, "pixel_size_mm") for name, cell in rows.items() if cell}
-        return lambda path: sizes.get(path.name, sizes.get(path.stem))
-    try:
-        size = float(text)
-    except ValueError:
-        size = 0.0
-    if not 0 < size < np.inf:
+        table = read_table(given_path(text), (PIXEL_SIZE,))
+        for row in table.values():
+            row.millimetres(PIXEL_SIZE)  # a bad cell ends the command before any image is read
+        return lambda path: None if (row := table.row(path)) is None else row.millimetres(PIXEL_SIZE)
+    size = parse_positive(text)
+    if size is None:
         raise ConfigError(f"pixel_size: expected a positive number of mm or a CSV file, got {text!r}")
     return lambda path: size
 
 
 def _read(path: Path, given: Callable[[Path], float | None]) -> Source:
+    if len(os.fsencode(f"{stem(path)}.png")) > _LONGEST_NAME:
+        raise DataError(f"{path}: its results would have a name of more than {_LONGEST_NAME} bytes; rename it")
     image, own = read_image(path)
     if (size := given(path)) is not None:
         return Source(path, image, size, "given")
@@ -190,10 +200,10 @@ def _write(out: Path, source: Source, labels: np.ndarray) -> dict[str, Any]:
     if not labels.any():
         flags.append("nothing found")
     row["flags"] = "; ".join(flags)
-    write_labels(out / "masks" / f"{source.path.stem}.png", labels)
+    write_labels(out / "masks" / f"{stem(source.path)}.png", labels)
     overlay = draw_overlay(source.image, labels, shapes, caption=caption or ["nothing found"])
     picture = cv2.imencode(".png", overlay[..., ::-1])[1].tobytes()
-    write_atomic(out / "overlays" / f"{source.path.stem}.png", picture)
+    write_atomic(out / "overlays" / f"{stem(source.path)}.png", picture)
     return row
 
 

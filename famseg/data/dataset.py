@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,8 +19,10 @@ from famseg.data.phantom import Phantom
 from famseg.data.sample import Sample
 from famseg.data.split import subjects_of
 from famseg.files.errors import DataError
+from famseg.files.listing import given_path
 
 PHANTOM_LENGTH = 800  # images of a plain "phantom": 640 to train, 160 to validate at the usual 80:20 split
+_NEXT_SOURCE = r",(?=\s*(?:phantom|hc18|folder)\b)"  # not every comma: folders have them in their names
 SCHEMES = "phantom, phantom:LENGTH, hc18:DIR, folder:DIR (several joined by commas)"
 
 
@@ -93,7 +96,7 @@ def open_data(spec: str, *, image_size: int, seed: int) -> Sequence[Sample]:
     Raises:
         DataError: the specification is not one of these, names a source twice, or its data are unusable.
     """
-    parts = [part.strip() for part in spec.split(",")]
+    parts = [part.strip() for part in re.split(_NEXT_SOURCE, spec)]
     sources = [_open(part, spec, image_size, seed) for part in parts]
     if len(sources) == 1:
         return sources[0]
@@ -145,7 +148,7 @@ def _length(argument: str, part: str) -> int:
 
 def _source_name(part: str) -> str:
     scheme, _, argument = part.partition(":")
-    return scheme if scheme == "phantom" else f"{scheme}:{os.path.realpath(argument)}"
+    return scheme if scheme == "phantom" else f"{scheme}:{os.path.realpath(given_path(argument))}"
 
 
 def _or_nan(value: float | None) -> float:

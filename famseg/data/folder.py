@@ -1,7 +1,7 @@
 """Your own data: a folder of images and a folder of index masks.
 
-images/NAME.png     also jpg, jpeg, bmp, tif, tiff; grey or colour, 8 or 16 bit
-masks/NAME.png      one label per pixel: 0 background, 1 femur (FL), 2 head (FB); grey or palette
+images/NAME.png     any image that famseg-predict reads, DICOM included; grey or colour, 8 or 16 bit
+masks/NAME.png      one label per pixel: 0 background, 1 femur (FL), 2 head (FB); grey or palette; also bmp, tif
 pixel_size.csv      optional: filename, pixel_size_mm [, subject, femur_length_mm, head_circumference_mm]
 """
 
@@ -18,14 +18,14 @@ from PIL import Image
 
 from famseg.data.sample import CLASSES, Sample
 from famseg.files.errors import DataError
-from famseg.files.images import read_grey
+from famseg.files.images import read_image
 from famseg.files.labels import read_labels, require_same_size, write_labels
-from famseg.files.tables import positive, read_table
+from famseg.files.listing import given_path, list_images, same_name, stem, tell_left_out
+from famseg.files.tables import FILENAME, FileTable, read_table
 from famseg.files.writing import write_atomic
 
 TABLE = "pixel_size.csv"
-EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
-_FILENAME, _SUBJECT, _PIXEL_SIZE = "filename", "subject", "pixel_size_mm"
+_SUBJECT, _PIXEL_SIZE = "subject", "pixel_size_mm"
 _FEMUR_LENGTH, _CIRCUMFERENCE = "femur_length_mm", "head_circumference_mm"
 
 
@@ -44,7 +44,8 @@ class Folder(Sequence[Sample]):
 
     Without a `subject` column every image counts as its own subject; several images of one fetus need the
     column, or they may end up on both sides of a split. With a table, every image needs a row; an empty cell
-    means unknown. Pairs and rows are checked at construction (listing only), pixels at reading.
+    means unknown (or the pixel size in the DICOM file). Pairs and rows are checked at construction (listing only),
+    pixels at reading. Files and rows that belong to no image are counted on standard error.
 
     Raises:
         DataError: nothing there, an image without mask or table row, files that cannot be decoded or differ
@@ -52,7 +53,7 @@ class Folder(Sequence[Sample]):
     """
 
     def __init__(self, directory: str | os.PathLike[str]) -> None:
-        self.directory = Path(directory)
+        self.directory = given_path(directory)
         if not self.directory.is_dir():
             raise DataError(f"{self.directory}: no such folder; give the folder that holds images/ and masks/")
         self._entries = _entries(self.directory)
@@ -60,7 +61,7 @@ class Folder(Sequence[Sample]):
     @property
     def names(self) -> list[str]:
         """File stems."""
-        return [entry.image.stem for entry in self._entries]
+        return [stem(entry.image) for entry in self._entries]
 
     @property
     def subjects(self) -> list[str]:
@@ -72,17 +73,17 @@ class Folder(Sequence[Sample]):
 
     def __getitem__(self, index: int) -> Sample:  # type: ignore[override]
         entry = self._entries[index]
-        image, mask = read_grey(entry.image), read_labels(entry.mask)
+        (image, pixel_size), mask = read_image(entry.image), read_labels(entry.mask)
         require_same_size(image, mask, entry.image, entry.mask)
         if mask.max(initial=0) >= len(CLASSES):
             expected = ", ".join(f"{label} {name}" for label, name in enumerate(CLASSES))
             raise DataError(f"{entry.mask}: expected the labels {expected}; found label {mask.max()}; relabel the mask")
         return Sample(
-            name=entry.image.stem,
+            name=stem(entry.image),
             subject=entry.subject,
             image=image,
             mask=mask,
-            pixel_size=entry.pixel_size,
+            pixel_size=pixel_size if entry.pixel_size is None else entry.pixel_size,
             femur_length=entry.femur_length,
             head_circumference=entry.head_circumference,
         )
@@ -99,7 +100,7 @@ def write_folder(samples: Iterable[Sample], directory: str | os.PathLike[str]) -
         raise DataError(f"{root / 'images'}: already holds files; give a new or empty folder")
     table = io.StringIO()
     rows = csv.writer(table, lineterminator="\n")
-    rows.writerow([_FILENAME, _SUBJECT, _PIXEL_SIZE, _FEMUR_LENGTH, _CIRCUMFERENCE])
+    rows.writerow([FILENAME, _SUBJECT, _PIXEL_SIZE, _FEMUR_LENGTH, _CIRCUMFERENCE])
     for sample in samples:
         filename = f"{sample.name}.png"
         if not sample.name or Path(filename).name != filename or (root / "images" / filename).exists():
@@ -108,7 +109,7 @@ def write_folder(samples: Iterable[Sample], directory: str | os.PathLike[str]) -
         write_atomic(root / "images" / filename, _png(Image.fromarray(sample.image)))
         lengths = (sample.pixel_size, sample.femur_length, sample.head_circumference)
         rows.writerow([filename, sample.subject, *("" if mm is None else repr(float(mm)) for mm in lengths)])
-    write_atomic(root / TABLE, table.getvalue().encode())
+    write_atomic(root / TABLE, table.getvalue().encode("utf-8", "backslashreplace"))
 
 
 def _png(image: Image.Image) -> bytes:
@@ -122,42 +123,45 @@ def _entries(root: Path) -> list[_Entry]:
     for folder in (images, masks):
         if not folder.is_dir():
             raise DataError(f"{folder}: no such folder; put the images into images/ and the masks into masks/")
-    paths = sorted(path for path in images.iterdir() if path.suffix.lower() in EXTENSIONS)
+    paths = list_images(images)
     if not paths:
-        raise DataError(f"{images}: expected images ({', '.join(EXTENSIONS)}), found none; put them there")
+        raise DataError(f"{images}: expected images, found none; put them there")
+    names = _by_name(paths)
+    found = _by_name(list_images(masks))
+    tell_left_out(f"{masks}", "no image of that name", [found[name].name for name in found if name not in names])
     table = root / TABLE
-    rows = _rows(table) if table.exists() else None
-    entries: dict[str, _Entry] = {}
+    rows = read_table(table, (_PIXEL_SIZE,)) if table.exists() else None
+    entries = []
+    for name, path in names.items():
+        if name not in found:
+            raise DataError(f"{path}: its mask {masks / name}.png is missing; add it, or remove the image")
+        entries.append(_entry(path, found[name], table, rows))
+    if rows is not None:
+        used = {id(rows.row(path)) for path in paths}
+        tell_left_out(f"{table}", "no image of that name", [name for name, row in rows.items() if id(row) not in used])
+    return entries
+
+
+def _by_name(paths: Sequence[Path]) -> dict[str, Path]:
+    found: dict[str, Path] = {}
     for path in paths:
-        if path.stem in entries:
-            raise DataError(f"{path}: {entries[path.stem].image.name} has the same stem; rename or remove one of them")
-        mask = masks / f"{path.stem}.png"
-        if not mask.is_file():
-            raise DataError(f"{path}: its mask {mask} is missing; add it, or remove the image")
-        entries[path.stem] = _entry(path, mask, table, rows)
-    return list(entries.values())
+        other = found.setdefault(same_name(stem(path)), path)
+        if other is not path:
+            raise DataError(f"{path}: {other.name} has the same name but for the suffix; rename or remove one of them")
+    return found
 
 
-def _rows(table: Path) -> dict[str, dict[str, str]]:
-    return {row[_FILENAME]: row for row in read_table(table, (_FILENAME, _PIXEL_SIZE))}
-
-
-def _entry(path: Path, mask: Path, table: Path, rows: dict[str, dict[str, str]] | None) -> _Entry:
+def _entry(path: Path, mask: Path, table: Path, rows: FileTable | None) -> _Entry:
     if rows is None:
-        return _Entry(path, mask, subject=path.stem)
-    row = rows.get(path.name, rows.get(path.stem))
+        return _Entry(path, mask, subject=stem(path))
+    row = rows.row(path)
     if row is None:
         raise DataError(f"{table}: expected a row for {path.name}, found none; add it (an empty cell means unknown)")
-
-    def millimetres(column: str) -> float | None:
-        cell = row.get(column, "")
-        return positive(cell, table, path.name, column) if cell else None
-
     return _Entry(
         path,
         mask,
-        subject=row.get(_SUBJECT, "") or path.stem,
-        pixel_size=millimetres(_PIXEL_SIZE),
-        femur_length=millimetres(_FEMUR_LENGTH),
-        head_circumference=millimetres(_CIRCUMFERENCE),
+        subject=row.cells.get(_SUBJECT, "") or stem(path),
+        pixel_size=row.millimetres(_PIXEL_SIZE),
+        femur_length=row.millimetres(_FEMUR_LENGTH),
+        head_circumference=row.millimetres(_CIRCUMFERENCE),
     )

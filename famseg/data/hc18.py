@@ -18,7 +18,8 @@ from famseg.data.sample import CLASSES, Sample
 from famseg.files.errors import DataError
 from famseg.files.images import read_grey
 from famseg.files.labels import require_same_size
-from famseg.files.tables import positive, read_table
+from famseg.files.listing import given_path, list_images, same_name, stem, tell_left_out
+from famseg.files.tables import read_table
 
 HEAD = CLASSES.index("FB")
 TABLE = "training_set_pixel_size_and_HC.csv"
@@ -42,25 +43,32 @@ class HC18(Sequence[Sample]):
     """
 
     def __init__(self, directory: str | os.PathLike[str]) -> None:
-        self.directory = _training_set(Path(directory))
-        table = self.directory.parent / TABLE
-        rows = {row["filename"]: row for row in read_table(table, ("filename", _PIXEL_SIZE, _CIRCUMFERENCE))}
-        present = {path.name for path in self.directory.glob("*.png")}
-        self.names = sorted(Path(name).stem for name in present if not Path(name).stem.endswith(_SUFFIX))
-        if not self.names:
+        self.directory, table = _training_set(given_path(directory))
+        rows = read_table(table, (_PIXEL_SIZE, _CIRCUMFERENCE))
+        paths = {same_name(stem(path)): path for path in list_images(self.directory)}
+        outlines = {name.removesuffix(_SUFFIX): path for name, path in paths.items() if name.endswith(_SUFFIX)}
+        images = {name: path for name, path in paths.items() if not name.endswith(_SUFFIX)}
+        if not images:
             raise DataError(f"{self.directory}: expected images like 001_HC.png, found none; unpack HC18 here")
+        alone = [path.name for name, path in outlines.items() if name not in images]
+        tell_left_out(f"{self.directory}", "no image of that name", alone)
+        self.names = sorted(images)
+        self._files: list[tuple[Path, Path]] = []
         self._mm: list[tuple[float, float]] = []
         for name in self.names:
-            path = self.directory / f"{name}.png"
+            path = images[name]
             if not name[:3].isdigit():
                 raise DataError(f"{path}: expected a name that starts with the subject's three digits, like 001_HC.png")
-            if f"{name}{_SUFFIX}.png" not in present:
+            if name not in outlines:
                 raise DataError(f"{path}: its annotation {name}{_SUFFIX}.png is missing; add it, or remove the image")
-            row = rows.get(path.name)
+            row = rows.row(path)
             if row is None:
                 raise DataError(f"{table}: expected a row for {path.name}, found none; add it, or remove the image")
-            pixel_size = positive(row[_PIXEL_SIZE], table, path.name, _PIXEL_SIZE)
-            self._mm.append((pixel_size, positive(row[_CIRCUMFERENCE], table, path.name, _CIRCUMFERENCE)))
+            pixel_size, circumference = (row.millimetres(column) for column in (_PIXEL_SIZE, _CIRCUMFERENCE))
+            if pixel_size is None or circumference is None:
+                raise DataError(f"{row.where}: expected '{_PIXEL_SIZE}' and '{_CIRCUMFERENCE}', found an empty cell")
+            self._files.append((path, outlines[name]))
+            self._mm.append((pixel_size, circumference))
 
     @property
     def subjects(self) -> list[str]:
@@ -73,9 +81,8 @@ class HC18(Sequence[Sample]):
     def __getitem__(self, index: int) -> Sample:  # type: ignore[override]
         name = self.names[index]
         pixel_size, circumference = self._mm[index]
-        image_path = self.directory / f"{name}.png"
-        outline_path = self.directory / f"{name}{_SUFFIX}.png"
-        image, outline = read_grey(image_path), read_grey(outline_path)
+        image_path, outline_path = self._files[index]
+        image, outline = read_grey(image_path), read_grey(outline_path, exact=True)
         require_same_size(image, outline, image_path, outline_path)
         if not outline.any():
             raise DataError(f"{outline_path}: expected the outline of a head, found a black image; annotate it again")
@@ -126,10 +133,13 @@ def _covered_corners(points: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     return corners[inside]
 
 
-def _training_set(directory: Path) -> Path:
+def _training_set(directory: Path) -> tuple[Path, Path]:
+    """The folder of images, and the table beside it: beside the name it was given by, or beside what that links to."""
     for candidate in (directory / "training_set", directory):
         if candidate.is_dir() and (candidate.name == "training_set" or any(candidate.glob("*_HC.png"))):
-            return candidate.resolve()
+            named, real = Path(os.path.abspath(candidate)), candidate.resolve()
+            tables = [folder.parent / TABLE for folder in (named, real)]
+            return named, next((table for table in tables if table.exists()), tables[0])
     if not directory.is_dir():
         raise DataError(f"{directory}: no such folder; give the folder that holds HC18's training_set/")
     raise DataError(

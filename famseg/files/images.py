@@ -1,4 +1,4 @@
-"""Images as (H, W) uint8 grey."""
+"""Images as (H, W) uint8 grey: what a viewer would show."""
 
 from __future__ import annotations
 
@@ -7,52 +7,45 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from famseg.files.dicom import eight_bit, read_dicom
+from famseg.files.decoding import eight_bit, file_bytes
+from famseg.files.dicom import is_dicom, read_dicom
 from famseg.files.errors import DataError
-
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".dcm", ".dicom")
+from famseg.files.raster import open_picture
 
 
 def read_image(path: Path) -> tuple[np.ndarray, float | None]:
     """Decode any supported image file to (H, W) uint8 grey and, where the file says it, mm per pixel.
 
-    PNG, JPEG, BMP and TIFF as `read_grey`, without a pixel size; DICOM (known by its content, not its name) through
-    pydicom, which must be installed.
+    What `read_grey` reads, without a pixel size; DICOM (known by its content, not its name) through pydicom, which
+    must be installed.
 
     Raises:
-        DataError: as `read_grey`; pydicom is missing; a DICOM file without a single frame that can be decoded, or
-            with pixels that are not square.
+        DataError: as `read_grey` and `read_dicom`.
     """
     content = file_bytes(path)
-    if content[128:132].tobytes() == b"DICM":
-        return read_dicom(path, content.tobytes())
-    return read_grey(path), None
+    return read_dicom(path, content) if is_dicom(content) else (read_grey(path), None)
 
 
-def read_grey(path: Path) -> np.ndarray:
-    """Decode an image file to (H, W) uint8 grey.
+def read_grey(path: Path, *, exact: bool = False) -> np.ndarray:
+    """Decode a picture file to (H, W) uint8 grey, upright.
 
-    Colour is turned to luma (Rec. 601) and an alpha channel is dropped. A 16-bit file is scaled by its own
-    range, darkest pixel to 0 and brightest to 255: exporters store 10, 12 or 16 significant bits, with or
-    without an offset, and do not say which.
+    Colour is turned to luma (Rec. 601). A 16-bit file is scaled by its own range, darkest pixel to 0 and brightest
+    to 255: exporters store 10, 12 or 16 significant bits, with or without an offset, and do not say which.
+
+    Args:
+        exact: refuse lossy formats, as for a mask.
 
     Raises:
-        DataError: the file is missing, cannot be decoded, or holds neither 8- nor 16-bit pixels.
+        DataError: as `open_picture`, or the file holds neither 8- nor 16-bit pixels.
     """
-    flags = cv2.IMREAD_ANYDEPTH | cv2.IMREAD_GRAYSCALE
-    image = cv2.imdecode(file_bytes(path), flags)
-    if image is None:
-        raise DataError(f"{path}: expected an image, but it cannot be decoded; replace or remove the file")
-    if image.dtype not in (np.uint8, np.uint16):
-        raise DataError(f"{path}: expected 8- or 16-bit pixels, found {image.dtype}; convert it to 8-bit PNG")
-    return eight_bit(image)
-
-
-def file_bytes(path: Path) -> np.ndarray:
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); check that the file exists") from error
-    if not content:
-        raise DataError(f"{path}: the file is empty; copy it again")
-    return np.frombuffer(content, np.uint8)
+    picture = open_picture(path, exact=exact)
+    if picture.mode.startswith("I"):
+        values = np.asarray(picture)
+        low, high = int(values.min()), int(values.max())
+        if high - low < 2**16:
+            return eight_bit(values, low, high)
+    elif picture.mode in ("1", "L", "LA"):
+        return np.array(picture.convert("L"))
+    elif picture.mode in ("P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr"):
+        return cv2.cvtColor(np.asarray(picture.convert("RGB")), cv2.COLOR_RGB2GRAY)
+    raise DataError(f"{path}: expected 8- or 16-bit grey or colour, found mode {picture.mode}; convert it to 8-bit PNG")

@@ -9,35 +9,26 @@ import numpy as np
 from PIL import Image
 
 from famseg.files.errors import DataError
-from famseg.files.images import file_bytes
+from famseg.files.raster import open_picture
 from famseg.files.writing import write_atomic
 
 _PALETTE = [0, 0, 0, 255, 0, 0, 0, 255, 0]  # the paper's colours: femur red, head green
 
 
 def read_labels(path: Path) -> np.ndarray:
-    """Decode an index image to (H, W) uint8 labels, exactly as stored: a palette is not looked up.
+    """Decode an index image to (H, W) uint8 labels as stored (a palette is not looked up), turned like an image.
 
     Raises:
-        DataError: the file is missing, cannot be decoded, or holds colours instead of one label per pixel.
+        DataError: as `open_picture`, the format is a lossy one, or it holds colours instead of one label per pixel.
     """
-    file_bytes(path)  # a missing or empty file gets its own message
-    try:
-        with Image.open(path) as picture:
-            picture.load()
-            mode, labels = picture.mode, np.asarray(picture)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        # Pillow reports broken PNG chunks as SyntaxError.
+    picture = open_picture(path, exact=True)
+    if picture.mode not in ("1", "L", "P", "I;16", "I;16B", "I"):
         raise DataError(
-            f"{path}: expected an index PNG, but it cannot be decoded ({error}); replace or remove the file"
-        ) from error
-    if labels.ndim != 2 or labels.dtype.kind not in "bui":
-        raise DataError(
-            f"{path}: expected one label per pixel (8-bit grey or palette PNG), found mode {mode}; "
+            f"{path}: expected one label per pixel (8-bit grey or palette PNG), found mode {picture.mode}; "
             "save the label indices, not their colours"
         )
     # 16-bit index files are fine as long as the labels fit; the caller judges the values that do.
-    return np.clip(labels, 0, 255).astype(np.uint8)
+    return np.clip(np.asarray(picture), 0, 255).astype(np.uint8)
 
 
 def require_same_size(image: np.ndarray, mask: np.ndarray, image_path: Path, mask_path: Path) -> None:

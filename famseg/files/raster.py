@@ -1,0 +1,93 @@
+"""Opening a picture file as a viewer shows it: whole, upright, and the only one in its file."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+
+from famseg.files.decoding import decoding, expect_size, file_bytes, hear_jpeg
+from famseg.files.errors import DataError
+
+# What Pillow is asked to open. A JPEG with several pictures comes back as "MPO".
+FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP", "GIF", "JPEG2000", "PPM")
+# A GIF keeps its indices, but its writers renumber them.
+_EXACT = ("PNG", "BMP", "TIFF", "PPM")
+_LOSSY_TIFF = ("jpeg", "tiff_jpeg", "webp", "tiff_sgilog", "tiff_sgilog24")
+_SUBFILE, _REDUCED_OR_MASK = 254, 5  # TIFF: a smaller copy of another page, or its transparency
+_PHOTOMETRIC, _WHITE_IS_ZERO = 262, 0
+
+
+def open_picture(path: Path, *, exact: bool = False) -> Image.Image:
+    """The one picture in a file, decoded and turned as its EXIF orientation says, in Pillow's mode.
+
+    16-bit colour comes as 16-bit grey (Rec. 601 luma): Pillow has no mode for it.
+
+    Args:
+        exact: refuse formats that change values: a label map must come back as it was stored.
+
+    Raises:
+        DataError: the file cannot be read, is damaged, has another number of pictures than one, transparent
+            pixels, or more than `LARGEST` pixels.
+    """
+    content = file_bytes(path)
+    with decoding(path, "replace or remove the file"):
+        try:
+            picture = Image.open(io.BytesIO(content), formats=FORMATS)
+        except UnidentifiedImageError:
+            raise DataError(f"cannot be decoded: is none of {', '.join(FORMATS)}; replace or remove the file") from None
+        expect_size(picture.height, picture.width)
+        if exact:
+            _expect_exact(picture)
+        _seek_only_page(picture)
+        if picture.format == "PNG":
+            Image.open(io.BytesIO(content), formats=("PNG",)).verify()  # checksums, which decoding passes over
+        elif picture.format in ("JPEG", "MPO"):
+            hear_jpeg(content)
+        upright = _upright(picture, content, exact)
+    return upright
+
+
+def _expect_exact(picture: Image.Image) -> None:
+    compression = picture.info.get("compression")
+    if picture.format not in _EXACT or (picture.format == "TIFF" and compression in _LOSSY_TIFF):
+        kind = "JPEG in TIFF" if picture.format == "TIFF" else picture.format
+        raise DataError(f"expected an index PNG, found {kind}, which does not keep labels; export the mask as PNG")
+
+
+def _seek_only_page(picture: Any) -> None:
+    pages = list(range(getattr(picture, "n_frames", 1)))
+    if picture.format == "TIFF":
+
+        def is_picture(page: int) -> bool:
+            picture.seek(page)
+            return not int(picture.tag_v2.get(_SUBFILE, 0)) & _REDUCED_OR_MASK
+
+        pages = [page for page in pages if is_picture(page)]
+    if len(pages) != 1:
+        raise DataError(f"expected one picture, found {len(pages)} ({picture.format}); save the one to be used alone")
+    picture.seek(pages[0])
+
+
+def _upright(picture: Any, content: bytes, exact: bool) -> Image.Image:
+    deep_colour = ";16" in str(picture.tile) and picture.mode in ("RGB", "RGBA", "LA")
+    turned = picture.getexif().get(ExifTags.Base.Orientation, 1) != 1
+    picture.load()
+    # A colour declared transparent changes no label.
+    transparent = "A" in picture.getbands() or ("transparency" in picture.info and not exact)
+    transparent = transparent and picture.mode not in ("I;16", "I")
+    if transparent and picture.convert("RGBA").getchannel("A").getextrema()[0] < 255:
+        raise DataError("expected an opaque picture, found transparent pixels; save it without transparency")
+    if deep_colour:
+        if turned:
+            raise DataError("is 16-bit colour stored turned (EXIF orientation); save it upright")
+        flags = cv2.IMREAD_ANYDEPTH | cv2.IMREAD_GRAYSCALE | cv2.IMREAD_IGNORE_ORIENTATION
+        return Image.fromarray(np.asarray(cv2.imdecode(np.frombuffer(content, np.uint8), flags)))
+    white_is_zero = picture.format == "TIFF" and picture.tag_v2.get(_PHOTOMETRIC) == _WHITE_IS_ZERO
+    if white_is_zero and picture.mode.startswith("I;16"):  # Pillow turns 8 bits over, not 16
+        return Image.fromarray(65535 - np.asarray(picture))
+    return ImageOps.exif_transpose(picture)
