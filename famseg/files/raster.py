@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ _EXACT = ("PNG", "BMP", "TIFF", "PPM")
 _LOSSY_TIFF = ("jpeg", "tiff_jpeg", "webp", "tiff_sgilog", "tiff_sgilog24")
 _SUBFILE, _REDUCED_OR_MASK = 254, 5  # TIFF: a smaller copy of another page, or its transparency
 _PHOTOMETRIC, _WHITE_IS_ZERO = 262, 0
+_STRIPS, _TILES, _JPEG_TABLES = (273, 279), (324, 325), 347  # TIFF: where they are, and how long
 
 
 def open_picture(path: Path, *, exact: bool = False) -> Image.Image:
@@ -48,6 +50,8 @@ def open_picture(path: Path, *, exact: bool = False) -> Image.Image:
             Image.open(io.BytesIO(content), formats=("PNG",)).verify()  # checksums, which decoding passes over
         elif picture.format in ("JPEG", "MPO"):
             hear_jpeg(content)
+        elif picture.format == "TIFF":
+            _check_strips(picture, content)
         upright = _upright(picture, content, exact)
     return upright
 
@@ -71,6 +75,18 @@ def _seek_only_page(picture: Any) -> None:
     if len(pages) != 1:
         raise DataError(f"expected one picture, found {len(pages)} ({picture.format}); save the one to be used alone")
     picture.seek(pages[0])
+
+
+def _check_strips(picture: Any, content: bytes) -> None:
+    """What libtiff passes over: the checksum at a deflated strip's end, and libjpeg's remarks."""
+    tags, compression = picture.tag_v2, picture.info.get("compression")
+    for offsets, lengths in (_STRIPS, _TILES):
+        for start, length in zip(tags.get(offsets, ()), tags.get(lengths, ()), strict=True):
+            strip = content[start : start + length]
+            if compression in ("tiff_adobe_deflate", "tiff_deflate"):
+                zlib.decompress(strip)
+            elif compression == "jpeg":  # its tables stand apart: between their start and end marks
+                hear_jpeg(tags[_JPEG_TABLES][:-2] + strip[2:] if _JPEG_TABLES in tags else strip)
 
 
 def _upright(picture: Any, content: bytes, exact: bool) -> Image.Image:
