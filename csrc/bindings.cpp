@@ -205,16 +205,16 @@ famseg::ssd_scan::Problem scan_from(const std::string& dtype, const ScanShape& s
           static_cast<const uint8_t*>(pointer(resets))};
 }
 
-void ssd_scan_forward(const std::string& dtype, const ScanShape& shape, const StepRule& step,
+bool ssd_scan_forward(const std::string& dtype, const ScanShape& shape, const StepRule& step,
                       int64_t chunk, const ScanTensors& tensors, Address y, Address final_states,
                       int threads) {
   const auto problem = scan_from(dtype, shape, step, chunk, tensors);
   const famseg::Isa isa = famseg::active_isa();
   py::gil_scoped_release release;
-  famseg::ssd_scan::forward(isa, problem, {pointer(y), pointer(final_states)}, threads);
+  return famseg::ssd_scan::forward(isa, problem, {pointer(y), pointer(final_states)}, threads);
 }
 
-void ssd_scan_backward(const std::string& dtype, const ScanShape& shape, const StepRule& step,
+bool ssd_scan_backward(const std::string& dtype, const ScanShape& shape, const StepRule& step,
                        int64_t chunk, const ScanTensors& tensors, Address y_gradient,
                        Address final_states_gradient, const ScanGradients& gradients, int threads) {
   const auto problem = scan_from(dtype, shape, step, chunk, tensors);
@@ -227,7 +227,7 @@ void ssd_scan_backward(const std::string& dtype, const ScanShape& shape, const S
                                               pointer(initial)};
   const famseg::Isa isa = famseg::active_isa();
   py::gil_scoped_release release;
-  famseg::ssd_scan::backward(isa, problem, native, threads);
+  return famseg::ssd_scan::backward(isa, problem, native, threads);
 }
 
 }  // namespace
@@ -269,10 +269,12 @@ PYBIND11_MODULE(_cpu, m) {
       py::arg("threads"),
       "shape: (batch, height, width, heads, headdim, groups, state, directions, matrices of B and "
       "C); step: (softplus, low, high) of dt; tensors: (x, dt, A, B, C, D, z, dt_bias, initial "
-      "states, resets), all but x, B, C, z and resets in the type of the arithmetic.");
+      "states, resets), all but x, B, C, z and resets in the type of the arithmetic. Returns "
+      "whether "
+      "all results are finite; if not, they are not to be used.");
   m.def("ssd_scan_backward", &ssd_scan_backward, py::arg("dtype"), py::arg("shape"),
         py::arg("step"), py::arg("chunk"), py::arg("tensors"), py::arg("y_gradient"),
         py::arg("final_states_gradient"), py::arg("gradients"), py::arg("threads"),
         "As ssd_scan_forward; gradients: of the tensors but resets. Gradients at address 0 are not "
-        "computed.");
+        "computed. Returns whether all gradients, the incoming ones too, are finite.");
 }

@@ -94,6 +94,13 @@ class Spec:
     cases: tuple[Case, ...] = field(default=())
 
 
+class NotFinite(Exception):
+    """Raised by a kernel for results that are not all finite, and so are not those of the definition in their places.
+
+    The call is then computed by the reference's `exact` form: the definition one token at a time, slower by far.
+    """
+
+
 class Later:
     """A backend module (or a name in it) that is imported when it is first used: Triton costs a second to import."""
 
@@ -236,9 +243,15 @@ class Operation:
     def _run_forward(self, *arguments: Any) -> Any:
         *args, backend = arguments
         implementation = self.choose(backend, args, "forward")
+        reference = self.implementations["reference"]
         with _plain_arithmetic(args[0].device.type):
-            results = implementation.forward(*args)
-        if implementation is not self.implementations["reference"]:
+            try:
+                results = implementation.forward(*args)
+                if implementation is reference and hasattr(reference, "exact"):
+                    _check_finite(results)
+            except NotFinite:
+                implementation, results = reference, reference.exact(*args)
+        if implementation is not reference:
             return results
         # Kernels allocate what the spec says; plain PyTorch leaves its own strides, at least in dimensions of size 1.
         expected = self.spec.fake(*args)
@@ -249,11 +262,17 @@ class Operation:
     def _run_backward(self, grads: list[Tensor], *arguments: Any) -> list[Tensor]:
         *args, needs, backend = arguments
         implementation = self.choose(backend, args, "backward")
+        reference = self.implementations["reference"]
         with _plain_arithmetic(args[0].device.type):
-            if implementation is self.implementations["reference"]:
-                results = self._differentiate(implementation.forward, grads, needs, args)
-            else:
-                results = implementation.backward(grads if self._returns_list else grads[0], needs, *args)
+            try:
+                if implementation is reference:
+                    results = self._differentiate(reference.forward, grads, needs, args)
+                    if hasattr(reference, "exact"):
+                        _check_finite([*results, *grads])
+                else:
+                    results = implementation.backward(grads if self._returns_list else grads[0], needs, *args)
+            except NotFinite:
+                results = self._differentiate(reference.exact, grads, needs, args)
         return self.promised_gradients(results, grads, needs, args)
 
     def promised_gradients(
@@ -427,6 +446,12 @@ def _one_by_one(overload: Any, info: Any, in_dims: Any, *args: Any) -> tuple[Any
     results = [part(index) for index in range(max(info.batch_size, 1))]
     stacked = pytree.tree_map(lambda *parts: torch.stack(parts)[: info.batch_size], *results)
     return stacked, pytree.tree_map(lambda _: 0, stacked)
+
+
+def _check_finite(results: Tensor | Sequence[Tensor | None]) -> None:
+    for result in [results] if isinstance(results, Tensor) else results:
+        if result is not None and not torch.isfinite(result).all():
+            raise NotFinite
 
 
 @contextmanager

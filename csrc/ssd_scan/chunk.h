@@ -344,6 +344,12 @@ void fill_steps(const Problem& p, const Sizes<T>& w, int64_t batch, int64_t axis
       if (p.resets[batch * w.tokens + t] != 0) decay[t] = T(0);
     }
   }
+  if (p.initial == nullptr && w.tokens > 0) {
+    // No state enters here, and none is read. The definition has a zero there, and a decay that is
+    // not finite makes NaN of it: so does the step now.
+    const int64_t first = s == 0 ? 0 : w.tokens - 1;
+    step[first] += T(0) * decay[first];
+  }
   s == 0 ? carry<false>(w, steps, at) : carry<true>(w, steps, at);
 }
 

@@ -39,6 +39,10 @@ struct Problem {
   const uint8_t* resets;  // (batch, height * width): not 0 where the state starts anew; or null
 
   int64_t tokens() const { return height * width; }
+  // Elements of x, y and z.
+  int64_t elements() const { return batch * tokens() * heads * headdim; }
+  // Elements of a state of every image.
+  int64_t state_elements() const { return batch * heads * headdim * state; }
   // Elements of B and of C.
   int64_t matrix_elements() const { return batch * tokens() * matrices * groups * state; }
 };
@@ -63,8 +67,12 @@ struct Gradients {
   void* initial;
 };
 
-void forward(Isa isa, const Problem& problem, const Results& results, int threads);
-void backward(Isa isa, const Problem& problem, const Gradients& gradients, int threads);
+// Whether all results (and backward's incoming gradients) are finite. If they are not, they are not
+// to be used: products of matrices multiply by zeros what a token must not read at all, and 0 times
+// NaN or infinity is NaN, in places where the recurrence has none.
+[[nodiscard]] bool forward(Isa isa, const Problem& problem, const Results& results, int threads);
+[[nodiscard]] bool backward(Isa isa, const Problem& problem, const Gradients& gradients,
+                            int threads);
 
 // Heads [head, head + heads) of one group and one image: they share B and C.
 struct Block {

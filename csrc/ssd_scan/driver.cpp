@@ -111,18 +111,50 @@ void run_parts(const Kernels& kernels, const Problem& p, const Gradients& gradie
   }
 }
 
+// A word's exponent is all ones in infinities and NaN only: its lowest bit, added, then carries
+// into the sign bit.
+template <typename Word>
+bool all_finite(const void* values, int64_t count, int mantissa_bits, int threads) {
+  typedef Word Bits __attribute__((may_alias));
+  constexpr int64_t block = 1 << 14;
+  constexpr Word sign = static_cast<Word>(Word(1) << (8 * sizeof(Word) - 1));
+  const Word one = static_cast<Word>(Word(1) << mantissa_bits);
+  const Word exponent = static_cast<Word>(sign - one);
+  const Bits* words = static_cast<const Bits*>(values);
+  int64_t bad = 0;
+#pragma omp parallel for reduction(+ : bad) num_threads(threads)
+  for (int64_t first = 0; first < count; first += block) {
+    Word seen = 0;
+    for (int64_t i = first; i < std::min(first + block, count); ++i) {
+      seen = static_cast<Word>(seen | ((words[i] & exponent) + one));
+    }
+    bad += (seen & sign) != 0;
+  }
+  return bad == 0;
+}
+
+// `wide`: a tensor in the type of the arithmetic. Null is finite.
+bool all_finite(const Problem& p, const void* values, int64_t count, bool wide, int threads) {
+  if (values == nullptr) return true;
+  if (p.dtype == Dtype::float64) return all_finite<uint64_t>(values, count, 52, threads);
+  if (wide || p.dtype == Dtype::float32) return all_finite<uint32_t>(values, count, 23, threads);
+  return all_finite<uint16_t>(values, count, p.dtype == Dtype::bfloat16 ? 7 : 10, threads);
+}
+
 }  // namespace
 
-void forward(Isa isa, const Problem& problem, const Results& results, int threads) {
+bool forward(Isa isa, const Problem& problem, const Results& results, int threads) {
   const Kernels& kernels = kernels_for(isa);
   const Forward& kernel = forward_for(isa, problem, results);
   const std::vector<Block> blocks = divide_forward(problem, kernels, threads);
   for_each_block(
       blocks, scratch_bytes(kernel, problem, blocks), threads,
       [&](const Block& block, void* scratch) { kernel.block(problem, results, block, scratch); });
+  return all_finite(problem, results.y, problem.elements(), false, threads) &&
+         all_finite(problem, results.final_states, problem.state_elements(), true, threads);
 }
 
-void backward(Isa isa, const Problem& problem, const Gradients& gradients, int threads) {
+bool backward(Isa isa, const Problem& problem, const Gradients& gradients, int threads) {
   const Kernels& kernels = kernels_for(isa);
   if (gradients.z != nullptr) {
     const std::vector<Block> blocks = divide_forward(problem, kernels, threads);
@@ -188,6 +220,21 @@ void backward(Isa isa, const Problem& problem, const Gradients& gradients, int t
     }
   }
   kernels.reduce_parameters(problem, gradients, sums);
+
+  const int64_t steps = pixels * problem.directions * problem.heads;
+  const auto finite = [&](const void* values, int64_t count, bool in_arithmetic) {
+    return all_finite(problem, values, count, in_arithmetic, threads);
+  };
+  return finite(gradients.y, problem.elements(), false) &&
+         finite(gradients.final_states, problem.state_elements(), true) &&
+         finite(gradients.x, problem.elements(), false) && finite(gradients.dt, steps, true) &&
+         finite(gradients.A, problem.directions * problem.heads, true) &&
+         finite(gradients.B, problem.matrix_elements(), false) &&
+         finite(gradients.C, problem.matrix_elements(), false) &&
+         finite(gradients.D, problem.heads * problem.headdim, true) &&
+         finite(gradients.z, problem.elements(), false) &&
+         finite(gradients.dt_bias, problem.directions * problem.heads, true) &&
+         finite(gradients.initial, problem.state_elements(), true);
 }
 
 }  // namespace famseg::ssd_scan

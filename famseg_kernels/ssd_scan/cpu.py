@@ -1,6 +1,7 @@
 """ssd_scan and ssd_scan_2d on the CPU: hands tensors as addresses to the C++ kernels of csrc/ssd_scan.
 
-To the kernels a sequence is an image of one column, scanned in one direction.
+To the kernels a sequence is an image of one column, scanned in one direction. They do not
+answer calls whose results are not all finite.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from famseg_kernels import backends, checks
+from famseg_kernels.registry import NotFinite
 from famseg_kernels.ssd_scan import spec
 
 # --- the image ----------------------------------------------------------------------------------------
@@ -182,7 +184,7 @@ class _Problem:
         if D is not None and D.dim() == 1:
             D = D[:, None].expand(heads, headdim)
         self._x = x.contiguous()
-        self._wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+        self._wide = spec.wide(x)
         tensors = (
             self._x,
             dt.to(self._wide),
@@ -206,9 +208,10 @@ class _Problem:
         """[y] or [y, final states]."""
         y = torch.empty_like(self._x, memory_format=torch.contiguous_format)
         states = self._x.new_empty(self._state_shape, dtype=self._wide) if wants_states else None
-        backends.native("_cpu").ssd_scan_forward(
+        if not backends.native("_cpu").ssd_scan_forward(
             *self._arguments(step), y.data_ptr(), backends.address(states), torch.get_num_threads()
-        )
+        ):
+            raise NotFinite
         return [y] if states is None else [y, states]
 
     def backward(
@@ -224,13 +227,14 @@ class _Problem:
             torch.empty_like(t) if need and t is not None else None for t, need in zip(tensors, needs, strict=True)
         ]
         grad, states_grad = (None if g is None else g.contiguous() for g in (grad, states_grad))
-        backends.native("_cpu").ssd_scan_backward(
+        if not backends.native("_cpu").ssd_scan_backward(
             *self._arguments(step),
             backends.address(grad),
             backends.address(states_grad),
             tuple(backends.address(g) for g in found),
             torch.get_num_threads(),
-        )
+        ):
+            raise NotFinite
         if (of_skip := found[5]) is not None and self._skip_per_head:
             found[5] = of_skip.sum(1)
         return found

@@ -1,17 +1,23 @@
 """The scans in plain PyTorch: the definitions that every kernel is held to.
 
-`recurrence` is the definition word for word, a loop over tokens. `_scan` computes the same sums in chunks, as matrix
-products (arXiv 2405.21060, section 6), so that the reference can train a network; tests hold it to `recurrence`.
+`recurrence` is the definition word for word, a loop over tokens. `forward` computes the same sums in chunks, as matrix
+products (arXiv 2405.21060, section 6), so that the reference can train a network and be traced; tests hold it to
+`recurrence`. Where something is not finite the two differ: a product multiplies by zeros what a token must not read at
+all, and 0 times NaN is NaN. `exact` is the loop, slower by far, for such calls only.
 """
 
 from __future__ import annotations
 
+import functools
+import math
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from famseg_kernels.ssd_scan import spec
 
@@ -20,6 +26,9 @@ from famseg_kernels.ssd_scan import spec
 LOWEST_LOG_DECAY = -110.0
 
 DEFAULT_CHUNK = 64
+
+# (x, dt, A, B, C, initial state, resets, chunk size) → y, final state
+Form = Callable[..., tuple[Tensor, Tensor]]
 
 
 def step_size(dt: Tensor, dt_bias: Tensor | None, softplus: bool, low: float, high: float) -> Tensor:
@@ -36,15 +45,44 @@ def recurrence(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor
 
     x (b, l, h, p), dt (b, l, h), A (h,), B and C (b, l, g, n) → y (b, l, h, p).
     """
+    return _by_token(x, dt, A, B, C, None, None, None)[0]
+
+
+def _by_token(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    initial: Tensor | None,
+    resets: Tensor | None,
+    _: int | None,
+) -> tuple[Tensor, Tensor]:
+    """As `_chunked`. What is not finite reaches what the recurrence gives it, and so do its gradients."""
     b, length, heads, headdim = x.shape
     B, C = (t.repeat_interleave(heads // t.shape[2], dim=2) for t in (B, C))
-    state = x.new_zeros(b, heads, headdim, B.shape[3])
-    y = torch.empty_like(x)
-    for t in range(length):
-        decay = (dt[:, t] * A).exp()[..., None, None]
-        state = decay * state + torch.einsum("bh,bhp,bhn->bhpn", dt[:, t], x[:, t], B[:, t])
-        y[:, t] = torch.einsum("bhpn,bhn->bhp", state, C[:, t])
-    return y
+    state = x.new_zeros(b, heads, headdim, B.shape[3]) if initial is None else initial.clone()
+    found = torch.zeros(b, length, dtype=torch.bool, device=x.device) if resets is None else resets
+    # What a reset does not read is replaced: in the backward, too, a product with zero would not stop a NaN.
+    decay = (dt.masked_fill(found[..., None], 0.0) * A.expand_as(dt).masked_fill(found[..., None], 0.0)).exp()
+    # Autograd keeps every token's state: of one stretch at a time.
+    size = max(math.isqrt(length), 1)
+    stretches = zip(*(t.split(size, 1) for t in (decay, dt[..., None] * x, B, C, found)), strict=True)
+    outputs = [x.new_zeros(b, 0, heads, headdim)]
+    for stretch in stretches:
+        y, state = checkpoint(_stretch, state, *stretch, use_reentrant=False)
+        outputs.append(y)
+    return torch.cat(outputs, 1), state
+
+
+def _stretch(state: Tensor, *tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """y of some tokens, and the state after them. tokens: decay, dt·x, B, C, and whether a zero replaces the state."""
+    outputs = []
+    for decay, x, B, C, reset in zip(*(t.unbind(1) for t in tokens), strict=True):
+        state = state.masked_fill(reset[:, None, None, None], 0.0)
+        state = decay[..., None, None] * state + x[..., None] * B[:, :, None]
+        outputs.append(torch.einsum("bhpn,bhn->bhp", state, C))
+    return torch.stack(outputs, 1), state
 
 
 def _chunked(
@@ -150,11 +188,13 @@ def _scan(
     dt_max: float,
     return_final_states: bool,
     return_varlen_states: bool,
+    *,
+    form: Form = _chunked,
 ) -> list[Tensor]:
     dtype = x.dtype
     x, dt, A, B, C, D, z, dt_bias, initial = _wide(x, dt, A, B, C, D, z, dt_bias, initial_states)
     step = step_size(dt, dt_bias, dt_softplus, dt_min, dt_max)
-    y, state = _chunked(x, step, A, B, C, initial, spec.resets(seq_idx), chunk_size)
+    y, state = form(x, step, A, B, C, initial, spec.resets(seq_idx), chunk_size)
     if D is not None:
         y = y + (D if D.dim() == 2 else D[:, None]) * x
     if z is not None:
@@ -167,7 +207,7 @@ def _scan(
         states = []
         for tokens, first in spec.packed(cu_seqlens, initial):
             px, pdt, pB, pC = (t[:, tokens] for t in (x, step, B, C))
-            states.append(_chunked(px, pdt, A, pB, pC, first, None, chunk_size)[1])
+            states.append(form(px, pdt, A, pB, pC, first, None, chunk_size)[1])
         results.append(torch.cat(states))
     return results
 
@@ -184,6 +224,8 @@ def _scan_2d(
     dt_softplus: bool,
     dt_min: float,
     dt_max: float,
+    *,
+    form: Form = _chunked,
 ) -> Tensor:
     """Scan the image as one sequence a direction and add: the directions are further heads and groups of one scan."""
     dtype = x.dtype
@@ -197,7 +239,7 @@ def _scan_2d(
         parts = [_unroll(image.select(3, k), k) for k in range(directions)]
         sequences.append(torch.stack(parts, 2).flatten(2, 3))
     px, pdt, pB, pC = sequences
-    y, _ = _chunked(px, pdt[..., 0], A.flatten(), pB, pC, None, None, chunk_size)
+    y, _ = form(px, pdt[..., 0], A.flatten(), pB, pC, None, None, chunk_size)
     y = y.view(n, h * w, directions, heads, headdim)
     total = torch.zeros_like(x)
     for k in range(directions):
@@ -221,9 +263,9 @@ def _roll_up(sequence: Tensor, direction: int, h: int, w: int) -> Tensor:
     return sequence.unflatten(1, (h, w))
 
 
-def _wide(*tensors: Tensor | None) -> list[Any]:
-    return [t if t is None or t.dtype == torch.float64 else t.float() for t in tensors]
+def _wide(x: Tensor, *tensors: Tensor | None) -> list[Any]:
+    return [t if t is None else t.to(spec.wide(x)) for t in (x, *tensors)]
 
 
-scan = SimpleNamespace(forward=_scan)
-scan_2d = SimpleNamespace(forward=_scan_2d)
+scan = SimpleNamespace(forward=_scan, exact=functools.partial(_scan, form=_by_token))
+scan_2d = SimpleNamespace(forward=_scan_2d, exact=functools.partial(_scan_2d, form=_by_token))

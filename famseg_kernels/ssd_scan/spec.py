@@ -150,7 +150,8 @@ def _check_options(chunk_size: int | None, dt_min: float, dt_max: float) -> None
         raise ValueError(f"dt_limit: expected (low, high) with low ≤ high, got ({dt_min}, {dt_max})")
 
 
-def _wide(x: Tensor) -> torch.dtype:
+def wide(x: Tensor) -> torch.dtype:
+    """The dtype of the arithmetic and of the states."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
@@ -170,9 +171,9 @@ def fake_scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, *rest: Any) -> list[T
     b, _, heads, headdim = x.shape
     results = [torch.empty_like(x, memory_format=torch.contiguous_format)]
     if return_final_states:
-        results.append(x.new_empty((b, heads, headdim, B.shape[3]), dtype=_wide(x)))
+        results.append(x.new_empty((b, heads, headdim, B.shape[3]), dtype=wide(x)))
     if return_varlen_states:
-        results.append(x.new_empty((cu_seqlens.shape[0] - 1, heads, headdim, B.shape[3]), dtype=_wide(x)))
+        results.append(x.new_empty((cu_seqlens.shape[0] - 1, heads, headdim, B.shape[3]), dtype=wide(x)))
     return results
 
 
