@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 import csv
+import errno
+import io
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import cv2
@@ -165,3 +171,122 @@ def test_an_interrupt_keeps_the_table_of_what_is_done(
     done = {path.stem for path in (tmp_path / "out" / "masks").iterdir()}
     assert {Path(name).stem for name in table(tmp_path / "out")} == done
     assert done
+
+
+def test_eighteen_of_thirty_are_done_and_each_of_the_twelve_others_says_why(
+    checkpoint: str, grey: np.ndarray, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "thirty"
+    folder.mkdir()
+
+    def encode(kind: str, pixels: np.ndarray = grey, **options: object) -> bytes:
+        content = io.BytesIO()
+        Image.fromarray(pixels).save(content, kind, **options)
+        return content.getvalue()
+
+    kinds = ("PNG", "JPEG", "BMP", "TIFF", "WEBP", "GIF")
+    for number in range(16):
+        (folder / f"good{number:02}.{kinds[number % 6].lower()}").write_bytes(encode(kinds[number % 6]))
+    save(dicom(grey), folder / "1.2.840.10")
+    save(dicom(grey), folder / "1.2.840.11")
+    jpeg, turned, film = encode("JPEG"), Image.fromarray(grey).convert("RGBA"), dicom(grey)
+    middle = len(jpeg) // 2
+    turned.putalpha(7)
+    film.NumberOfFrames, film.PixelData = 2, grey.tobytes() * 2
+    film_bytes, spacing_bytes, colour_bytes = io.BytesIO(), io.BytesIO(), io.BytesIO()
+    film.save_as(film_bytes, enforce_file_format=True)
+    dicom(grey, PixelSpacing=[0.2]).save_as(spacing_bytes, enforce_file_format=True)
+    dicom(grey, PhotometricInterpretation="HSV").save_as(colour_bytes, enforce_file_format=True)
+    bitmap = bytearray(encode("BMP"))
+    bitmap[18:22] = b"\xff\xff\xff\x7f"
+    broken = {
+        "bad01.png": (encode("PNG")[:300], "truncated|cannot be decoded"),
+        "bad02.jpg": (jpeg[:middle] + bytes(64) + jpeg[middle + 64 :], "Corrupt JPEG data"),
+        "bad03.bmp": (bytes(bitmap), "pixels"),
+        "bad04.tif": (encode("TIFF", save_all=True, append_images=[Image.fromarray(grey)]), "one picture, found 2"),
+        "bad05.png": (b"", "empty"),
+        "bad06.png": (b"hello, world", "is none of PNG"),
+        "bad07.dcm": (film_bytes.getvalue(), "one frame, found 2"),
+        "bad08.dcm": (spacing_bytes.getvalue(), "Pixel Spacing: expected two numbers"),
+        "bad09.dcm": (colour_bytes.getvalue(), "found HSV"),
+        "bad10.png": (encode("PNG", np.asarray(turned)), "transparent"),
+        "bad11.tif": (encode("TIFF", grey.astype(np.float32)), "mode F"),
+        "bad12.webp": (encode("WEBP")[:200], "cannot be decoded"),
+    }
+    for name, (content, _) in broken.items():
+        (folder / name).write_bytes(content)
+    (folder / "notes.txt").write_text("no image")
+    assert len(list(folder.iterdir())) == 31
+    assert main([checkpoint, str(folder), "--out", str(tmp_path / "out"), "--batch-size", "4"]) == 1
+    captured = capfd.readouterr()
+    assert "18 of 30 images done" in captured.out
+    told, *skipped = captured.err.splitlines()
+    assert told == f"famseg: {folder}: 1 left out (no image): notes.txt"
+    assert len(skipped) == 12
+    for line, (name, (_, words)) in zip(skipped, sorted(broken.items()), strict=True):
+        assert re.match(f"famseg-predict: skipped: {folder / name}: .*({words})", line)
+    assert len(table(tmp_path / "out")) == 18
+    for kind in ("masks", "overlays"):
+        assert {"1.2.840.10.png", "1.2.840.11.png"} < {path.name for path in (tmp_path / "out" / kind).iterdir()}
+        assert len(list((tmp_path / "out" / kind).iterdir())) == 18
+
+
+def test_extreme_shapes_and_names_cost_no_other_image(
+    checkpoint: str, grey: np.ndarray, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "odd"
+    folder.mkdir()
+    shapes = {"1x1": (1, 1), "column": (5000, 1), "row": (1, 5000), "2x3": (2, 3), "long": (40_000, 2)}
+    for name, shape in shapes.items():
+        cv2.imwrite(str(folder / f"{name}.png"), np.full(shape, 90, np.uint8))
+    cv2.imwrite(str(folder / f"{'n' * 246}.png"), grey)
+    (folder / ("u" * 255)).write_bytes((folder / "1x1.png").read_bytes())
+    assert main([checkpoint, str(folder), "--out", str(tmp_path / "out"), "--batch-size", "3"]) == 1
+    assert "6 of 7 images done" in (captured := capfd.readouterr()).out
+    assert captured.err.count("\n") == 1 and "name of more than 255 bytes" in captured.err
+    for name, shape in {**shapes, "n" * 246: SHAPE}.items():
+        assert Image.open(tmp_path / "out" / "masks" / f"{name}.png").size == shape[::-1]
+        width, height = Image.open(tmp_path / "out" / "overlays" / f"{name}.png").size
+        assert width * height < 10e6
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems' file names are text")
+def test_names_and_terminals_that_are_not_utf8_cost_nothing(checkpoint: str, inputs: Path, tmp_path: Path) -> None:
+    folder = tmp_path / os.fsdecode(b"f\xff")
+    folder.mkdir()
+    content = (inputs / "grey_png.png").read_bytes()
+    for name in (b"a\xff.png", "Müller 超声.png".encode()):
+        (folder / os.fsdecode(name)).write_bytes(content)
+    (folder / os.fsdecode(b"bad\xfe.png")).write_bytes(content[:200])
+    command = [sys.executable, "-m", "famseg.cli.predict", checkpoint, str(folder), "--out", str(folder / "out")]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "LC_ALL": "C", "PYTHONUTF8": "0"}
+    root = Path(__file__).resolve().parents[1]
+    done = subprocess.run(command, env=environment, cwd=root, capture_output=True, timeout=300)
+    assert done.returncode == 1, done.stderr
+    assert b"2 of 3 images done" in done.stdout
+    assert done.stderr.count(b"\n") == 1 and b"bad\\udcfe.png" in done.stderr
+    rows = (folder / "out" / "biometrics.csv").read_text(encoding="utf-8").splitlines()
+    assert len(rows) == 3
+    assert any("a\\xff.png" in row for row in rows) and any("Müller 超声.png" in row for row in rows)
+
+
+def test_a_full_disk_names_the_file_and_keeps_the_table(
+    checkpoint: str, inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write, files = Path.write_bytes, []
+
+    def full(path: Path, content: bytes) -> int:
+        if path.parent.name in ("masks", "overlays"):
+            files.append(path)
+            if len(files) > 4:
+                write(path, content[: len(content) // 2])
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(path, content)
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    assert main([checkpoint, str(inputs), "--out", str(tmp_path / "out")]) == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1
+    assert str(tmp_path / "out" / "masks" / "colour_png.png") in message and "No space left" in message
+    assert len(table(tmp_path / "out")) == 2
+    assert len(list((tmp_path / "out" / "masks").iterdir())) == 2

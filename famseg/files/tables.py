@@ -113,4 +113,5 @@ def write_table(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
     lines = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
     lines.writeheader()
     lines.writerows({key: f"{v:.6g}" if isinstance(v, float) else v for key, v in row.items()} for row in rows)
-    write_atomic(path, text.getvalue().encode("utf-8", "backslashreplace"))
+    content = text.getvalue().encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    write_atomic(path, content.encode())
