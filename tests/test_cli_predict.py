@@ -205,7 +205,7 @@ def test_eighteen_of_thirty_are_done_and_each_of_the_twelve_others_says_why(
         "bad03.bmp": (bytes(bitmap), "pixels"),
         "bad04.tif": (encode("TIFF", save_all=True, append_images=[Image.fromarray(grey)]), "one picture, found 2"),
         "bad05.png": (b"", "empty"),
-        "bad06.png": (b"hello, world", "is none of PNG"),
+        "bad06.png": (b"hello, world", "is none of DICOM, PNG"),
         "bad07.dcm": (film_bytes.getvalue(), "one frame, found 2"),
         "bad08.dcm": (spacing_bytes.getvalue(), "Pixel Spacing: expected two numbers"),
         "bad09.dcm": (colour_bytes.getvalue(), "found HSV"),

@@ -7,6 +7,7 @@ import os
 import sys
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 from PIL import Image
@@ -114,6 +115,20 @@ def test_a_jpeg_called_png_is_no_mask(tmp_path: Path) -> None:
     write(tmp_path / "masks" / "a.png", PHANTOM.mask, "JPEG", quality=100)
     with pytest.raises(DataError, match=r"masks/a\.png: expected an index PNG, found JPEG"):
         Folder(tmp_path)[0]
+
+
+def test_a_mask_resized_with_blended_labels_is_refused(tmp_path: Path) -> None:
+    pair(tmp_path, "a.png")
+    head = np.zeros((48, 64), np.uint8)
+    cv2.ellipse(head, (30, 24), (20, 14), 20, 0, 360, 2, cv2.FILLED)
+    for scale in (0.5, 1.3, 2, 3):
+        size = (round(64 * scale), round(48 * scale))
+        write(tmp_path / "images" / "a.png", cv2.resize(PHANTOM.image, size))
+        write(tmp_path / "masks" / "a.png", cv2.resize(head, size, interpolation=cv2.INTER_LINEAR))
+        with pytest.raises(DataError, match=r"masks/a\.png: label 1 lines label 2"):
+            Folder(tmp_path)[0]
+        write(tmp_path / "masks" / "a.png", cv2.resize(head, size, interpolation=cv2.INTER_NEAREST))
+        assert set(np.unique(Folder(tmp_path)[0].mask)) == {0, 2}
 
 
 def test_links_commas_and_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

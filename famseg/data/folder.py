@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
 from famseg.data.sample import CLASSES, Sample
@@ -78,6 +79,11 @@ class Folder(Sequence[Sample]):
         if mask.max(initial=0) >= len(CLASSES):
             expected = ", ".join(f"{label} {name}" for label, name in enumerate(CLASSES))
             raise DataError(f"{entry.mask}: expected the labels {expected}; found label {mask.max()}; relabel the mask")
+        if _blended(mask):
+            raise DataError(
+                f"{entry.mask}: label 1 lines label 2, as when a mask is resized with its labels blended; "
+                "export it again, or resize it by nearest neighbour"
+            )
         return Sample(
             name=stem(entry.image),
             subject=entry.subject,
@@ -87,6 +93,16 @@ class Folder(Sequence[Sample]):
             femur_length=entry.femur_length,
             head_circumference=entry.head_circumference,
         )
+
+
+def _blended(mask: np.ndarray) -> bool:
+    """Whether much of what is beside the head is femur: 1 is what interpolation makes between 0 and 2.
+
+    23 % to all of it after a linear, cubic or area resize by 0.3 to 3; next to none of it in an annotation.
+    """
+    pairs = ((mask[1:], mask[:-1]), (mask[:, 1:], mask[:, :-1]))
+    neighbours = np.concatenate([p[(q == 2) & (p != 2)] for a, b in pairs for p, q in ((a, b), (b, a))])
+    return neighbours.size > 0 and float((neighbours == 1).mean()) > 0.2
 
 
 def write_folder(samples: Iterable[Sample], directory: str | os.PathLike[str]) -> None:

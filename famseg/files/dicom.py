@@ -83,9 +83,13 @@ def _expect_displayable(record: Any) -> None:
     kind = record.PhotometricInterpretation
     if kind not in (*_GREYS, *_COLOURS, "PALETTE COLOR"):
         raise DataError(f"expected grey, RGB, YBR or palette pixels, found {kind}; {_EXPORT}")
+    expected = 3 if kind in _COLOURS else 1
+    if record.SamplesPerPixel != expected:
+        raise DataError(f"expected {expected} sample(s) per pixel of {kind}, found {record.SamplesPerPixel}; {_EXPORT}")
     if kind in _GREYS and "RedPaletteColorLookupTableDescriptor" in record:
         raise DataError(f"shows some grey values in colour (supplemental palette), which is not known here; {_EXPORT}")
-    if "PresentationLUTSequence" in record or "ShutterShape" in record:
+    shape = record.get("PresentationLUTShape") or "IDENTITY"
+    if "PresentationLUTSequence" in record or "ShutterShape" in record or shape not in ("IDENTITY", "INVERSE"):
         raise DataError(f"has a presentation table or a shutter, which are not known here; {_EXPORT}")
     if int(record.get("HighBit", record.BitsStored - 1)) != record.BitsStored - 1:
         raise DataError(f"expected High Bit {record.BitsStored - 1}, found {record.HighBit}; {_EXPORT}")
@@ -101,13 +105,14 @@ def _luma(record: Any, pixels: np.ndarray) -> np.ndarray:
     if record.PhotometricInterpretation == "PALETTE COLOR":
         from pydicom.pixels.processing import apply_color_lut
 
-        count, first, bits = record.RedPaletteColorLookupTableDescriptor
+        count, first, _ = record.RedPaletteColorLookupTableDescriptor
         count = count or 2**16
         if count > 256 and len(record.get("RedPaletteColorLookupTableData", b"")) <= count + 1:
             raise DataError(f"has a palette of {count} entries of 8 bits, which is not known here; {_EXPORT}")
-        # Clipped here: pydicom subtracts in the type of the entries, where an index far outside comes in again.
-        pixels = apply_color_lut(np.clip(pixels.astype(np.int64), first, first + count - 1), record)[..., :3]
-        bits = 16 if pixels.max() > 255 else bits
+        # Only to unpack the table: pydicom subtracts in the type of the entries, where an index far outside wraps.
+        entries = apply_color_lut(np.arange(first, first + count), record)[:, :3]
+        pixels = entries[np.clip(pixels.astype(np.int64) - first, 0, count - 1)]
+        bits = 16 if entries.max() > 255 else 8  # whatever the descriptor says of 8-bit entries in 16
     return cv2.cvtColor(eight_bit(pixels, 0, 2**bits - 1), cv2.COLOR_RGB2GRAY)
 
 
@@ -125,9 +130,9 @@ def _grey(record: Any, pixels: np.ndarray) -> np.ndarray:
         low, high = sorted((low * slope + intercept, high * slope + intercept))
     if record.get("VOILUTSequence"):
         values, low, high = _look_up(record.VOILUTSequence[0], np.rint(values))
-    elif record.get("WindowWidth") not in (None, ""):
+    elif all(record.get(name) not in (None, "") for name in ("WindowCenter", "WindowWidth")):
         values, low, high = _window(record, values)
-    elif bits > 8:
+    elif bits > 8 and not padding.all():
         low, high = values[~padding].min(), values[~padding].max()
     grey = eight_bit(values, low, high)
     if record.PhotometricInterpretation == "MONOCHROME1" or record.get("PresentationLUTShape") == "INVERSE":
@@ -177,9 +182,9 @@ def _first(value: Any) -> Any:
 
 def _pixel_size(record: Any) -> float | None:
     """mm per pixel from the ultrasound regions, else from Pixel Spacing; None where the file does not say."""
-    ratio = [float(part) for part in record.get("PixelAspectRatio") or (1, 1)]
-    if len(ratio) != 2 or not ratio[0] == ratio[1] > 0:
-        raise DataError(f"expected square pixels, found an aspect ratio of {ratio}; resample it to square pixels")
+    vertical, horizontal = _two_numbers("Pixel Aspect Ratio", record.get("PixelAspectRatio") or (1, 1))
+    if vertical != horizontal:
+        raise DataError(f"expected square pixels, found {vertical:g} to {horizontal:g}; resample it to square pixels")
     found = []
     for region in record.get("SequenceOfUltrasoundRegions") or ():
         tissue = region.get("RegionDataType") == 1 and region.get("RegionSpatialFormat") == 1  # a 2D B-mode picture
@@ -205,7 +210,7 @@ def _two_numbers(name: str, values: Any) -> tuple[float, float]:
     try:
         first, second = (float(value) for value in values)
     except (TypeError, ValueError):
-        raise DataError(f"{name}: expected two numbers, found {values}; {_EXPORT} and give --pixel-size") from None
+        raise DataError(f"{name}: expected two numbers, found {values}; {_EXPORT}") from None
     if not (math.isfinite(first) and math.isfinite(second)):
-        raise DataError(f"{name}: expected two numbers, found {values}; {_EXPORT} and give --pixel-size")
+        raise DataError(f"{name}: expected two numbers, found {values}; {_EXPORT}")
     return first, second

@@ -27,8 +27,9 @@ def read_labels(path: Path) -> np.ndarray:
             f"{path}: expected one label per pixel (8-bit grey or palette PNG), found mode {picture.mode}; "
             "save the label indices, not their colours"
         )
-    # 16-bit index files are fine as long as the labels fit; the caller judges the values that do.
-    return np.clip(np.asarray(picture), 0, 255).astype(np.uint8)
+    labels = np.asarray(picture)
+    # Wider index files are fine as long as the labels fit; the caller judges the values that do.
+    return np.where((labels < 0) | (labels > 255), 255, labels).astype(np.uint8)
 
 
 def require_same_size(image: np.ndarray, mask: np.ndarray, image_path: Path, mask_path: Path) -> None:

@@ -17,7 +17,7 @@ from famseg.files.raster import FORMATS
 
 SUFFIXES = (
     *(".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".dib", ".tif", ".tiff", ".webp", ".gif", ".jp2", ".j2k"),
-    *(".pgm", ".ppm", ".pnm", ".dcm", ".dicom"),
+    *(".dcm", ".dicom"),
 )
 _SYSTEM = ("thumbs.db", "desktop.ini", "icon\r")  # and names that start with a dot
 _COMPANION = "._"  # macOS keeps a file's attributes beside it under this name, image suffix and all

@@ -15,9 +15,9 @@ from famseg.files.decoding import decoding, expect_size, file_bytes, hear_jpeg
 from famseg.files.errors import DataError
 
 # What Pillow is asked to open. A JPEG with several pictures comes back as "MPO".
-FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP", "GIF", "JPEG2000", "PPM")
+FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP", "GIF", "JPEG2000")
 # A GIF keeps its indices, but its writers renumber them.
-_EXACT = ("PNG", "BMP", "TIFF", "PPM")
+_EXACT = ("PNG", "BMP", "TIFF")
 _LOSSY_TIFF = ("jpeg", "tiff_jpeg", "webp", "tiff_sgilog", "tiff_sgilog24")
 _SUBFILE, _REDUCED_OR_MASK = 254, 5  # TIFF: a smaller copy of another page, or its transparency
 _PHOTOMETRIC, _WHITE_IS_ZERO = 262, 0
@@ -41,7 +41,8 @@ def open_picture(path: Path, *, exact: bool = False) -> Image.Image:
         try:
             picture = Image.open(io.BytesIO(content), formats=FORMATS)
         except UnidentifiedImageError:
-            raise DataError(f"cannot be decoded: is none of {', '.join(FORMATS)}; replace or remove the file") from None
+            kinds = ", ".join(("DICOM", *FORMATS))
+            raise DataError(f"cannot be decoded: is none of {kinds}; replace or remove it") from None
         expect_size(picture.height, picture.width)
         if exact:
             _expect_exact(picture)
