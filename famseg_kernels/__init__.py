@@ -7,8 +7,9 @@ tells what this machine can run.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from famseg_kernels import backends as _backends
 from famseg_kernels import flops
@@ -34,6 +35,7 @@ __all__ = [
     "accelerate",
     "available_backends",
     "carafe",
+    "decompositions",
     "flops",
     "reassemble",
     "ssd_scan",
@@ -41,6 +43,15 @@ __all__ = [
     "strip_conv2d",
     "use_backend",
 ]
+
+
+def decompositions() -> dict[Any, Callable[..., Any]]:
+    """What each op is in aten, by its reference: for `torch.export`'s `run_decompositions` and for `make_fx`.
+
+    A program without this library's ops runs without this library; it is slower than the kernels.
+    `torch.onnx.export(dynamo=True)` finds them by itself.
+    """
+    return {operation.overload: operation.decomposed for operation in OPERATIONS}
 
 
 def available_backends() -> dict[str, str]:

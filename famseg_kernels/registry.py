@@ -144,14 +144,14 @@ class Operation:
             _library.impl(qualified, autograd, "Autograd", with_keyset=True)
             torch.library.register_vmap(qualified, functools.partial(_one_by_one, overload), lib=_library)
         # torch.onnx.export(dynamo=True) takes its decompositions from this table, as get_decompositions does.
-        register_decomposition(self.overload)(self._decomposed)
+        register_decomposition(self.overload)(self.decomposed)
         register_flop_formula(self.packet, get_raw=True)(self._count_forward)
         register_flop_formula(getattr(torch.ops.famseg, f"{name}_backward"), get_raw=True)(self._count_backward)
 
     def __call__(self, *args: Any) -> Any:
         """Run on the backend asked for by `use_backend`, FAMSEG_BACKEND or automatic choice."""
         if torch.jit.is_tracing():  # the trace has to run without Python, where only aten is
-            return self._decomposed(*args, "reference")
+            return self.decomposed(*args, "reference")
         return self.packet(*args, backends.requested())
 
     # --- arguments ----------------------------------------------------------------------------------
@@ -321,7 +321,7 @@ class Operation:
         flat: list[Any] = self.flatten(args)
         return [torch.empty_like(t) for t, need in zip(flat, needs, strict=True) if need]
 
-    def _decomposed(self, *args: Any) -> Any:
+    def decomposed(self, *args: Any) -> Any:
         """The op in aten, by its definition: differentiable as any PyTorch code is. The last argument is not used."""
         with _plain_arithmetic(args[0].device.type):
             return self.implementations["reference"].forward(*args[:-1])
@@ -334,7 +334,7 @@ class Operation:
                     f"{self.spec.name}: backend {args[-1]!r} was asked for but has no forward-mode derivative; "
                     "use use_backend('auto') or 'reference', or unset FAMSEG_BACKEND."
                 )
-            return self._decomposed(*args)
+            return self.decomposed(*args)
         if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in flat):
             if args[-1] not in ("auto", "reference"):
                 self.choose(args[-1], args[:-1], "backward")  # raise at the call, not in its backward
@@ -423,9 +423,10 @@ def _no_second_derivative(name: str) -> str:
 
 def _has_tangent(flat: Sequence[Tensor | None]) -> bool:
     """Whether forward-mode derivatives are asked for: the autograd.Functions below would drop them without a word."""
-    return forward_ad._current_level >= 0 and any(
-        t is not None and forward_ad.unpack_dual(t).tangent is not None for t in flat
-    )
+    # A compiled graph replays torch.func.jvp without the level that Python counts. Levels other than 0 are functorch's.
+    if forward_ad._current_level < 0 and not torch._C._are_functorch_transforms_active():
+        return False
+    return any(t is not None and forward_ad.unpack_dual(t, level=0).tangent is not None for t in flat)
 
 
 def _is_leaf(value: Any) -> bool:

@@ -32,10 +32,7 @@ from famseg.data.sample import CLASSES
 from famseg.files.errors import DataError
 from famseg.inference import Network, load_network
 from famseg.training.config import ConfigError, option
-from famseg_kernels.reassembly.op import REASSEMBLE_OPERATION
-from famseg_kernels.registry import Operation
-from famseg_kernels.ssd_scan.op import SCAN_2D_OPERATION
-from famseg_kernels.strip_conv.op import OPERATION as STRIP_OPERATION
+from famseg_kernels import decompositions
 
 PROG = "famseg-export"
 # The deepest stage has a stride of 32; its one pixel at 32 px would be traced as a constant.
@@ -121,16 +118,10 @@ def export_program(network: Network) -> ExportedProgram:
     # the deepest stage has 9 x 10 positions, more than one chunk of the scan.
     example = torch.zeros(2, 1, 9 * _MULTIPLE, 10 * _MULTIPLE)
     free = {0: Dim("batch", min=1), 2: _MULTIPLE * Dim("rows", min=2), 3: _MULTIPLE * Dim("columns", min=2)}
-    operations = (STRIP_OPERATION, REASSEMBLE_OPERATION, SCAN_2D_OPERATION)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # torch's own, about its pytrees
         program = torch.export.export(network.model, (example,), dynamic_shapes=(free,))
-        return program.run_decompositions({operation.overload: _definition(operation) for operation in operations})
-
-
-def _definition(operation: Operation) -> Callable[..., Any]:
-    forward = operation.implementations["reference"].forward
-    return lambda *args: forward(*args[:-1])  # the last one is the backend's name
+        return program.run_decompositions(decompositions())
 
 
 def _write_onnx(program: ExportedProgram, metadata: dict[str, Any], path: Path) -> None:
