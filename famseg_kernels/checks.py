@@ -16,10 +16,17 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 def tensor(name: str, value: Any, dims: int) -> None:
     """`value` is a tensor with `dims` dimensions."""
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
+    _strided(name, value)
     if value.dim() != dims:
         raise ValueError(f"{name}: expected {dims} dimensions, got shape {tuple(value.shape)}")
+
+
+def _strided(name: str, value: Any) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
+    if value.layout is not torch.strided or value.is_nested:
+        kind = "a nested tensor" if value.is_nested else f"one of layout {value.layout}"
+        raise TypeError(f"{name}: expected a dense tensor, got {kind}")
 
 
 def data(name: str, value: Any, dims: int) -> None:
@@ -43,8 +50,7 @@ def shape(name: str, value: Tensor, expected: Sequence[int], meaning: str) -> No
 
 def companion(name: str, value: Tensor, x: Tensor, *, fp32_allowed: bool = False, x_name: str = "x") -> None:
     """`value` goes with `x`: same device, same dtype (or float32 where the contract allows it beside a lower x)."""
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
+    _strided(name, value)
     if value.device != x.device:
         raise ValueError(f"{name}: expected device {x.device} like {x_name}, got {value.device}")
     if value.dtype == x.dtype or (fp32_allowed and value.dtype == torch.float32 and x.dtype != torch.float64):
