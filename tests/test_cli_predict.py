@@ -287,6 +287,6 @@ def test_a_full_disk_names_the_file_and_keeps_the_table(
     assert main([checkpoint, str(inputs), "--out", str(tmp_path / "out")]) == 2
     message = capsys.readouterr().err
     assert message.count("\n") == 1
-    assert str(tmp_path / "out" / "masks" / "colour_png.png") in message and "No space left" in message
+    assert str(tmp_path / "out" / "overlays" / "colour_png.png") in message and "No space left" in message
     assert len(table(tmp_path / "out")) == 2
     assert len(list((tmp_path / "out" / "masks").iterdir())) == 2

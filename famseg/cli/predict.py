@@ -116,8 +116,8 @@ def _predict(options: Options) -> int:
     except OSError as error:
         if error.filename is None:  # standard error is closed, say
             raise
-        done = f"{len(rows)} of {len(paths)} images are done"
-        raise DataError(f"{error.filename}: cannot be written ({error.strerror}); {done}; make room for it") from error
+        reason = f"cannot be written ({error.strerror}); {len(rows)} of {len(paths)} images are done"
+        raise DataError(f"{error.filename}: {reason}; make room or choose another --out") from error
     finally:  # also when interrupted: the table has a line for every mask
         if rows:
             write_table(out / "biometrics.csv", rows)
@@ -200,10 +200,10 @@ def _write(out: Path, source: Source, labels: np.ndarray) -> dict[str, Any]:
     if not labels.any():
         flags.append("nothing found")
     row["flags"] = "; ".join(flags)
-    write_labels(out / "masks" / f"{stem(source.path)}.png", labels)
     overlay = draw_overlay(source.image, labels, shapes, caption=caption or ["nothing found"])
     picture = cv2.imencode(".png", overlay[..., ::-1])[1].tobytes()
     write_atomic(out / "overlays" / f"{stem(source.path)}.png", picture)
+    write_labels(out / "masks" / f"{stem(source.path)}.png", labels)  # last: every mask has its line of the table
     return row
 
 

@@ -31,7 +31,7 @@ def decoding(path: Path, remedy: str) -> Iterator[None]:
         DataError: with the reason of a DataError inside, of any other exception, or of the decoder's complaint.
     """
     failure: Exception | None = None
-    with warnings.catch_warnings(record=True) as caught, _standard_error() as heard:
+    with _standard_error() as heard, warnings.catch_warnings(record=True) as caught:  # one thread at a time
         warnings.simplefilter("always")
         try:
             yield
@@ -69,7 +69,8 @@ def _standard_error() -> Iterator[list[str]]:
                 text = pipe.read()
             lines += text.splitlines()
             others = "".join(line for line in text.splitlines(keepends=True) if not _COMPLAINT.match(line))
-            os.write(2, others.encode("utf-8", "surrogateescape"))
+            if others:
+                os.write(2, others.encode("utf-8", "surrogateescape"))
 
 
 def hear_jpeg(content: bytes) -> None:
