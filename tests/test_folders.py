@@ -64,11 +64,13 @@ def test_what_is_left_out_is_counted_and_named(tmp_path: Path, capsys: pytest.Ca
     for hidden in (".DS_Store", "Thumbs.db", "desktop.ini", ".a.png.123"):
         (images / hidden).write_text("x")
     (tmp_path / "pixel_size.csv").write_text("filename,pixel_size_mm\na.png,0.2\nb.png,0.2\n")
+    (tmp_path / "Pixel_Sizes.csv").write_text("filename,pixel_size_mm\na.png,0.3\n")
     assert len(Folder(tmp_path)) == 1
     lines = capsys.readouterr().err.splitlines()
     assert lines == [
         f"famseg: {images}: 9 left out (no image): ._a.png, more, note0.txt, note1.txt, note2.txt and 4 more",
         f"famseg: {tmp_path / 'masks'}: 1 left out (no image of that name): alone.png",
+        f"famseg: {tmp_path}: 1 left out (neither images, masks nor pixel_size.csv): Pixel_Sizes.csv",
         f"famseg: {tmp_path / 'pixel_size.csv'}: 1 left out (no image of that name): b.png",
     ]
 

@@ -17,6 +17,7 @@ from famseg.data.phantom import Phantom
 from famseg.files.errors import DataError
 from famseg.files.images import read_grey, read_image
 from famseg.files.labels import read_labels
+from tests.dicom import dicom, save
 
 GREY = Phantom(1, (96, 130), seed=3)[0].image
 LABELS = np.zeros((20, 30), np.uint8)
@@ -168,6 +169,11 @@ def test_a_label_map_in_a_format_that_changes_labels_is_refused(
 )
 def test_a_label_map_in_an_exact_format_comes_back(tmp_path: Path, kind: str, options: dict) -> None:
     np.testing.assert_array_equal(read_labels(stored(tmp_path, encoded(LABELS, kind, **options))), LABELS)
+
+
+def test_a_mask_is_no_dicom_and_the_message_does_not_ask_for_it(tmp_path: Path) -> None:
+    path = save(dicom(LABELS), tmp_path / "x.png")
+    refused(path, "is none of PNG, BMP, TIFF", read_labels)
 
 
 def test_a_negative_label_is_not_background(tmp_path: Path) -> None:

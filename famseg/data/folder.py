@@ -21,7 +21,7 @@ from famseg.data.sample import CLASSES, Sample
 from famseg.files.errors import DataError
 from famseg.files.images import read_image
 from famseg.files.labels import read_labels, require_same_size, write_labels
-from famseg.files.listing import given_path, list_images, same_name, stem, tell_left_out
+from famseg.files.listing import given_path, is_hidden, list_images, same_name, stem, tell_left_out
 from famseg.files.tables import FILENAME, FileTable, read_table
 from famseg.files.writing import write_atomic
 
@@ -145,6 +145,8 @@ def _entries(root: Path) -> list[_Entry]:
     names = _by_name(paths)
     found = _by_name(list_images(masks))
     tell_left_out(f"{masks}", "no image of that name", [found[name].name for name in found if name not in names])
+    others = sorted(path.name for path in root.iterdir() if path.name not in (images.name, masks.name, TABLE))
+    tell_left_out(f"{root}", f"neither images, masks nor {TABLE}", [name for name in others if not is_hidden(name)])
     table = root / TABLE
     rows = read_table(table, (_PIXEL_SIZE,)) if table.exists() else None
     entries = []

@@ -51,7 +51,7 @@ def list_images(folder: Path) -> list[Path]:
         files = sorted(folder.iterdir())
     except OSError as error:
         raise DataError(f"{folder}: cannot be listed ({error.strerror}); give another folder") from error
-    files = [path for path in files if not _hidden(path.name)]
+    files = [path for path in files if not is_hidden(path.name)]
     images = [path for path in files if _is_image(path)]
     tell_left_out(f"{folder}", "no image", [path.name for path in files if path not in set(images)])
     return images
@@ -65,7 +65,8 @@ def tell_left_out(place: str, reason: str, names: Sequence[str]) -> None:
         print(f"famseg: {place}: {len(names)} left out ({reason}): {listed}{more}", file=sys.stderr, flush=True)
 
 
-def _hidden(name: str) -> bool:
+def is_hidden(name: str) -> bool:
+    """Whether a file is the system's own and goes without a word."""
     return (name.startswith(".") and not name.startswith(_COMPANION)) or name.lower() in _SYSTEM
 
 

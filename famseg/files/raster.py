@@ -41,7 +41,7 @@ def open_picture(path: Path, *, exact: bool = False) -> Image.Image:
         try:
             picture = Image.open(io.BytesIO(content), formats=FORMATS)
         except UnidentifiedImageError:
-            kinds = ", ".join(("DICOM", *FORMATS))
+            kinds = ", ".join(_EXACT if exact else ("DICOM", *FORMATS))
             raise DataError(f"cannot be decoded: is none of {kinds}; replace or remove it") from None
         expect_size(picture.height, picture.width)
         if exact:
