@@ -75,6 +75,16 @@ def test_what_is_left_out_is_counted_and_named(tmp_path: Path, capsys: pytest.Ca
     ]
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="has no such names")
+def test_a_name_of_two_lines_is_told_in_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pair(tmp_path, "a\nb.png")
+    (tmp_path / "images" / "c\nd.txt").write_text("x")
+    write(tmp_path / "masks" / "a\nb.png", PHANTOM.mask, "JPEG")
+    with pytest.raises(DataError, match=r"masks/a\\nb\.png: expected an index PNG"):
+        Folder(tmp_path)[0]
+    assert capsys.readouterr().err.count("\n") == 1
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a file that blocks whoever opens it")
 def test_a_pipe_in_the_folder_blocks_nobody(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "a.png")

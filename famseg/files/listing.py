@@ -12,7 +12,7 @@ from pathlib import Path
 from PIL import Image
 
 from famseg.files.dicom import is_dicom
-from famseg.files.errors import DataError
+from famseg.files.errors import DataError, one_line
 from famseg.files.raster import FORMATS
 
 SUFFIXES = (
@@ -61,7 +61,7 @@ def tell_left_out(place: str, reason: str, names: Sequence[str]) -> None:
     """One line on standard error about what is not used, if there is any: how many, why, and the first names."""
     if names:
         more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-        listed = ", ".join(names[:_NAMED])
+        listed = one_line(", ".join(names[:_NAMED]))
         print(f"famseg: {place}: {len(names)} left out ({reason}): {listed}{more}", file=sys.stderr, flush=True)
 
 
