@@ -217,6 +217,19 @@ def test_sixteen_bits_of_colour_are_scaled_by_their_range(tmp_path: Path, kind: 
         np.testing.assert_allclose(read_grey(path), (deep - 1000.0) / 4000 * 255, atol=0.6)
 
 
+def test_sixteen_bits_of_colour_stored_turned_are_refused(tmp_path: Path) -> None:
+    colour = np.stack([GREY.astype(np.uint16) * 257] * 3, 2)
+    content = cv2.imencode(".png", colour)[1].tobytes()
+    for value in (1, 6):
+        exif = orientation(value).tobytes().removeprefix(b"Exif\0\0")
+        chunk = struct.pack(">I", len(exif)) + b"eXIf" + exif + struct.pack(">I", zlib.crc32(b"eXIf" + exif))
+        path = stored(tmp_path, content[:33] + chunk + content[33:])  # after the header
+        if value == 1:
+            assert read_grey(path).shape == GREY.shape
+        else:
+            refused(path, "stored turned")
+
+
 def test_colour_spaces(tmp_path: Path) -> None:
     colour = Image.fromarray(np.stack([GREY, 255 - GREY, GREY // 2], 2))
     luma = np.asarray(colour.convert("L")).astype(int)

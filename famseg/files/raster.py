@@ -43,10 +43,10 @@ def open_picture(path: Path, *, exact: bool = False) -> Image.Image:
         except UnidentifiedImageError:
             kinds = ", ".join(_EXACT if exact else ("DICOM", *FORMATS))
             raise DataError(f"cannot be decoded: is none of {kinds}; replace or remove it") from None
-        expect_size(picture.height, picture.width)
         if exact:
             _expect_exact(picture)
         _seek_only_page(picture)
+        expect_size(picture.height, picture.width)
         if picture.format == "PNG":
             Image.open(io.BytesIO(content), formats=("PNG",)).verify()  # checksums, which decoding passes over
         elif picture.format in ("JPEG", "MPO"):
@@ -92,7 +92,7 @@ def _check_strips(picture: Any, content: bytes) -> None:
 
 def _upright(picture: Any, content: bytes, exact: bool) -> Image.Image:
     deep_colour = ";16" in str(picture.tile) and picture.mode in ("RGB", "RGBA", "LA")
-    turned = picture.getexif().get(ExifTags.Base.Orientation, 1) != 1
+    turned = picture.getexif().get(ExifTags.Base.Orientation) in range(2, 9)
     picture.load()
     # A colour declared transparent changes no label.
     transparent = "A" in picture.getbands() or ("transparency" in picture.info and not exact)
