@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
+import errno
+import io
+import os
+import re
+import signal
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from typing import Any, TypeVar, get_type_hints
 
 import cv2
@@ -12,8 +19,8 @@ from jsonargparse import ActionConfigFile, ArgumentParser
 from rich.console import Console
 from rich.progress import track
 
-from famseg.files.errors import DataError
-from famseg.training.config import ConfigError
+from famseg.files.errors import DataError, one_line
+from famseg.training.config import ConfigError, Diverged
 
 Item = TypeVar("Item")
 
@@ -30,7 +37,7 @@ def build_parser(
     A flag of a bool may stand alone: `--flips` is `--flips true`. Fields named in `positional` are arguments
     without a flag; they are given on the command line only.
     """
-    parser = ArgumentParser(prog=prog, description=description)
+    parser = ArgumentParser(prog=prog, description=description, exit_on_error=False)
     parser.add_argument("--config", action=ActionConfigFile, help=config_help)
     hints = get_type_hints(options)
     for field in dataclasses.fields(options):
@@ -47,27 +54,68 @@ def build_parser(
 
 
 def parse(parser: ArgumentParser, arguments: Sequence[str] | None) -> dict[str, Any]:
-    """The options by name; bad ones end the program with one line and exit code 2."""
-    return {name: value for name, value in vars(parser.parse_args(arguments)).items() if name != "config"}
+    """The options by name. Raises ConfigError, one line, for those that cannot be understood."""
+    try:
+        options = parser.parse_args(arguments)
+    except argparse.ArgumentError as error:
+        words = re.sub(r'^Parser key "(\w+)":', r"\1:", " ".join(str(error).split()))
+        raise ConfigError(f"{words}; {parser.prog} --help lists all options") from None
+    return {name: value for name, value in vars(options).items() if name != "config"}
 
 
 def run(prog: str, body: Callable[[], int], interrupted: str = "interrupted") -> int:
-    """The exit code: 2 and one line for bad usage or input, 130 for an interrupt, 1 for a full disk, else `body`'s own.
+    """The exit code: `body`'s own, or with one line on standard error 2 for bad usage or input, 3 for a training that
+    diverged, 130 for an interrupt, 1 for a full disk.
 
-    Anything else is a bug and ends in its traceback, exit code 1.
+    141, without a line, where nobody reads the output any more (`| head`). Anything else is a bug and ends in its
+    traceback, exit code 1.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a sign that the terminal lacks costs no result
     # OpenCV's own remarks on damaged files; ours say what to do.
     cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
+    code = 0
     try:
-        return body()
-    except (DataError, ConfigError) as error:
-        code, message = 2, str(error)
-    except KeyboardInterrupt:
-        code, message = 130, interrupted
-    except OSError as error:  # a full disk, a folder that cannot be written
-        code, message = 1, str(error)
-    print(f"{prog}: {message}", file=sys.stderr)
+        code, message = _outcome(body, interrupted)
+        if message:
+            print(f"{prog}: {one_line(message)}", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        code = code or 128 + signal.SIGPIPE
+        _drop_output()
+    except OSError as error:
+        code = code or 1
+        with suppress(OSError):
+            print(f"{prog}: standard output cannot be written ({error.strerror})", file=sys.stderr, flush=True)
+        _drop_output()
     return code
+
+
+def _drop_output() -> None:
+    """What is left in the buffers would be flushed once more, and complained about, at the interpreter's end."""
+    with open(os.devnull, "wb") as nowhere:
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError):
+                os.dup2(nowhere.fileno(), stream.fileno())
+
+
+def _outcome(body: Callable[[], int], interrupted: str) -> tuple[int, str]:
+    """`body`'s exit code and "", or another one and what to say."""
+    try:
+        return body(), ""
+    except (DataError, ConfigError) as error:
+        return 2, str(error)
+    except Diverged as error:
+        return 3, str(error)
+    except KeyboardInterrupt:
+        return 130, interrupted
+    except BrokenPipeError:
+        raise
+    except OSError as error:  # a full disk, a folder that cannot be written
+        if error.errno == errno.ENOSPC and error.filename is None:
+            raise  # of standard output: files are named where they are written
+        return 1, str(error)
 
 
 def required(name: str, value: Any, example: str) -> None:

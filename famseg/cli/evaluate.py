@@ -22,9 +22,10 @@ from famseg.cli.command import build_parser, parse, progress, required, run
 from famseg.data.dataset import open_data
 from famseg.data.sample import CLASSES, Sample
 from famseg.evaluation import FITS, LENGTHS, Evaluation, ImageScore
+from famseg.files.claim import claimed
 from famseg.files.errors import DataError
 from famseg.files.tables import write_table
-from famseg.files.writing import empty_folder, write_atomic
+from famseg.files.writing import write_atomic
 from famseg.inference import Network, load_network, predict
 from famseg.reporting.overlay import draw_overlay
 from famseg.reporting.page import NAMES, Picture, report
@@ -79,8 +80,11 @@ def _evaluate(options: Options) -> int:
     required("out", options.out, "--out DIR")
     assert options.checkpoint is not None and options.out is not None
     device = device_for(options.device, options.backend)
-    out = empty_folder(Path(options.out))
-    network = load_network(options.checkpoint)
+    with claimed(Path(options.out)) as out:
+        return _score(load_network(options.checkpoint), options, device, out)
+
+
+def _score(network: Network, options: Options, device: str, out: Path) -> int:
     selection = select(network, options.data, options.split, options.data_seed)
     print(f"scoring {selection.words}", *selection.notes, sep="\n", flush=True)
 
@@ -133,7 +137,7 @@ def _evaluate(options: Options) -> int:
         history=_history(network.path),
         version=summary["versions"]["famseg"],
     )
-    write_atomic(out / "report.html", page.encode())
+    write_atomic(out / "report.html", page.encode("utf-8", "backslashreplace"))  # names need not be UTF-8
     print(_line(summary))
     print(f"report: {out / 'report.html'}")
     return 0

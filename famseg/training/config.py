@@ -21,6 +21,10 @@ class ConfigError(ValueError):
     """A setting that cannot be used; the message names it, what is expected and what came."""
 
 
+class Diverged(RuntimeError):
+    """A loss, gradient or weight is not finite any more; the message names the step and what to try."""
+
+
 def option(default: Any, help: str) -> Any:
     return dataclasses.field(default=default, metadata={"help": help})
 

@@ -15,12 +15,14 @@ from torch import Tensor, nn
 from famseg.data.sample import CLASSES
 from famseg.metrics import SegmentationMetrics
 from famseg.models import create_model
-from famseg.training.config import TrainConfig
+from famseg.training.config import Diverged, TrainConfig
 from famseg.training.distributed import sum_over_processes
 from famseg.training.finetune import freeze
 from famseg.training.loss import SegmentationLoss
 from famseg.training.schedule import Phase, fit_learning_rates, learning_rate, phase_at, total_epochs
 from famseg_kernels import use_backend
+
+_STEPS_UNREAD = 10  # the progress bar makes a GPU wait as often
 
 
 class SegmentationModule(L.LightningModule):
@@ -80,6 +82,7 @@ class SegmentationModule(L.LightningModule):
         loss = self.loss.value(sum_over_processes(self.loss.sums(logits, mask)))
         self.log("train_loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(mask))
         self._count_overlap(logits.detach().argmax(1), mask)
+        self._loss = loss.detach()
         return loss
 
     def _count_overlap(self, labels: Tensor, mask: Tensor) -> None:
@@ -95,6 +98,8 @@ class SegmentationModule(L.LightningModule):
         return {name: o / u if u else math.nan for name, o, u in zip(CLASSES[1:], overlap, union, strict=True)}
 
     def on_validation_epoch_start(self) -> None:
+        self._stop_if_diverged()
+        self._require_finite_weights()
         self.val_metrics.reset()
         self._val_sums: list[Tensor] = []
 
@@ -114,11 +119,65 @@ class SegmentationModule(L.LightningModule):
             confusion = self.val_metrics.confusion.to(self.device)
             self.val_metrics.confusion = self.trainer.strategy.reduce(confusion, reduce_op="sum").cpu()
         losses = torch.stack([self.loss.value(row[1:]) for row in sums])
-        self.log("val_loss", (losses * sums[:, 0]).sum() / sums[:, 0].sum())
+        loss = (losses * sums[:, 0]).sum() / sums[:, 0].sum()
+        if not loss.isfinite():
+            raise self._diverged(f"the loss of the validation images is {loss:g}")
+        self.log("val_loss", loss)
         scores = self.val_metrics.compute()
         self.log("val_miou", scores["miou"], prog_bar=True)
         for name, iou in zip(CLASSES, scores["iou"], strict=True):
             self.log(f"val_iou_{name}", iou, prog_bar=name != "background")
+
+    # --- divergence -----------------------------------------------------------------------------------
+
+    def configure_gradient_clipping(
+        self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
+        """Clip, and stop the run where the loss or the gradient is not finite: here every process has the same one."""
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        if gradient_clip_val:
+            norm = nn.utils.clip_grad_norm_(parameters, gradient_clip_val)
+        else:
+            norm = nn.utils.get_total_norm([p.grad for p in parameters])
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        if scaler is not None and scaler.get_scale() > 1:  # the scaler skips the step and tries a smaller scale
+            norm = torch.zeros_like(norm)
+        self._watched.append(torch.stack((self._loss.float(), norm.float())))
+        # A GPU would have to finish every step before the next is launched; so it is asked only now and then.
+        if self.device.type == "cpu" or len(self._watched) == _STEPS_UNREAD:
+            self._stop_if_diverged()
+
+    def _stop_if_diverged(self) -> None:
+        if not self._watched:
+            return
+        values = torch.stack(self._watched).cpu()
+        first = self._steps_read
+        self._steps_read += len(values)
+        self._watched.clear()
+        if values.isfinite().all():
+            return
+        step = int(values.isfinite().all(1).int().argmin())
+        loss, norm = values[step].tolist()
+        raise self._diverged(f"the loss is {loss:g}, the norm of its gradient {norm:g}", first + step)
+
+    def _diverged(self, what: str, step: int | None = None) -> Diverged:
+        """`what` happened in a step of this epoch, counting from 0, or at its end."""
+        steps = int(self.trainer.num_training_batches)
+        at = "its end" if step is None else f"step {step + 1} of {steps}"
+        rate = self._rate(steps - 1 if step is None else step)
+        return Diverged(f"diverged in epoch {self.current_epoch + 1}, at {at}, learning rate {rate:.3g}: {what}")
+
+    def _require_finite_weights(self) -> None:
+        """What validation judges and a checkpoint keeps: weights, statistics, averages, the optimizer's state."""
+        states = [{**self.model.state_dict(), **{f"average of {name}": v for name, v in self.ema.items()}}]
+        names: dict[Tensor, str] = {parameter: name for name, parameter in self.model.named_parameters()}
+        for parameter, state in self.trainer.optimizers[0].state.items():
+            states.append({f"{key} of {names[parameter]}": value for key, value in state.items()})
+        tensors = {name: v for state in states for name, v in state.items() if torch.is_tensor(v)}
+        finite = torch.stack([value.isfinite().all().to(self.device) for value in tensors.values()]).cpu()
+        if not finite.all():
+            name = list(tensors)[int(finite.int().argmin())]
+            raise self._diverged(f"{name} is not finite")
 
     # --- optimizer phases -----------------------------------------------------------------------------
 
@@ -152,6 +211,8 @@ class SegmentationModule(L.LightningModule):
             self.start_epoch = self.current_epoch
             self.trainer.strategy.setup_optimizers(self.trainer)
         self._overlap = torch.zeros(2, len(CLASSES) - 1, dtype=torch.int64, device=self.device)
+        self._watched: list[Tensor] = []  # loss and norm of the gradient of the steps not looked at yet
+        self._steps_read = 0
 
     def on_train_batch_start(self, batch: Any, batch_index: int) -> None:
         # What the network draws (stochastic depth) is a function of seed, epoch, step and process, like order and
@@ -159,13 +220,17 @@ class SegmentationModule(L.LightningModule):
         # would not do: Lightning makes the loader's iterator, which draws too, at another moment after a restart.
         entropy = np.random.SeedSequence([self.config.seed, self.current_epoch, batch_index, self.global_rank])
         torch.manual_seed(int(entropy.generate_state(1)[0]))
-        if self.phase.optimizer == "adadelta":
-            return
-        progress = self.current_epoch + batch_index / self.trainer.num_training_batches
-        epochs = self.config.decay_epochs or total_epochs(self.phases)
-        rate = learning_rate(progress, epochs, self.config.decay, self._init_lr, self._min_lr)
+        rate = self._rate(batch_index)
         for group in self.trainer.optimizers[0].param_groups:
             group["lr"] = rate
+
+    def _rate(self, batch_index: int) -> float:
+        """The learning rate of a step of this epoch."""
+        if self.phase.optimizer == "adadelta":
+            return 1.0  # it has none
+        progress = self.current_epoch + batch_index / self.trainer.num_training_batches
+        epochs = self.config.decay_epochs or total_epochs(self.phases)
+        return learning_rate(progress, epochs, self.config.decay, self._init_lr, self._min_lr)
 
     # --- averaged weights -----------------------------------------------------------------------------
 

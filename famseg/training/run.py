@@ -8,9 +8,11 @@ import importlib.util
 import json
 import logging
 import os
+import sys
 import time
 import warnings
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,8 +30,9 @@ from famseg.data.dataset import SegmentationDataset, open_data
 from famseg.data.sample import CLASSES
 from famseg.data.split import k_folds, split_by_subject
 from famseg.evaluation import evaluate
+from famseg.files.claim import claimed
 from famseg.files.errors import DataError
-from famseg.files.writing import empty_folder, write_atomic
+from famseg.files.writing import write_atomic
 from famseg.inference import load_network, predict, read_checkpoint
 from famseg.reporting.figures import plot_history, plot_overlays
 from famseg.training.callbacks import EpochLine, MetricsTable, ProgressBar, StopOnTerminate, TimeLeft
@@ -40,7 +43,7 @@ from famseg.training.checkpoint import (
     continued,
     stored_config,
 )
-from famseg.training.config import ConfigError, TrainConfig, device_for
+from famseg.training.config import ConfigError, Diverged, TrainConfig, device_for
 from famseg.training.distributed import Processes, RankBatches, synchronise_batch_norm, this_process
 from famseg.training.finetune import load_weights
 from famseg.training.loss import parse_class_weights
@@ -158,7 +161,9 @@ def train(config: TrainConfig) -> Path | None:
     that was never interrupted.
 
     Raises:
-        ConfigError: a setting that cannot be used here. DataError: data that cannot be used.
+        ConfigError: a setting that cannot be used here. DataError: data that cannot be used, or another process is at
+            work in the output folder.
+        Diverged: a loss, gradient or weight is not finite; checkpoints/last.ckpt is from before.
         CheckpointWriteError: the disk is full; the previous checkpoint is whole.
         KeyboardInterrupt: Ctrl-C or SIGTERM; checkpoints/last.ckpt is the last whole epoch's.
     """
@@ -166,8 +171,12 @@ def train(config: TrainConfig) -> Path | None:
         processes = this_process(config.devices)
     except ValueError as error:
         raise ConfigError(str(error)) from None
+    with _output_folder(config, processes) as out:
+        return _train(config, processes, out)
+
+
+def _train(config: TrainConfig, processes: Processes, out: Path) -> Path | None:
     config, checkpoint_path = _resumed(config, processes)
-    out = _output_folder(config, processes)
     config = dataclasses.replace(config, resume=None)  # a run's settings, whether or not it was interrupted
     run = prepare(config, processes)
     module = run.module
@@ -188,7 +197,6 @@ def train(config: TrainConfig) -> Path | None:
         if processes.rank == 0:
             print(f"starting from {loaded}")
     if processes.rank == 0:
-        out.mkdir(parents=True, exist_ok=True)
         settings = yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
         write_atomic(out / "config.yaml", settings.encode())
 
@@ -196,6 +204,7 @@ def train(config: TrainConfig) -> Path | None:
     checkpoints = Checkpoints(out / "checkpoints", config.patience)
     time_left = TimeLeft()
     _quiet()
+    terminal = sys.stdout.isatty()
     trainer = L.Trainer(
         accelerator="gpu" if run.accelerator == "cuda" else "cpu",
         devices=processes.local,
@@ -208,14 +217,13 @@ def train(config: TrainConfig) -> Path | None:
         max_epochs=total_epochs(module.phases),
         gradient_clip_val=config.clip_norm or None,
         callbacks=[
-            time_left,
-            table,
+            *(time_left, table, checkpoints, StopOnTerminate()),
+            # After the checkpoint, which must not depend on who reads the output.
             EpochLine(time_left),
-            checkpoints,
-            StopOnTerminate(),
             # Every refresh waits for the GPU.
-            ProgressBar(time_left, refresh_rate=10 if run.accelerator == "cuda" else 1),
+            *([ProgressBar(time_left, refresh_rate=10 if run.accelerator == "cuda" else 1)] if terminal else []),
         ],
+        enable_progress_bar=terminal,
         plugins=[AtomicCheckpointIO()],
         logger=False,
         enable_checkpointing=False,
@@ -228,6 +236,8 @@ def train(config: TrainConfig) -> Path | None:
     except SystemExit:
         if not trainer.interrupted:
             raise
+    except Diverged as error:
+        raise Diverged(f"{error}; {_after_divergence(config, checkpoints.last)}") from None
     if trainer.interrupted:
         raise KeyboardInterrupt
     if dist.is_initialized():
@@ -298,15 +308,30 @@ def _accelerator(config: TrainConfig, processes: Processes) -> str:
     return accelerator
 
 
-def _output_folder(config: TrainConfig, processes: Processes) -> Path:
-    if config.out is None:
-        return Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{config.model}"
-    out = Path(config.out)
-    if processes.rank != 0:  # the first process may have begun to write
-        return out
+def _output_folder(config: TrainConfig, processes: Processes) -> AbstractContextManager[Path]:
+    """The run's folder, claimed by the first process."""
+    out = Path(config.out or f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{config.model}")
     if config.resume is None:
-        return empty_folder(out, "choose another --out, or continue the run in it with --resume auto")
-    return out if (out / "config.yaml").exists() else empty_folder(out, "but no run to continue; choose another --out")
+        fresh, remedy = True, "choose another --out, or continue the run in it with --resume auto"
+    else:
+        path = checkpoint_to_resume(config.resume, config.out)
+        out = out if path is None else path.parent.parent
+        fresh, remedy = not (out / "config.yaml").exists(), "but no run to continue; choose another --out"
+        if path is not None and not path.exists():
+            return nullcontext(out)  # reading it will say so
+    return claimed(out, remedy, fresh=fresh) if processes.rank == 0 else nullcontext(out)
+
+
+def _after_divergence(config: TrainConfig, last: Path) -> str:
+    """What to do about it."""
+    lower = "a lower --learning-rate"
+    if config.precision == "fp16":
+        lower += ", or --precision bf16"
+    if config.clip_norm == 0:
+        lower += ", or --clip-norm 1"
+    if not last.exists():
+        return f"no epoch was finished; start anew with {lower}"
+    return f"{last} is from the epoch before and whole: start from it with --weights, another --out and {lower}"
 
 
 def _balanced(frequency: np.ndarray) -> list[float]:
