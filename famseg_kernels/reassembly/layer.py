@@ -1,16 +1,19 @@
-"""FeatureAwareUpsample: the paper's FAM, with the parameter names of mmcv's CARAFEPack."""
+"""FeatureAwareUpsample, the paper's FAM, with the names of mmcv's CARAFEPack; Carafe, with those of mmcv's CARAFE."""
 
 from __future__ import annotations
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from famseg_kernels.reassembly.op import reassemble
+from famseg_kernels.reassembly.op import carafe, reassemble
 
 
 class FeatureAwareUpsample(nn.Module):
     """Content-aware upsampling (FAMSeg section 3.3, Fig. 3): compress, predict a kernel per output pixel, reassemble.
 
-    State-dict keys, shapes and initialisation are those of mmcv's CARAFEPack, so that its checkpoints load.
+    State-dict keys, shapes, initialisation, attributes and methods are those of mmcv's CARAFEPack, so that its
+    checkpoints load and code written for it goes on working. One fused op takes the encoder's logits; a subclass or an
+    instance with another `kernel_normalizer` or `feature_reassemble` runs by these, as mmcv's does.
 
     Args:
         channels: C of the input and the output.
@@ -35,9 +38,13 @@ class FeatureAwareUpsample(nn.Module):
         compressed_channels: int = 64,
     ) -> None:
         super().__init__()
+        self.channels = channels
         self.scale_factor = scale_factor
         self.up_kernel = up_kernel
         self.up_group = up_group
+        self.encoder_kernel = encoder_kernel
+        self.encoder_dilation = encoder_dilation
+        self.compressed_channels = compressed_channels
         self.channel_compressor = nn.Conv2d(channels, compressed_channels, 1)
         self.content_encoder = nn.Conv2d(
             compressed_channels,
@@ -46,16 +53,54 @@ class FeatureAwareUpsample(nn.Module):
             padding=(encoder_kernel - 1) * encoder_dilation // 2,
             dilation=encoder_dilation,
         )
-        self.reset_parameters()
+        self.init_weights()
 
-    def reset_parameters(self) -> None:
+    def init_weights(self) -> None:
         """mmcv's initialisation: Xavier-uniform compressor, encoder N(0, 0.001): it starts as an average."""
         nn.init.xavier_uniform_(self.channel_compressor.weight)
         nn.init.normal_(self.content_encoder.weight, std=0.001)
         for bias in (self.channel_compressor.bias, self.content_encoder.bias):
-            assert bias is not None
-            nn.init.zeros_(bias)
+            if bias is not None:
+                nn.init.zeros_(bias)
+
+    reset_parameters = init_weights
+
+    def kernel_normalizer(self, mask: Tensor) -> Tensor:
+        """The encoder's logits (N, groups·k²·s², H, W) as kernels (N, groups·k², s·H, s·W): shuffled, softmax over k²."""
+        mask = F.pixel_shuffle(mask, self.scale_factor)
+        return mask.unflatten(1, (-1, self.up_kernel**2)).softmax(2).flatten(1, 2)
+
+    def feature_reassemble(self, x: Tensor, mask: Tensor) -> Tensor:
+        """x (N, C, H, W) reassembled by finished kernels (N, groups·k², s·H, s·W): (N, C, s·H, s·W)."""
+        return carafe(x, mask, self.up_kernel, self.up_group, self.scale_factor)
 
     def forward(self, x: Tensor) -> Tensor:
         logits = self.content_encoder(self.channel_compressor(x))
+        if any(name in self.__dict__ or getattr(type(self), name) is not method for name, method in _STEPS):
+            return self.feature_reassemble(x, self.kernel_normalizer(logits))
         return reassemble(x, logits, self.up_kernel, self.scale_factor, self.up_group)
+
+
+# What the fused op stands for.
+_STEPS = tuple((name, getattr(FeatureAwareUpsample, name)) for name in ("kernel_normalizer", "feature_reassemble"))
+
+
+class Carafe(nn.Module):
+    """mmcv's CARAFE: `fk.carafe` as a module.
+
+    Args:
+        kernel_size: odd window size k.
+        group_size: number of kernel groups, a divisor of C.
+        scale_factor: upsampling factor s.
+
+    Shape: features (N, C, H, W), masks (N, k²·group_size, s·H, s·W), normalised → (N, C, s·H, s·W).
+    """
+
+    def __init__(self, kernel_size: int, group_size: int, scale_factor: int) -> None:
+        super().__init__()
+        self.kernel_size = kernel_size
+        self.group_size = group_size
+        self.scale_factor = scale_factor
+
+    def forward(self, features: Tensor, masks: Tensor) -> Tensor:
+        return carafe(features, masks, self.kernel_size, self.group_size, self.scale_factor)

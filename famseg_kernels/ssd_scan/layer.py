@@ -119,7 +119,7 @@ class Mamba2Scan2d(nn.Module):
         y = ssd_scan_2d(
             inputs.reshape(n, h, w, self.heads, self.headdim),
             dt.permute(0, 2, 3, 1).reshape(n, h, w, self.directions, self.heads),
-            -torch.exp(self.A_log.float()).to(self.A_log.dtype),
+            -torch.exp(self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32))),
             B.reshape(n, h, w, self.bc_directions, self.ngroups, self.d_state),
             C.reshape(n, h, w, self.bc_directions, self.ngroups, self.d_state),
             self.D,

@@ -3,18 +3,61 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
+from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from famseg_kernels.strip_conv.op import strip_conv2d
+
+
+def altered(conv: nn.Module) -> str:
+    """Why calling `conv` may do more than nn.Conv2d does with its weight and bias, or ""."""
+    if type(conv) is not nn.Conv2d:  # a wrapper, a parametrized or quantised module, nn.Identity, …
+        return f"is a {type(conv).__name__}"
+    if conv._forward_hooks or conv._forward_pre_hooks or conv._backward_hooks or conv._backward_pre_hooks:
+        return "has hooks"
+    own = conv.__dict__
+    return "has another forward" if "forward" in own or "_conv_forward" in own else ""
+
+
+def unfusable(square: nn.Module | None, rows: Sequence[nn.Module], cols: Sequence[nn.Module]) -> str:
+    """Which of a StripConv2d's children has to be called, as its weight and bias do not say all, and why; or ""."""
+    if square is not None and (reason := _departure(square, None)):
+        return f"conv0 {reason}"
+    for i, (row, col) in enumerate(zip(rows, cols, strict=True)):
+        if reason := _departure(row, 0):
+            return f"conv{i}_1 {reason}"
+        if reason := _departure(col, 1):
+            return f"conv{i}_2 {reason}"
+    return ""
+
+
+def _departure(conv: nn.Module, thin: int | None) -> str:
+    """Why `conv` is not a plain "same" depthwise convolution, of size 1 along axis `thin` or square; or ""."""
+    if reason := altered(conv):
+        return reason
+    own = conv.__dict__  # twice as fast as attributes: this runs for every child in every forward
+    height, width = size = own["kernel_size"]
+    if height != width if thin is None else size[thin] != 1:
+        return f"has kernel size {size}"
+    if own["padding"] != (height // 2, width // 2) and own["padding"] != "same":
+        return f"has padding {own['padding']}"
+    if own["stride"] != (1, 1) or own["dilation"] != (1, 1) or own["padding_mode"] != "zeros":
+        return f"has stride {own['stride']}, dilation {own['dilation']}, padding mode {own['padding_mode']}"
+    return "" if own["groups"] == own["in_channels"] == own["out_channels"] else "is not depthwise"
 
 
 class StripConv2d(nn.Module):
     """Multi-branch strip depthwise convolution, y = a + Σ_i col_i(row_i(a)) with a = square(x).
 
     Parameters are named as in SegNeXt: conv0 (square), conv{i}_1 (row) and conv{i}_2 (column) of branch i, each a
-    depthwise nn.Conv2d that holds weights and is never called: one fused op computes all of them.
+    depthwise nn.Conv2d. One fused op reads their weights and computes all of them. Where one of them is not a plain
+    convolution any more (an adapter in its place, hooks, pruning, a parametrization, another padding), all are called
+    one after the other instead, and a warning names it. Hooks on all modules have the same effect, without a warning.
 
     Args:
         channels: C.
@@ -55,9 +98,18 @@ class StripConv2d(nn.Module):
                     nn.init.zeros_(conv.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        rows = [getattr(self, f"conv{i}_1") for i in range(self.branches)]
-        cols = [getattr(self, f"conv{i}_2") for i in range(self.branches)]
-        square = self.conv0
+        children: Any = self._modules  # an attribute of a module costs ten times as much
+        square = children.get("conv0")
+        rows = [children[f"conv{i}_1"] for i in range(self.branches)]
+        cols = [children[f"conv{i}_2"] for i in range(self.branches)]
+        reason = unfusable(square, rows, cols)
+        if reason and not torch.compiler.is_compiling():
+            warnings.warn(f"{type(self).__name__}: {reason}; its convolutions run one by one, unfused", stacklevel=2)
+        if reason or _has_any_global_hook():
+            y = a = x if square is None else square(x)
+            for row, col in zip(rows, cols, strict=True):
+                y = y + col(row(a))
+            return y
         return strip_conv2d(
             x,
             None if square is None else square.weight,
@@ -73,11 +125,17 @@ class StripAttention(StripConv2d):
     """SegNeXt's multi-scale convolutional attention: y = conv3(strip(x)) · x, conv3 a 1×1 convolution.
 
     State-dict keys and shapes are those of SegNeXt's AttentionModule (mmseg's MSCAAttention), so that published
-    MSCAN weights load. Shape: (N, C, H, W) → (N, C, H, W).
+    MSCAN weights load. Args and shape are those of StripConv2d.
     """
 
-    def __init__(self, channels: int) -> None:
-        super().__init__(channels)
+    def __init__(
+        self,
+        channels: int,
+        square_kernel: int | None = 5,
+        strip_kernels: Sequence[int] = (7, 11, 21),
+        bias: bool = True,
+    ) -> None:
+        super().__init__(channels, square_kernel, strip_kernels, bias)
         self.conv3 = nn.Conv2d(channels, channels, 1)
         self.reset_parameters()
 
