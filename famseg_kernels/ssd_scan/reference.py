@@ -124,7 +124,7 @@ def _chunked(
     states = states.view(b, chunks, groups, heads // groups, headdim, n)
     from_start = log_decay.cumsum(-1).exp().view(b, chunks, groups, heads // groups, q)
     y = y + torch.einsum("bcign,bcgrpn,bcgri->bcigrp", C, states, from_start)
-    return y.reshape(b, chunks * q, heads, headdim)[:, :length], final
+    return y.reshape(b, chunks * q, heads, headdim).narrow(1, 0, length), final
 
 
 def _states(log_decay: Tensor, added: Tensor, initial: Tensor) -> Tensor:
@@ -138,7 +138,7 @@ def _states(log_decay: Tensor, added: Tensor, initial: Tensor) -> Tensor:
     to_end = _decay(log_decay.permute(0, 1, 3, 2))[..., -1, :]
     initial = _pairwise(log_decay.sum(2), torch.einsum("bkhj,bkjhpn->bkhpn", to_end, added), initial)
     states = _pairwise(*(t.flatten(0, 1) for t in (log_decay, added, initial)))
-    return states.unflatten(0, initial.shape[:2]).flatten(1, 2)[:, :chunks]
+    return states.unflatten(0, initial.shape[:2]).flatten(1, 2).narrow(1, 0, chunks)
 
 
 def _pairwise(log_decay: Tensor, added: Tensor, initial: Tensor) -> Tensor:
