@@ -145,6 +145,8 @@ class Operation:
             torch.library.register_vmap(qualified, functools.partial(_one_by_one, overload), lib=_library)
         # torch.onnx.export(dynamo=True) takes its decompositions from this table, as get_decompositions does.
         register_decomposition(self.overload)(self.decomposed)
+        # And fake tensors of symbolic sizes take it for the op's shapes too, at a second a call, but for this line.
+        register_decomposition(self.overload, type="meta")(self._fake_forward)
         register_flop_formula(self.packet, get_raw=True)(self._count_forward)
         register_flop_formula(getattr(torch.ops.famseg, f"{name}_backward"), get_raw=True)(self._count_backward)
 
