@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from famseg.cli.evaluate import main as evaluate
+from famseg.cli.predict import main as predict
 from famseg.cli.train import main as train
 from famseg.files.claim import claimed
 from famseg.files.errors import DataError
@@ -112,7 +113,7 @@ def test_a_folder_that_a_failed_command_made_is_removed_again(tmp_path: Path) ->
     assert (tmp_path / "a" / "b" / "result").exists()
 
 
-@pytest.mark.parametrize("command", ["train", "resume", "evaluate"])
+@pytest.mark.parametrize("command", ["train", "resume", "evaluate", "predict"])
 def test_commands_keep_off_a_folder_in_use(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
     with claimed(out):
@@ -122,7 +123,8 @@ def test_commands_keep_off_a_folder_in_use(command: str, tmp_path: Path, capsys:
         elif command == "train":
             assert train(["--out", str(out)]) == 2
         else:
-            checkpoint = write_checkpoint(tmp_path / "best.ckpt")
-            assert evaluate([str(checkpoint), "--out", str(out)]) == 2
+            checkpoint = str(write_checkpoint(tmp_path / "best.ckpt"))
+            arguments = [checkpoint] if command == "evaluate" else [checkpoint, "scan.png"]
+            assert {"evaluate": evaluate, "predict": predict}[command]([*arguments, "--out", str(out)]) == 2
     message = capsys.readouterr().err
     assert "another run is at work in" in message and message.count("\n") == 1

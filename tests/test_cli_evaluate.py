@@ -128,6 +128,8 @@ def test_settings_come_from_yaml_under_the_same_names(checkpoint: str, tmp_path:
         (["{checkpoint}", "--split", "most"], "most"),
         (["{checkpoint}", "--batch-size", "many"], "many"),
         (["{checkpoint}", "--batch-size", "0"], "batch_size: expected at least 1"),
+        (["{checkpoint}", "--data-seed", "-1"], "data_seed: expected at least 0"),
+        (["{checkpoint}", "--data-seed", "4294967296"], "data_seed: expected at most"),
     ],
 )
 def test_bad_usage_is_one_line_and_exit_code_2(

@@ -49,6 +49,8 @@ def test_a_usage_error_is_one_line_with_the_way_to_help(name, arguments, words, 
         (Diverged("nan"), 3),
         (KeyboardInterrupt(), 130),
         (OSError(28, "No space left on device", "metrics.json"), 1),
+        (MemoryError(), 1),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory"), 1),
     ],
 )
 def test_exit_codes(error, code, capsys):

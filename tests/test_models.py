@@ -98,6 +98,45 @@ def test_wrong_names_are_refused():
         famseg.create_model("unext", fusion=False)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_classes": 0}, "num_classes: expected a whole number of at least 1, got 0"),
+        ({"in_channels": True}, "in_channels: expected a whole number"),
+        ({"widths": (16, 32, 48)}, "widths: expected four numbers"),
+        ({"widths": (1, 32, 48, 64)}, "widths: expected a whole number of at least 2, got 1"),
+        ({"strips": (1, -1, 2, 1)}, "strips: expected a whole number of at least 0, got -1"),
+        ({"bottles": 3}, "bottles: expected four numbers"),
+        ({"mlp_ratios": (4, 4, 0.5, 4)}, "mlp_ratios: expected a whole number of at least 1, got 0.5"),
+        ({"context_channels": 48}, "context_channels: expected a multiple of 32"),
+        ({"context_rank": 0}, "context_rank: expected a whole number"),
+        ({"headdim": 7}, "headdim: expected a divisor of 32"),
+        ({"d_state": 0}, "d_state: expected a whole number"),
+        ({"directions": 3}, "directions: expected one of 1, 2, 4, got 3"),
+        ({"drop_path": 1.5}, "drop_path: expected a number from 0 to below 1, got 1.5"),
+        ({"drop_path": float("nan")}, "drop_path: expected a number"),
+        ({"fusion": "false"}, "fusion: expected one of True, False, got 'false'"),
+        ({"context": "lightham", "fusion": False}, "fusion: lightham fuses"),
+        ({"context": "none", "context_rank": 4}, "context_rank: nothing in this network depends on it"),
+        ({"shortcut": "identity", "d_state": 8}, "d_state: nothing in this network depends on it"),
+        ({"bottles": (0, 0, 0, 0), "shortcut": "identity"}, "shortcut: nothing in this network depends on it"),
+        ({"strips": (0, 0, 0, 0), "drop_path": 0.2}, "drop_path: nothing in this network depends on it"),
+    ],
+)
+def test_options_that_make_no_network_or_no_difference_are_refused_before_anything_is_built(
+    options, message, monkeypatch
+):
+    monkeypatch.setattr("famseg.models.create_famseg", None)
+    with pytest.raises(ValueError, match=message):
+        famseg.create_model("famseg_nano", **options)
+
+
+@pytest.mark.parametrize("name", ["unext", "unet_mobilenetv2"])
+def test_every_network_needs_a_class(name):
+    with pytest.raises(ValueError, match="num_classes: expected a whole number of at least 1, got 0"):
+        famseg.create_model(name, 0)
+
+
 def published_mscan(model, *, dwconv="dwconv.dwconv", prefix=""):
     """A checkpoint with the keys of SegNeXt (or, with dwconv="dwconv", of mmseg) for the model's strip blocks."""
     checkpoint = {f"{prefix}patch_embed1.proj.0.weight": torch.zeros(1)}

@@ -174,6 +174,25 @@ def test_pixels_without_any_weight_make_no_loss():
         ({"fold": 1}, "fold: expected 0 to 0 without folds"),
         ({"devices": 0}, "devices: expected at least 1"),
         ({"clip_norm": float("nan")}, "clip_norm: expected at least 0"),
+        ({"clip_norm": float("inf")}, "clip_norm: expected at most"),
+        ({"weight_decay": float("inf")}, "weight_decay: expected at most"),
+        ({"learning_rate": float("inf")}, "learning_rate: expected a positive number, got inf"),
+        ({"min_learning_rate": float("nan")}, "min_learning_rate: expected a positive number, got nan"),
+        ({"lr_limit_min": 0.02}, "lr_limit_min: expected at most lr_limit_max, which is 0.01, got 0.02"),
+        ({"seed": -1}, "seed: expected at least 0, got -1"),
+        ({"seed": 2**32}, "seed: expected at most 4294967295, got 4294967296"),
+        ({"image_size": 10**6}, "image_size: expected at most 8192"),
+        ({"batch_size": 10**400}, "batch_size: expected at most 1000000"),
+        ({"workers": 10**5}, "workers: expected at most 256"),
+        ({"devices": 10**9}, "devices: expected at most 1024"),
+        ({"epochs": 10**9}, "epochs: expected at most 1000000"),
+        ({"phases": "adamw:999999999"}, "phases: expected at most 1000000"),
+        ({"phases": f"adamw:{'9' * 5000}"}, "phases: expected OPTIMIZER:EPOCHS"),
+        ({"class_weights": "1e39,1,1"}, "class_weights: expected none, balanced"),
+        ({"class_weights": "1e-39,0,0"}, "class_weights: expected none, balanced"),
+        ({"class_weights": "1,2,3", "loss": "dice"}, "class_weights: are of ce and focal, and the loss is dice"),
+        ({"folds": 3, "val_fraction": 0.3}, "val_fraction: 3 folds hold out 1/3"),
+        ({"context": "lightham", "fusion": False}, "fusion: lightham fuses"),
     ],
 )
 def test_bad_settings_are_named(change, message):
@@ -199,6 +218,22 @@ def optimizer(**changes: object) -> torch.optim.Optimizer:
 
 def names(run: Prepared) -> str:
     return " ".join(type(m).__name__ for m in run.module.model.modules())
+
+
+@pytest.mark.parametrize(("images", "batch"), [(6, 1), (2, 8)])
+@pytest.mark.parametrize("model", ["famseg_nano", "unext"])
+def test_a_step_of_one_pixel_is_refused_before_anything_is_built(images, batch, model, monkeypatch):
+    monkeypatch.setattr("famseg.training.module.create_model", None)
+    with pytest.raises(ConfigError, match="batch_size: one image of 32 px a step"):
+        prepared(data=f"phantom:{images}", batch_size=batch, model=model)
+
+
+def test_a_batch_larger_than_the_data_is_told(capsys):
+    run = prepared(batch_size=8)
+    assert run.train_loader.batch_sampler.batch_size == 4
+    assert capsys.readouterr().out == "batch_size: 8 are more than the 4 images to train on; taking 4\n"
+    prepared()
+    assert capsys.readouterr().out == ""
 
 
 def test_model_and_ablations():

@@ -15,6 +15,7 @@ from contextlib import suppress
 from typing import Any, TypeVar, get_type_hints
 
 import cv2
+import torch
 from jsonargparse import ActionConfigFile, ArgumentParser
 from rich.console import Console
 from rich.progress import track
@@ -65,7 +66,7 @@ def parse(parser: ArgumentParser, arguments: Sequence[str] | None) -> dict[str, 
 
 def run(prog: str, body: Callable[[], int], interrupted: str = "interrupted") -> int:
     """The exit code: `body`'s own, or with one line on standard error 2 for bad usage or input, 3 for a training that
-    diverged, 130 for an interrupt, 1 for a full disk.
+    diverged, 130 for an interrupt, 1 for a full disk or too little memory.
 
     141, without a line, where nobody reads the output any more (`| head`). Anything else is a bug and ends in its
     traceback, exit code 1.
@@ -116,6 +117,10 @@ def _outcome(body: Callable[[], int], interrupted: str) -> tuple[int, str]:
         if error.errno == errno.ENOSPC and error.filename is None:
             raise  # of standard output: files are named where they are written
         return 1, str(error)
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
+            return 1, "not enough memory; try a smaller batch size, image size or model"
+        raise
 
 
 def required(name: str, value: Any, example: str) -> None:

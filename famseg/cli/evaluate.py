@@ -24,12 +24,13 @@ from famseg.data.sample import CLASSES, Sample
 from famseg.evaluation import FITS, LENGTHS, Evaluation, ImageScore
 from famseg.files.claim import claimed
 from famseg.files.errors import DataError
+from famseg.files.listing import given_path
 from famseg.files.tables import write_table
 from famseg.files.writing import write_atomic
 from famseg.inference import Network, load_network, predict
 from famseg.reporting.overlay import draw_overlay
 from famseg.reporting.page import NAMES, Picture, report
-from famseg.training.config import device_for, expect_at_least, option
+from famseg.training.config import LARGEST_SEED, device_for, expect_number, option
 from famseg_kernels.backends import CHOICES as BACKENDS
 
 PROG = "famseg-evaluate"
@@ -53,7 +54,9 @@ class Options:
     backend: str = option("auto", f"famseg_kernels backend: {', '.join(BACKENDS)}")
 
     def __post_init__(self) -> None:
-        expect_at_least("batch_size", self.batch_size, 1)
+        expect_number("batch_size", self.batch_size, 1)
+        if self.data_seed is not None:
+            expect_number("data_seed", self.data_seed, 0, LARGEST_SEED)
 
 
 @dataclass(frozen=True)
@@ -80,7 +83,7 @@ def _evaluate(options: Options) -> int:
     required("out", options.out, "--out DIR")
     assert options.checkpoint is not None and options.out is not None
     device = device_for(options.device, options.backend)
-    with claimed(Path(options.out)) as out:
+    with claimed(given_path(options.out)) as out:
         return _score(load_network(options.checkpoint), options, device, out)
 
 

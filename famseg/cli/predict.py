@@ -25,15 +25,16 @@ from famseg.biometrics import Axis, Ellipse, doubts
 from famseg.cli.command import build_parser, parse, progress, required, run
 from famseg.data.sample import CLASSES
 from famseg.evaluation import FITS, LENGTHS
+from famseg.files.claim import claimed
 from famseg.files.errors import DataError
 from famseg.files.images import read_image
 from famseg.files.labels import write_labels
 from famseg.files.listing import given_path, list_images, stem
 from famseg.files.tables import parse_positive, read_table, write_table
-from famseg.files.writing import empty_folder, write_atomic
-from famseg.inference import load_network, predict
+from famseg.files.writing import write_atomic
+from famseg.inference import Network, load_network, predict
 from famseg.reporting.overlay import draw_overlay
-from famseg.training.config import ConfigError, device_for, expect_at_least, option
+from famseg.training.config import ConfigError, device_for, expect_number, option
 from famseg_kernels.backends import CHOICES as BACKENDS
 
 PROG = "famseg-predict"
@@ -57,7 +58,7 @@ class Options:
     backend: str = option("auto", f"famseg_kernels backend: {', '.join(BACKENDS)}")
 
     def __post_init__(self) -> None:
-        expect_at_least("batch_size", self.batch_size, 1)
+        expect_number("batch_size", self.batch_size, 1)
 
 
 @dataclass(frozen=True)
@@ -83,10 +84,20 @@ def _predict(options: Options) -> int:
     assert options.checkpoint is not None and options.out is not None
     device = device_for(options.device, options.backend)
     pixel_size = _pixel_sizes(options.pixel_size)
-    out = empty_folder(given_path(options.out))
     paths = _files(options.images)
     network = load_network(options.checkpoint)
+    with claimed(given_path(options.out)) as out:
+        return _predict_all(network, paths, pixel_size, options, device, out)
 
+
+def _predict_all(
+    network: Network,
+    paths: Sequence[Path],
+    pixel_size: Callable[[Path], float | None],
+    options: Options,
+    device: str,
+    out: Path,
+) -> int:
     skipped = 0
     pending: deque[Source] = deque()
 

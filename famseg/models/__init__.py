@@ -8,11 +8,29 @@ from collections.abc import Callable
 
 from torch import nn
 
-from famseg.models.famseg import SIZES, FAMSeg, FAMSegConfig, create_famseg, load_mscan
+from famseg.models.famseg import (
+    SIZES,
+    FAMSeg,
+    FAMSegConfig,
+    create_famseg,
+    expect_count,
+    famseg_config,
+    load_mscan,
+)
 from famseg.models.unet import UNetMobileNetV2
 from famseg.models.unext import UNeXt
 
-__all__ = ["MODELS", "FAMSeg", "FAMSegConfig", "UNeXt", "UNetMobileNetV2", "create_model", "load_mscan", "option_names"]
+__all__ = [
+    "MODELS",
+    "FAMSeg",
+    "FAMSegConfig",
+    "UNeXt",
+    "UNetMobileNetV2",
+    "create_model",
+    "load_mscan",
+    "model_config",
+    "option_names",
+]
 
 _OTHERS: dict[str, Callable[[int], nn.Module]] = {
     "unet_mobilenetv2": UNetMobileNetV2,
@@ -26,7 +44,9 @@ MODELS = (*SIZES, *_OTHERS)
 
 def option_names(name: str) -> frozenset[str]:
     """What `create_model` takes beside the model's name and the number of classes."""
-    return frozenset(field.name for field in dataclasses.fields(FAMSegConfig)) if name in SIZES else frozenset()
+    if name not in SIZES:
+        return frozenset()
+    return frozenset(field.name for field in dataclasses.fields(FAMSegConfig)) - {"num_classes"}
 
 
 def create_model(name: str, num_classes: int = 3, **options: object) -> nn.Module:
@@ -39,12 +59,26 @@ def create_model(name: str, num_classes: int = 3, **options: object) -> nn.Modul
             context="none"; the others have none.
 
     Raises:
-        ValueError: unknown model, option or value; a package that the model needs is missing.
+        ValueError: unknown model, option or value, or one that the others make meaningless; a package that the model
+            needs is missing.
+    """
+    config = model_config(name, num_classes, **options)
+    return _OTHERS[name](num_classes) if config is None else create_famseg(config)
+
+
+def model_config(name: str, num_classes: int, **options: object) -> FAMSegConfig | None:
+    """What `create_model` builds a FAMSeg from; None for the other networks. Nothing is built yet.
+
+    Raises:
+        ValueError: as `create_model`, except for a missing package.
     """
     if name not in MODELS:
         raise ValueError(f"model: expected one of {', '.join(MODELS)}, got {name!r}")
     known = option_names(name)
     if unknown := options.keys() - known:
         expected = f"expected one of {', '.join(sorted(known))}" if known else f"{name} has none"
-        raise ValueError(f"model option: {expected}, got {', '.join(unknown)}")
-    return create_famseg(name, num_classes, **options) if name in SIZES else _OTHERS[name](num_classes)
+        raise ValueError(f"model option: {expected}, got {', '.join(sorted(unknown))}")
+    if name in SIZES:
+        return famseg_config(name, num_classes, **options)
+    expect_count("num_classes", num_classes)
+    return None

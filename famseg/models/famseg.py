@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from famseg.models.blocks import BottleMamba, ConvBlock, ConvBNReLU, Shortcut, StripBlock, init_convolutions
-from famseg.models.hamburger import AggregatedDepthConv, Hamburger, LightHam
+from famseg.models.hamburger import GROUPS, AggregatedDepthConv, Hamburger, LightHam
 from famseg_kernels import FeatureAwareUpsample, Mamba2Scan2d, StripConv2d
 
 
@@ -47,14 +48,44 @@ class FAMSegConfig:
 
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {getattr(self, name)!r}")
+            value = getattr(self, name)
+            if value not in choices or isinstance(value, bool) != (name == "fusion"):
+                raise ValueError(f"{name}: expected one of {', '.join(map(str, choices))}, got {value!r}")
+        counts = ("num_classes", "in_channels", "context_channels", "context_rank", "d_state", "headdim", "directions")
+        for name in counts:
+            expect_count(name, getattr(self, name))
+        for name, least in (("widths", 2), ("strips", 0), ("bottles", 0), ("mlp_ratios", 1)):
+            stages = getattr(self, name)
+            if isinstance(stages, str) or not isinstance(stages, Sequence) or len(stages) != 4:
+                raise ValueError(f"{name}: expected four numbers, one a stage, got {stages!r}")
+            for value in stages:
+                expect_count(name, value, least)
+        for width, bottles in zip(self.widths, self.bottles, strict=True):
+            if self.shortcut == "mamba" and bottles and 2 * width % self.headdim:
+                raise ValueError(f"headdim: expected a divisor of {2 * width} (twice a width), got {self.headdim}")
+        if self.context_channels > GROUPS and self.context_channels % GROUPS:
+            raise ValueError(
+                f"context_channels: expected a multiple of {GROUPS} (groups of its norm) or less, "
+                f"got {self.context_channels}"
+            )
+        if not (isinstance(self.drop_path, (int, float)) and 0 <= self.drop_path < 1):
+            raise ValueError(f"drop_path: expected a number from 0 to below 1, got {self.drop_path!r}")
+        if self.context == "lightham" and not self.fusion:
+            raise ValueError("fusion: lightham fuses stages 2 to 4 by itself; leave fusion out or take another context")
 
 
-_CHOICES = {
+def expect_count(name: str, value: object, least: int = 1) -> None:
+    """ValueError where `value` is not a whole number of at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
+        raise ValueError(f"{name}: expected a whole number of at least {least}, got {value!r}")
+
+
+_CHOICES: dict[str, tuple[object, ...]] = {
     "shortcut": ("mamba", "identity"),
     "upsample": ("fam", "bilinear"),
     "context": ("hamburger", "lightham", "none"),
+    "fusion": (True, False),
+    "directions": (1, 2, 4),
 }
 
 SIZES = {
@@ -190,9 +221,25 @@ class UpStep(nn.Module):
         return self.conv(x if skip is None else torch.cat([x, skip], 1))
 
 
-def create_famseg(name: str, num_classes: int, **options: object) -> FAMSeg:
-    """What `famseg.create_model` makes of one of SIZES; raises ValueError for a value that an option does not have."""
-    config = dataclasses.replace(SIZES[name], num_classes=num_classes, **options)  # type: ignore[arg-type]
+def famseg_config(name: str, num_classes: int, **options: object) -> FAMSegConfig:
+    """One of SIZES with other options. Raises ValueError for a bad value, or one that changes nothing."""
+    size = SIZES[name]
+    config = dataclasses.replace(size, num_classes=num_classes, **options)  # type: ignore[arg-type]
+    scans = config.shortcut == "mamba" and any(config.bottles)
+    used = {
+        "context_rank": config.context != "none",
+        "shortcut": any(config.bottles),
+        **dict.fromkeys(("d_state", "headdim", "directions"), scans),
+        **dict.fromkeys(("mlp_ratios", "drop_path"), any(config.strips)),
+    }
+    for option, has_effect in used.items():
+        if option in options and not has_effect and getattr(config, option) != getattr(size, option):
+            raise ValueError(f"{option}: nothing in this network depends on it, given the other options; leave it out")
+    return config
+
+
+def create_famseg(config: FAMSegConfig) -> FAMSeg:
+    """A freshly initialised FAMSeg."""
     model = FAMSeg(config)
     init_convolutions(model)
     for module in model.modules():  # these have an initialisation of their own

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import sys
 from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
 
 from famseg.data.sample import CLASSES
-from famseg.models import MODELS, option_names
+from famseg.models import MODELS, model_config, option_names
 from famseg.training.finetune import parse_trainable
 from famseg.training.loss import parse_class_weights, parse_loss
-from famseg.training.schedule import Phase, parse_phases, with_adadelta
+from famseg.training.schedule import Phase, parse_phases, total_epochs, with_adadelta
 from famseg_kernels import available_backends
 from famseg_kernels.backends import CHOICES as BACKENDS
 
@@ -29,9 +31,16 @@ def option(default: Any, help: str) -> Any:
     return dataclasses.field(default=default, metadata={"help": help})
 
 
-def expect_at_least(name: str, value: float, minimum: float) -> None:
+LARGEST_SEED = 2**32 - 1
+_LARGEST = 1_000_000  # of whatever is counted: what is more is a slip
+
+
+def expect_number(name: str, value: float, minimum: float, maximum: float = _LARGEST) -> None:
+    """ConfigError where `value` is not in the range or is no number at all."""
     if not value >= minimum:
         raise ConfigError(f"{name}: expected at least {minimum}, got {value}")
+    if not value <= maximum:
+        raise ConfigError(f"{name}: expected at most {maximum}, got {value}")
 
 
 _ABLATIONS = ("shortcut", "upsample", "context", "fusion")
@@ -99,13 +108,15 @@ class TrainConfig:
         for name in _ABLATIONS:
             if name not in option_names(self.model) and getattr(self, name) != defaults[name]:
                 raise ConfigError(f"{name}: is an option of FAMSeg, {self.model} has none; leave it out")
-        minima = {
-            "batch_size": 1, "image_size": 16, "workers": 0, "epochs": 1, "decay_epochs": 1, "devices": 1, "folds": 0,
-            "patience": 0, "clip_norm": 0, "weight_decay": 0,
+        largest_float = sys.float_info.max  # a finite number
+        ranges: dict[str, tuple[float, ...]] = {
+            "batch_size": (1,), "image_size": (16, 8192), "workers": (0, 256), "epochs": (1,), "decay_epochs": (1,),
+            "devices": (1, 1024), "folds": (0,), "patience": (0,), "seed": (0, LARGEST_SEED),
+            "clip_norm": (0, largest_float), "weight_decay": (0, largest_float),
         }  # fmt: skip
-        for name, minimum in minima.items():
+        for name, bounds in ranges.items():
             if (value := getattr(self, name)) is not None:
-                expect_at_least(name, value, minimum)
+                expect_number(name, value, *bounds)
         if not 0 < self.val_fraction < 1:
             raise ConfigError(f"val_fraction: expected a number between 0 and 1, got {self.val_fraction}")
         if not 0 <= self.ema < 1:
@@ -116,10 +127,19 @@ class TrainConfig:
             came = f"with folds {self.folds}" if self.folds else "without folds"
             raise ConfigError(f"fold: expected 0 to {max(self.folds, 1) - 1} {came}, got {self.fold}")
         for name in ("learning_rate", "min_learning_rate", "lr_limit_max", "lr_limit_min"):
-            if not getattr(self, name) > 0:
+            if not 0 < getattr(self, name) < math.inf:
                 raise ConfigError(f"{name}: expected a positive number, got {getattr(self, name)}")
+        if self.lr_limit_min > self.lr_limit_max:
+            raise ConfigError(
+                f"lr_limit_min: expected at most lr_limit_max, which is {self.lr_limit_max}, got {self.lr_limit_min}"
+            )
+        if self.folds and self.val_fraction != defaults["val_fraction"]:
+            raise ConfigError(f"val_fraction: {self.folds} folds hold out 1/{self.folds}; leave one of the two out")
+        if self.class_weights != "none" and not {"ce", "focal"} & set(self.loss.split("+")):
+            raise ConfigError(f"class_weights: are of ce and focal, and the loss is {self.loss}; leave them out")
         try:
-            self.plan()
+            expect_number("phases", total_epochs(self.plan()), 1)
+            model_config(self.model, len(CLASSES), **self.model_options())
             parse_loss(self.loss)
             parse_class_weights(self.class_weights)
             parse_trainable(self.trainable)

@@ -34,9 +34,10 @@ def parse_class_weights(text: str) -> list[float] | None:
         weights = [float(part) for part in text.split(",")]
     except ValueError:
         weights = []
-    if len(weights) != len(CLASSES) or not all(0 <= weight < float("inf") for weight in weights) or not any(weights):
+    usable = all(weight == 0 or 1e-6 <= weight <= 1e6 for weight in weights)  # sums over pixels stay fp32 numbers
+    if len(weights) != len(CLASSES) or not usable or not any(weights):
         raise ValueError(
-            f"class_weights: expected none, balanced, or {len(CLASSES)} numbers joined by commas "
+            f"class_weights: expected none, balanced, or {len(CLASSES)} numbers (0, or 1e-6 to 1e6) joined by commas "
             f"({', '.join(CLASSES)}), got {text!r}"
         )
     return weights

@@ -51,6 +51,7 @@ from famseg.training.module import SegmentationModule
 from famseg.training.schedule import total_epochs
 
 _OVERLAYS = 6
+_ONE_PIXEL = 32  # px: an image up to this size is one pixel in the deepest stage of every network
 
 
 class ShuffledByEpoch(Sampler[int]):
@@ -115,6 +116,17 @@ def prepare(config: TrainConfig, processes: Processes) -> Prepared:
                 f"found {len(dataset)} for {name}"
             )
 
+    batch_size = min(config.batch_size, len(training) // processes.count)
+    if batch_size * processes.count == 1 and size <= _ONE_PIXEL:
+        raise ConfigError(
+            f"batch_size: one image of {size} px a step ({len(training)} to train on) leaves batch norms one value "
+            f"a channel; expected 2 images or more, or an image_size above {_ONE_PIXEL}"
+        )
+    if batch_size < config.batch_size and processes.rank == 0:
+        print(
+            f"batch_size: {config.batch_size} are more than the {len(training)} images to train on; taking {batch_size}"
+        )
+
     L.seed_everything(config.seed, workers=True, verbose=False)
     weights = _balanced(pixels) if config.class_weights == "balanced" else parse_class_weights(config.class_weights)
     try:
@@ -126,7 +138,6 @@ def prepare(config: TrainConfig, processes: Processes) -> Prepared:
     if config.compile:
         module.compiled = torch.compile(module.model.forward)
 
-    batch_size = min(config.batch_size, len(training) // processes.count)
     workers = config.workers
     if workers is None:
         # Augmenting takes 2 to 3 ms an image: 3 % of a step on a CPU, which needs its cores itself, longer than the

@@ -31,7 +31,8 @@ def parse_phases(text: str, total: int | None = None) -> list[Phase]:
     parsed: list[tuple[str, int]] = []
     for part in text.split(","):
         optimizer, _, count = part.strip().partition(":")
-        if optimizer not in OPTIMIZERS or not (count.isascii() and count.isdecimal()) or int(count) < 1:
+        digits = count.isascii() and count.isdecimal() and len(count) < 10
+        if optimizer not in OPTIMIZERS or not digits or int(count) < 1:
             choices = ", ".join(OPTIMIZERS)
             raise ValueError(f"phases: expected OPTIMIZER:EPOCHS with optimizer {choices}, got {part.strip()!r}")
         parsed.append((optimizer, int(count)))
