@@ -49,13 +49,13 @@ def shape(name: str, value: Tensor, expected: Sequence[int], meaning: str) -> No
 
 
 def companion(name: str, value: Tensor, x: Tensor, *, fp32_allowed: bool = False, x_name: str = "x") -> None:
-    """`value` goes with `x`: same device, same dtype (or float32 where the contract allows it beside a lower x)."""
+    """`value` goes with `x`: same device, same dtype (or float32 where the contract allows it beside any x)."""
     _strided(name, value)
     if value.device != x.device:
         raise ValueError(f"{name}: expected device {x.device} like {x_name}, got {value.device}")
-    if value.dtype == x.dtype or (fp32_allowed and value.dtype == torch.float32 and x.dtype != torch.float64):
+    if value.dtype == x.dtype or (fp32_allowed and value.dtype == torch.float32):
         return
-    alternative = " or torch.float32" if fp32_allowed and x.dtype.itemsize < 4 else ""
+    alternative = " or torch.float32" if fp32_allowed and x.dtype != torch.float32 else ""
     raise TypeError(f"{name}: expected {x.dtype} like {x_name}{alternative}, got {value.dtype}")
 
 
@@ -64,6 +64,13 @@ def integer(name: str, value: Any, minimum: int) -> None:
         raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
     if value < minimum:
         raise ValueError(f"{name}: expected at least {minimum}, got {value}")
+    if value >= 2**63:
+        raise ValueError(f"{name}: expected less than 2**63, got {value}")
+
+
+def boolean(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected True or False, got {value!r}")
 
 
 def odd(name: str, value: int, maximum: int | None = None) -> None:

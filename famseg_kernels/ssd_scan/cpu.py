@@ -94,7 +94,7 @@ def _forward(
     if return_varlen_states:
         parts = [
             _sequence(x[:, tokens], dt[:, tokens], A, B[:, tokens], C[:, tokens], None, None, dt_bias, first, None)
-            for tokens, first in spec.packed(cu_seqlens, initial_states)
+            for tokens, first in spec.packed(cu_seqlens, initial_states, x.shape[1])
         ]
         results.append(torch.cat([part.forward(step, True)[1] for part in parts]))
     return results
@@ -126,7 +126,7 @@ def _backward(
     problem = _sequence(x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx)
     found = problem.backward(step, grads[0], grads[1] if return_final_states else None, needs[:9])
     if return_varlen_states:
-        for index, (tokens, first) in enumerate(spec.packed(cu_seqlens, initial_states)):
+        for index, (tokens, first) in enumerate(spec.packed(cu_seqlens, initial_states, x.shape[1])):
             wanted = [*needs[:5], False, False, needs[7], needs[8] and first is not None]
             part = _sequence(
                 x[:, tokens], dt[:, tokens], A, B[:, tokens], C[:, tokens], None, None, dt_bias, first, None

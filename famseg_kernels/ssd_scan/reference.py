@@ -205,7 +205,7 @@ def _scan(
     if return_varlen_states:
         # Each packed sequence by itself: its own tokens, and the initial state where it starts the row.
         states = []
-        for tokens, first in spec.packed(cu_seqlens, initial):
+        for tokens, first in spec.packed(cu_seqlens, initial, x.shape[1]):
             px, pdt, pB, pC = (t[:, tokens] for t in (x, step, B, C))
             states.append(form(px, pdt, A, pB, pC, first, None, chunk_size)[1])
         results.append(torch.cat(states))

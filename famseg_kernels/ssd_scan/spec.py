@@ -73,15 +73,17 @@ def check_scan(
         _check_parameter("initial_states", initial_states, x, expected_states, "(batch, heads, headdim, state)")
     if seq_idx is not None:
         _check_index("seq_idx", seq_idx, x, (b, length), "(batch, length)")
+    checks.boolean("return_final_states", return_final_states)
+    checks.boolean("return_varlen_states", return_varlen_states)
     if cu_seqlens is not None:
         checks.tensor("cu_seqlens", cu_seqlens, 1)
-        _check_index("cu_seqlens", cu_seqlens, x, tuple(cu_seqlens.shape), "(sequences + 1,)")
+        _check_index("cu_seqlens", cu_seqlens, x, (max(cu_seqlens.shape[0], 2),), "(sequences + 1,)")
     if return_varlen_states:
         if cu_seqlens is None:
             raise ValueError("cu_seqlens: expected a tensor with return_varlen_states=True, got None")
         if b != 1:
             raise ValueError(f"x: expected batch 1 with return_varlen_states=True, got {b}")
-    _check_options(chunk_size, dt_min, dt_max)
+    _check_options(chunk_size, dt_softplus, dt_min, dt_max)
 
 
 def check_scan_2d(
@@ -120,7 +122,7 @@ def check_scan_2d(
         _check_parameter("D", D, x, expected, "(heads,) or (directions, heads)")
     if dt_bias is not None:
         _check_parameter("dt_bias", dt_bias, x, (directions, heads), "(directions, heads)")
-    _check_options(chunk_size, dt_min, dt_max)
+    _check_options(chunk_size, dt_softplus, dt_min, dt_max)
 
 
 def _check_parameter(name: str, value: Any, x: Tensor, expected: tuple[int, ...], meaning: str) -> None:
@@ -143,9 +145,10 @@ def _check_groups(groups: int, heads: int) -> None:
     checks.divides("groups of B and C", groups, "heads", heads)
 
 
-def _check_options(chunk_size: int | None, dt_min: float, dt_max: float) -> None:
+def _check_options(chunk_size: int | None, dt_softplus: bool, dt_min: float, dt_max: float) -> None:
     if chunk_size is not None:
         checks.integer("chunk_size", chunk_size, 1)
+    checks.boolean("dt_softplus", dt_softplus)
     if not dt_min <= dt_max:
         raise ValueError(f"dt_limit: expected (low, high) with low ≤ high, got ({dt_min}, {dt_max})")
 
@@ -160,9 +163,15 @@ def resets(seq_idx: Tensor | None) -> Tensor | None:
     return None if seq_idx is None else seq_idx != F.pad(seq_idx, (1, 0))[:, :-1]
 
 
-def packed(cu_seqlens: Tensor | None, initial_states: Tensor | None) -> list[tuple[slice, Tensor | None]]:
-    """The tokens of each packed sequence, and the initial state where it starts the row."""
+def packed(cu_seqlens: Tensor | None, initial_states: Tensor | None, length: int) -> list[tuple[slice, Tensor | None]]:
+    """The tokens of each packed sequence, and the initial state where it starts the row.
+
+    Raises:
+        ValueError: bounds that are no stretches of the row. A fake tensor has no values, so `check` cannot see them.
+    """
     bounds = [] if cu_seqlens is None else cu_seqlens.tolist()
+    if any(not 0 <= start <= end <= length for start, end in itertools.pairwise(bounds)):
+        raise ValueError(f"cu_seqlens: expected bounds that rise from 0 or more to at most {length}, got {bounds}")
     return [(slice(start, end), initial_states if start == 0 else None) for start, end in itertools.pairwise(bounds)]
 
 

@@ -1087,7 +1087,7 @@ def _forward(
             results.append(final)
         if return_varlen_states:
             ends = []
-            for tokens, first in spec.packed(cu_seqlens, initial_states):
+            for tokens, first in spec.packed(cu_seqlens, initial_states, x.shape[1]):
                 part = (x[:, tokens], dt[:, tokens], A, B[:, tokens], C[:, tokens])
                 ends.append(_state_after(x, B, first))
                 if part[0].numel():
@@ -1136,7 +1136,7 @@ def _backward(
         elif found[8] is not None and of_final is not None:
             found[8] = of_final.clone()  # the packed sequences' shares are added to it
         for index, (tokens, first) in enumerate(
-            spec.packed(cu_seqlens, initial_states) if return_varlen_states else ()
+            spec.packed(cu_seqlens, initial_states, x.shape[1]) if return_varlen_states else ()
         ):
             end = grads[-1][index : index + 1].contiguous()
             part = (x[:, tokens], dt[:, tokens], A, B[:, tokens], C[:, tokens], None, None, dt_bias, first)
