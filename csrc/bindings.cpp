@@ -270,11 +270,10 @@ PYBIND11_MODULE(_cpu, m) {
       "shape: (batch, height, width, heads, headdim, groups, state, directions, matrices of B and "
       "C); step: (softplus, low, high) of dt; tensors: (x, dt, A, B, C, D, z, dt_bias, initial "
       "states, resets), all but x, B, C, z and resets in the type of the arithmetic. Returns "
-      "whether "
-      "all results are finite; if not, they are not to be used.");
+      "whether all is finite that the results are made of; if not, they are not to be used.");
   m.def("ssd_scan_backward", &ssd_scan_backward, py::arg("dtype"), py::arg("shape"),
         py::arg("step"), py::arg("chunk"), py::arg("tensors"), py::arg("y_gradient"),
         py::arg("final_states_gradient"), py::arg("gradients"), py::arg("threads"),
         "As ssd_scan_forward; gradients: of the tensors but resets. Gradients at address 0 are not "
-        "computed. Returns whether all gradients, the incoming ones too, are finite.");
+        "computed. Returns as ssd_scan_forward does.");
 }

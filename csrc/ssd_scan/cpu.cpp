@@ -724,6 +724,10 @@ void backward_steps(const Problem& p, const Gradients& gradients, const Sums& su
   // Its decays are no longer needed: their place takes dt.
   T* raw = tape.steps[s].decay + h * w.padded_tokens;
   gather_dt(p, axis_of(p, part.axis), block.batch, direction, head, rule.bias, raw);
+  // A step's gradient has a share of every tensor that the scan reads, incoming gradients too; A
+  // comes in below.
+  double of_steps = 0 * rule.A;
+  for (int64_t t = 0; t < w.tokens; ++t) of_steps += of_step[t] + of_log[t] * step[t];
   for (int64_t t = 0; t < w.padded_tokens; t += kLanes<T>) {
     const Vector<T> steps = load(step + t), dt = load(raw + t);
     const Vector<T> live =
@@ -744,6 +748,7 @@ void backward_steps(const Problem& p, const Gradients& gradients, const Sums& su
   const int64_t at = (block.batch * p.directions + direction) * p.heads + head;
   sums.A[at] = of_A;
   sums.dt_bias[at] = of_bias;
+  sums.steps[at] = of_steps;
   for (int64_t i = 0; direction == 0 && p.D != nullptr && i < p.headdim; ++i) {
     double of_D = 0;
     for (int64_t c = 0; c < w.chunks; ++c) of_D += tape.skip_gradient[(h * w.chunks + c) * w.p + i];

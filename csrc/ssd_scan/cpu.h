@@ -67,9 +67,9 @@ struct Gradients {
   void* initial;
 };
 
-// Whether all results (and backward's incoming gradients) are finite. If they are not, they are not
-// to be used: products of matrices multiply by zeros what a token must not read at all, and 0 times
-// NaN or infinity is NaN, in places where the recurrence has none.
+// Whether all is finite that a result is made of. If it is not, the results are not to be used:
+// products of matrices multiply by zeros what a token must not read at all, and 0 times NaN or
+// infinity is NaN, in places where the recurrence has none.
 [[nodiscard]] bool forward(Isa isa, const Problem& problem, const Results& results, int threads);
 [[nodiscard]] bool backward(Isa isa, const Problem& problem, const Gradients& gradients,
                             int threads);
@@ -96,6 +96,7 @@ struct Sums {
   void* C;
   double* A;        // (batch, directions, heads)
   double* dt_bias;  // (batch, directions, heads)
+  double* steps;    // (batch, directions, heads), before any step is clamped
   double* D;        // (batch, heads, headdim)
 };
 
