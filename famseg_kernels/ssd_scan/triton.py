@@ -23,6 +23,10 @@ neighbours no digits, as it would in fp32, and no segmented sum is needed. Integ
 NaN, the token's step is made NaN, a factor of all that it gives to itself and to later tokens. In the gradients, all
 that comes through a token's decay is read by the token as well: a NaN in the decays to it reaches what it should.
 
+What is not finite reaches what the recurrence gives it, forward and in the gradients: rows of a triangle that do not
+read a token must not multiply it by 0, so it is taken out of the product and put in its places (`_add_product`), and
+what lies beyond a reset is chosen away, never weighed by 0. With both directions of an axis M has no zeros to mind.
+
 Device memory, forward, a token and head, K = 4, e bytes an element: x is read once a direction for the states and once
 an axis for Y (6·p·e), y is written, read and written (the row's part in fp32: 8·p + p·e), the chunks' states are
 written, read and written by the recurrence, and read (16·K·p·n/Q); B and C serve the heads of a group from the L2
@@ -78,7 +82,7 @@ def _clamped(value, low, high):
 def _load_steps(dt, dt_batch, dt_pixel, A, bias, batch, pixels, live, column, low, high, SOFTPLUS):
     """Steps, and their log-decays to base 2 in fixed point. Tokens that are not live keep the state and add nothing.
 
-    A step is NaN where the log-decay is, which becomes 0: what a conversion makes of a NaN depends on the chip.
+    A step is NaN where the log-decay is not finite, which becomes 0: what a conversion makes of that depends on the chip.
     """
     raw = tl.load(dt + batch * dt_batch + pixels * dt_pixel + column, mask=live, other=0.0).to(tl.float32)
     if bias is not None:
@@ -86,8 +90,8 @@ def _load_steps(dt, dt_batch, dt_pixel, A, bias, batch, pixels, live, column, lo
     step = _clamped(_unclamped(raw, SOFTPLUS), low, high)
     log_decay = step * (tl.load(A + column).to(tl.float32) * _LOG2_E)
     log_decay = tl.maximum(log_decay, _LOWEST, propagate_nan=tl.PropagateNan.ALL)
-    is_number = log_decay == log_decay
-    step = tl.where(live, tl.where(is_number, step, log_decay), 0.0)
+    is_number = log_decay < float("inf")
+    step = tl.where(live, tl.where(is_number, step, float("nan")), 0.0)
     return step, (tl.where(live & is_number, log_decay, 0.0) * _ONE).to(tl.int64)
 
 
@@ -170,8 +174,10 @@ def _chunk_states(
         # Only the first sequence reads the state that enters, only the last one adds to the state that leaves.
         sequence = _sequences(resets, batch, pixels, height * width, live)
         last = tl.max(sequence, 0)
-        factor = tl.where(sequence == (0 if GRADIENT else last), factor, 0.0)
         total = tl.where(last > 0, _CUT, total)
+        # The others are not loaded either: 0 times a NaN of theirs is NaN.
+        live &= sequence == (0 if GRADIENT else last)
+        factor = tl.where(live, factor, 0.0)
 
     p = block // blocks_n * BLOCK_P + tl.arange(0, BLOCK_P)
     n = block % blocks_n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -254,6 +260,19 @@ def _gram(
         right_tile = tl.load(right + right_rows[:, None] + n[None, :], mask=right_live[:, None] & inside, other=0.0)
         gram = tl.dot(left_tile.to(DOT), tl.trans(right_tile.to(DOT)), gram, input_precision=PRECISION)
     return gram
+
+
+@triton.jit
+def _add_product(result, matrix, reads, tile, DOT: tl.constexpr, PRECISION: tl.constexpr):
+    """result + matrix · tile, where row i is to read only the rows j of the tile of which reads[i, j]: the others it
+    multiplies by 0, which is NaN of what is not finite. So that is left out and put in its places by itself."""
+    wide = tile.to(tl.float32)
+    finite = tl.where(tl.abs(wide) < float("inf"), wide, 0.0)
+    result = tl.dot(matrix, finite.to(DOT), result, input_precision=PRECISION)
+    if tl.sum(tl.sum(wide * 0.0, 1), 0) != 0.0:  # of a NaN it is one
+        spoilt = tl.dot(reads.to(DOT), tl.where(wide * 0.0 == 0.0, 0.0, 1.0).to(DOT), input_precision="tf32")
+        result = tl.where(spoilt > 0.0, float("nan"), result)
+    return result
 
 
 @triton.jit
@@ -391,7 +410,10 @@ def _mix(
                         result = tl.dot(scaled, tl.trans(state.to(DOT)), result, input_precision=PRECISION)
                 if resets is not None:
                     result = tl.where(reached[:, None], result, 0.0)
-            result = tl.dot(mixing, u_tile.to(DOT), result, input_precision=PRECISION)
+            if SIDES == 2:  # every token reads every other one
+                result = tl.dot(mixing, u_tile.to(DOT), result, input_precision=PRECISION)
+            else:
+                result = _add_product(result, mixing, side, u_tile, DOT, PRECISION)
             if skip is not None:
                 weight_of_u = tl.load(skip + column, mask=(p0 + p < P)[None, :], other=0.0).to(tl.float32)
                 result += u_tile.to(tl.float32) * weight_of_u
@@ -633,11 +655,16 @@ def _matrix_gradients(
         sums_high, sums_low = _split(sums, step)
         difference = _difference(sums_high, sums_low, sums_high, sums_low)
         pair = dM * tl.exp2(tl.where(side, difference, float("-inf")))
-        weighted = tl.where(side, pair * step[None, :], 0.0)  # not 0 times a step that is NaN
+        # Chosen, here and below, and not multiplied by 0: that is NaN of what is not finite.
+        weighted = tl.where(side, pair * step[None, :], 0.0)
         dG += weighted
-        d_step = tl.sum(pair * gram, 0)
-        # across[t, j]: over the tokens i ≥ t that read token j.
-        across = tl.cumsum(weighted * gram, 0, reverse=True)
+        products = tl.where(side, pair * gram, 0.0)
+        d_step = tl.sum(products, 0)
+        products *= step[None, :]
+        if resets is not None:
+            products = tl.where(side, products, 0.0)
+        # across[t, j], read where t > j: over the tokens i ≥ t that read token j.
+        across = tl.cumsum(products, 0, reverse=True)
         arriving = tl.zeros((CHUNK,), tl.float32)
         if states is not None:
             if resets is not None:
@@ -645,6 +672,8 @@ def _matrix_gradients(
             arrive = _decay_of(sums)
             dC += arrive[:, None] * from_state
             arriving = arrive * tl.sum(from_state * C_tile.to(tl.float32), 1)
+            if resets is not None:
+                arriving = tl.where(enters, arriving, 0.0)
         if state_gradients is not None:
             leave = _decay_of(total - sums)
             weight = leave * step
@@ -653,6 +682,8 @@ def _matrix_gradients(
                 weight = tl.where(leaves, weight, 0.0)
             dB += weight[:, None] * to_state
             leaving = tl.sum(to_state * B_tile.to(tl.float32), 1)
+            if resets is not None:
+                leaving = tl.where(leaves, leaving, 0.0)
             d_step += leave * leaving
             across += (weight * leaving)[None, :]
         # The decay of token t lies between the tokens j < t and those from t on, between the entering state and the
@@ -667,8 +698,8 @@ def _matrix_gradients(
         tl.store(of_log + place, d_log, mask=live)
 
     dG = dG.to(DOT)
-    dC = tl.dot(dG, B_tile.to(DOT), dC, input_precision=PRECISION)
-    dB = tl.dot(tl.trans(dG), C_tile.to(DOT), dB, input_precision=PRECISION)
+    dC = _add_product(dC, dG, side, B_tile, DOT, PRECISION)
+    dB = _add_product(dB, tl.trans(dG), tl.trans(side), C_tile, DOT, PRECISION)
     place = ((split * batches + batch) * tokens + pixels[:, None]) * directions + direction
     place = (place * groups + group) * N + n[None, :]
     tl.store(of_B + place, dB.to(of_B.dtype.element_ty), mask=inside)
