@@ -234,7 +234,7 @@ LOOK_ALIKES = {
     "a pre-hook on a child": (after(lambda m: m.conv3.register_forward_pre_hook(lambda *a: None)), "conv3 has hooks"),
     "a backward hook on a child": (after(lambda m: m.conv2_2.register_full_backward_hook(lambda *a: None)), "hooks"),
     "a backward pre-hook": (after(lambda m: m.conv2_2.register_full_backward_pre_hook(lambda *a: None)), "hooks"),
-    "weight norm": (after(lambda m: parametrizations.weight_norm(m.conv0)), "conv0 is a Parametrized"),
+    "weight norm": (after(lambda m: parametrizations.weight_norm(m.conv0)), "Parametrized"),
     "old weight norm": (after(lambda m: nn.utils.weight_norm(m.conv0)), "hooks"),
     "spectral norm": (after(lambda m: nn.utils.spectral_norm(m.conv0_2)), "hooks"),
     "pruning": (after(lambda m: prune.l1_unstructured(m.conv0, "weight", 0.5)), "hooks"),

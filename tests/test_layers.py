@@ -195,6 +195,15 @@ def test_hooks_on_all_modules_see_the_children():
     torch.testing.assert_close(y, layer(torch.ones(1, 3, 5, 5)))
 
 
+def test_a_patch_of_all_convolutions_is_honoured(monkeypatch):
+    forward = nn.Conv2d.forward
+    layer, x = fk.StripConv2d(3, None, (7,)), torch.randn(1, 3, 5, 5)
+    monkeypatch.setattr(nn.Conv2d, "forward", lambda self, x: 2 * forward(self, x))
+    with pytest.warns(UserWarning, match="nn.Conv2d has another forward"):
+        y = layer(x)
+    torch.testing.assert_close(y, x + layer.conv0_2(layer.conv0_1(x)))
+
+
 def test_a_removed_hook_gives_the_fused_op_back():
     layer, x = fk.StripConv2d(3), torch.randn(1, 3, 5, 5)
     handle = layer.conv0.register_forward_hook(lambda *args: None)

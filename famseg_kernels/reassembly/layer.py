@@ -66,7 +66,7 @@ class FeatureAwareUpsample(nn.Module):
     reset_parameters = init_weights
 
     def kernel_normalizer(self, mask: Tensor) -> Tensor:
-        """The encoder's logits (N, groups·k²·s², H, W) as kernels (N, groups·k², s·H, s·W): shuffled, softmax over k²."""
+        """The encoder's logits (N, groups·k²·s², H, W) as kernels (N, groups·k², s·H, s·W), each with the sum 1."""
         mask = F.pixel_shuffle(mask, self.scale_factor)
         return mask.unflatten(1, (-1, self.up_kernel**2)).softmax(2).flatten(1, 2)
 

@@ -13,11 +13,13 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from famseg_kernels.strip_conv.op import strip_conv2d
 
+_CONV2D = nn.Conv2d.forward, nn.Conv2d._conv_forward
+
 
 def altered(conv: nn.Module) -> str:
     """Why calling `conv` may do more than nn.Conv2d does with its weight and bias, or ""."""
     if type(conv) is not nn.Conv2d:  # a wrapper, a parametrized or quantised module, nn.Identity, …
-        return f"is a {type(conv).__name__}"
+        return f"is a {type(conv).__module__}.{type(conv).__qualname__}"
     if conv._forward_hooks or conv._forward_pre_hooks or conv._backward_hooks or conv._backward_pre_hooks:
         return "has hooks"
     own = conv.__dict__
@@ -26,6 +28,8 @@ def altered(conv: nn.Module) -> str:
 
 def unfusable(square: nn.Module | None, rows: Sequence[nn.Module], cols: Sequence[nn.Module]) -> str:
     """Which of a StripConv2d's children has to be called, as its weight and bias do not say all, and why; or ""."""
+    if (nn.Conv2d.forward, nn.Conv2d._conv_forward) != _CONV2D:  # all are patched, as for seamless tiling
+        return "nn.Conv2d has another forward"
     if square is not None and (reason := _departure(square, None)):
         return f"conv0 {reason}"
     for i, (row, col) in enumerate(zip(rows, cols, strict=True)):
@@ -99,7 +103,7 @@ class StripConv2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         children: Any = self._modules  # an attribute of a module costs ten times as much
-        square = children.get("conv0")
+        square = self.conv0
         rows = [children[f"conv{i}_1"] for i in range(self.branches)]
         cols = [children[f"conv{i}_2"] for i in range(self.branches)]
         reason = unfusable(square, rows, cols)
