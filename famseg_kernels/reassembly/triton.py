@@ -80,6 +80,43 @@ def _softmax(logits, wanted, valid, area, K: tl.constexpr, K_PADDED: tl.constexp
 
 
 @triton.jit
+def _add_product(result, spoilt, tile, band, in_band, DOT: tl.constexpr, APART: tl.constexpr):
+    """result + tile · band; APART: what is not finite in the tile is left out, and counted where the band has it."""
+    if APART:
+        finite = tl.abs(tile.to(tl.float32)) < float("inf")
+        spoilt = tl.dot(tl.where(finite, 0.0, 1.0).to(DOT), in_band.to(DOT), spoilt, input_precision="tf32")
+        tile = tl.where(finite, tile, 0.0)
+    return tl.dot(tile.to(DOT), band.to(DOT), result, input_precision="tf32x3"), spoilt
+
+
+@triton.jit
+def _any_not_finite(result):
+    """Whether the zeros of a band may have made NaN of what is not finite in a tile."""
+    return tl.sum(tl.sum(result * 0.0, 1), 0) != 0.0  # of a NaN it is one
+
+
+@triton.jit
+def _gathered(
+    x, taps, maximum, scale, i, column, height, width, area, x_h, in_group, wanted, in_band, kx_clipped,
+    K: tl.constexpr, SOFTMAX: tl.constexpr, C_BLOCK: tl.constexpr, SIZE: tl.constexpr, DOT: tl.constexpr,
+    APART: tl.constexpr,
+):  # fmt: skip
+    """The results [C_BLOCK, SIZE] that image row i makes."""
+    result = tl.zeros([C_BLOCK, SIZE], tl.float32)
+    spoilt = result
+    for ky in range(K):
+        weight = tl.load(taps + ky * K * area, mask=wanted, other=0.0).to(tl.float32)
+        if SOFTMAX:
+            weight = tl.exp(weight - maximum[None, :]) * scale[None, :]
+        band = tl.where(in_band, tl.gather(weight, kx_clipped, 0), 0.0)
+        line = i + ky - K // 2
+        inside = (column >= 0) & (column < _columns(line, height, width))
+        tile = tl.load(x + line.to(tl.int64) * x_h, mask=in_group[:, None] & inside[None, :], other=0.0)
+        result, spoilt = _add_product(result, spoilt, tile, band, in_band, DOT, APART)
+    return tl.where(spoilt > 0.0, float("nan"), result) if APART else result
+
+
+@triton.jit
 def _forward(
     x,
     weights,
@@ -146,17 +183,48 @@ def _forward(
         taps = weights + kx[:, None] * area + _weight_offsets(i, first + j, dy, dx, height, width, S, SOFTMAX)[None, :]
         if SOFTMAX:
             maximum, scale = _softmax(taps, wanted, valid, area, K, K_PADDED, D * B * E)
-        result = tl.zeros([C_BLOCK, D * B * E], tl.float32)
-        for ky in range(K):
-            weight = tl.load(taps + ky * K * area, mask=wanted, other=0.0).to(tl.float32)
-            if SOFTMAX:
-                weight = tl.exp(weight - maximum[None, :]) * scale[None, :]
-            band = tl.where(in_band, tl.gather(weight, kx_clipped, 0), 0.0)
-            line = i + ky - K // 2
-            inside = (column >= 0) & (column < _columns(line, height, width))
-            tile = tl.load(x + line.to(tl.int64) * x_h, mask=in_group[:, None] & inside[None, :], other=0.0)
-            result = tl.dot(tile.to(DOT), band.to(DOT), result, input_precision="tf32x3")
+        else:
+            maximum, scale = 0.0, 1.0
+        result = _gathered(
+            x, taps, maximum, scale, i, column, height, width, area, x_h, in_group, wanted, in_band, kx_clipped,
+            K, SOFTMAX, C_BLOCK, D * B * E, DOT, APART=False,
+        )  # fmt: skip
+        if _any_not_finite(result):
+            result = _gathered(
+                x, taps, maximum, scale, i, column, height, width, area, x_h, in_group, wanted, in_band, kx_clipped,
+                K, SOFTMAX, C_BLOCK, D * B * E, DOT, APART=True,
+            )  # fmt: skip
         tl.store(y + (i * S + dy).to(tl.int64)[None, :] * y_h, result, mask=in_group[:, None] & valid[None, :])
+
+
+@triton.jit
+def _scattered(
+    dy_tensor, weights, softmax, row, j, dx, height, width, area, g_h, in_group, in_window, in_band, kx_clipped,
+    K: tl.constexpr, K_PADDED: tl.constexpr, S: tl.constexpr, SOFTMAX: tl.constexpr, C_BLOCK: tl.constexpr,
+    B: tl.constexpr, DOT: tl.constexpr, APART: tl.constexpr,
+):  # fmt: skip
+    """dx [C_BLOCK, B] of image row `row`."""
+    result = tl.zeros([C_BLOCK, B], tl.float32)
+    spoilt = result
+    kx = tl.arange(0, K_PADDED)
+    for step in range(K * S):
+        ky = step // S
+        dy = step % S
+        i = row + K // 2 - ky
+        valid = in_window & (j < _columns(i, height, width))
+        offset = _weight_offsets(i, j, dy, dx, height, width, S, SOFTMAX)
+        if SOFTMAX:
+            maximum = tl.load(softmax + offset, mask=valid, other=0.0)
+            scale = tl.load(softmax + area + offset, mask=valid, other=0.0)
+        wanted = valid[:, None] & (kx < K)[None, :]
+        taps = offset[:, None] + (ky * K + kx)[None, :] * area
+        weight = tl.load(weights + taps, mask=wanted, other=0.0).to(tl.float32)
+        if SOFTMAX:
+            weight = tl.exp(weight - maximum[:, None]) * scale[:, None]
+        band = tl.where(in_band, tl.gather(weight, kx_clipped, 1), 0.0)
+        tile = tl.load(dy_tensor + (i * S + dy).to(tl.int64) * g_h, mask=in_group[:, None] & valid[None, :], other=0.0)
+        result, spoilt = _add_product(result, spoilt, tile, band, in_band, DOT, APART)
+    return tl.where(spoilt > 0.0, float("nan"), result) if APART else result
 
 
 @triton.jit
@@ -209,7 +277,6 @@ def _source_gradient(
     dx = place % E
     j = first - (WINDOW - B) // 2 + place // E
     block = tl.arange(0, B)
-    kx = tl.arange(0, K_PADDED)
     kx_of = first + block[None, :] - j[:, None] + K // 2  # the tap that takes a block's column to a result's place
     in_band = (kx_of >= 0) & (kx_of < K)
     kx_clipped = tl.where(in_band, kx_of, 0)
@@ -219,26 +286,15 @@ def _source_gradient(
     dy_tensor += n.to(tl.int64) * g_n + channel[:, None] * g_c + (j * S + dx).to(tl.int64)[None, :] * g_w
     dx_tensor += n.to(tl.int64) * x_n + channel[:, None] * x_c + (first + block).to(tl.int64)[None, :] * x_w
     for row in range(ROWS):
-        result = tl.zeros([C_BLOCK, B], tl.float32)
-        for step in range(K * S):
-            ky = step // S
-            dy = step % S
-            i = top + row + K // 2 - ky
-            valid = in_window & (j < _columns(i, height, width))
-            offset = _weight_offsets(i, j, dy, dx, height, width, S, SOFTMAX)
-            if SOFTMAX:
-                maximum = tl.load(softmax + offset, mask=valid, other=0.0)
-                scale = tl.load(softmax + area + offset, mask=valid, other=0.0)
-            wanted = valid[:, None] & (kx < K)[None, :]
-            taps = offset[:, None] + (ky * K + kx)[None, :] * area
-            weight = tl.load(weights + taps, mask=wanted, other=0.0).to(tl.float32)
-            if SOFTMAX:
-                weight = tl.exp(weight - maximum[:, None]) * scale[:, None]
-            band = tl.where(in_band, tl.gather(weight, kx_clipped, 1), 0.0)
-            tile = tl.load(
-                dy_tensor + (i * S + dy).to(tl.int64) * g_h, mask=in_group[:, None] & valid[None, :], other=0.0
-            )
-            result = tl.dot(tile.to(DOT), band.to(DOT), result, input_precision="tf32x3")
+        result = _scattered(
+            dy_tensor, weights, softmax, top + row, j, dx, height, width, area, g_h, in_group, in_window, in_band,
+            kx_clipped, K, K_PADDED, S, SOFTMAX, C_BLOCK, B, DOT, APART=False,
+        )  # fmt: skip
+        if _any_not_finite(result):
+            result = _scattered(
+                dy_tensor, weights, softmax, top + row, j, dx, height, width, area, g_h, in_group, in_window, in_band,
+                kx_clipped, K, K_PADDED, S, SOFTMAX, C_BLOCK, B, DOT, APART=True,
+            )  # fmt: skip
         inside = first + block < _columns(top + row, height, width)
         tl.store(dx_tensor + (top + row).to(tl.int64) * x_h, result, mask=in_group[:, None] & inside[None, :])
 
@@ -324,8 +380,8 @@ def _weight_gradient(
             gradients += (tl.gather(products, window_of, 0),)  # each tap of a place is one of the window's columns
             if SOFTMAX:
                 logit = tl.load(weights + taps + ky * K * area, mask=wanted, other=0.0).to(tl.float32)
-                weight = tl.where(wanted, tl.exp(logit - maximum[None, :]) * scale[None, :], 0.0)
-                mean += tl.sum(weight * gradients[ky], 0)
+                weight = tl.exp(logit - maximum[None, :]) * scale[None, :]
+                mean += tl.sum(tl.where(wanted, weight * gradients[ky], 0.0), 0)  # taps beyond K may not be finite
         for ky in tl.static_range(K):
             gradient = gradients[ky]
             if SOFTMAX:

@@ -82,7 +82,7 @@ def _clamped(value, low, high):
 def _load_steps(dt, dt_batch, dt_pixel, A, bias, batch, pixels, live, column, low, high, SOFTPLUS):
     """Steps, and their log-decays to base 2 in fixed point. Tokens that are not live keep the state and add nothing.
 
-    A step is NaN where the log-decay is not finite, which becomes 0: what a conversion makes of that depends on the chip.
+    A step is NaN where the log-decay is not finite, which becomes 0: what a conversion makes of it depends on the chip.
     """
     raw = tl.load(dt + batch * dt_batch + pixels * dt_pixel + column, mask=live, other=0.0).to(tl.float32)
     if bias is not None:
