@@ -80,7 +80,7 @@ def load_network(path: str | Path) -> Network:
     """The network of a famseg-train checkpoint, on the CPU; averaged weights where the run kept them.
 
     Raises:
-        DataError: as `read_checkpoint`, or the weights are those of another network.
+        DataError: as `read_checkpoint`, or the weights are those of another network, or not finite.
     """
     path = Path(path)
     checkpoint = read_checkpoint(path)
@@ -88,10 +88,13 @@ def load_network(path: str | Path) -> Network:
     try:
         options = option_names(config["model"]) & config.keys()
         model = create_model(config["model"], len(CLASSES), **{name: config[name] for name in options})
-        model.load_state_dict(weights_of(checkpoint))
+        weights = weights_of(checkpoint)
+        model.load_state_dict(weights)
     except (KeyError, ValueError, TypeError, RuntimeError) as error:
         reason = str(error).strip().splitlines()
         raise DataError(f"{path}: was made by another version of this network ({reason[0]})") from error
+    if bad := next((name for name, value in weights.items() if not value.isfinite().all()), None):
+        raise DataError(f"{path}: {bad} is not finite, its training diverged; use another checkpoint")
     return Network(model.eval(), config, checkpoint["images"], checkpoint["epoch"] + 1, int(config["image_size"]), path)
 
 
@@ -113,10 +116,18 @@ def predict(
         flips: average the logits of the image and its mirror image (left–right), at twice the cost.
         device: "cpu" or "cuda".
         backend: of famseg_kernels.
+
+    Raises:
+        ValueError: batch_size is below 1, or an image is not (H, W) uint8.
     """
+    if batch_size < 1:
+        raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
     model = network.model.to(device)
     images = iter(images)
     while batch := list(itertools.islice(images, batch_size)):
+        for image in batch:
+            if image.dtype != np.uint8 or image.ndim != 2 or not image.size:
+                raise ValueError(f"images: expected (H, W) uint8, got {image.shape} {image.dtype}")
         boxed = [normalise(letterbox(image, network.image_size, cv2.INTER_LINEAR)) for image in batch]
         x = torch.from_numpy(np.stack(boxed)[:, None]).to(device)
         with torch.inference_mode(), requesting(backend):

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import argparse
+import datetime
+import math
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
 import torchvision
 
 from famseg.cli.train import main
+from famseg.files.errors import DataError
 from famseg.models import create_model
 from famseg.training.finetune import freeze, load_weights
 from tests.checkpoints import write_checkpoint
+from tests.test_models import published_mscan
 
 SHORT = ["--data", "phantom:6", "--image-size", "32", "--batch-size", "2", "--phases", "adamw:1", "--device", "cpu"]
 
@@ -85,6 +93,95 @@ def test_weights_that_cannot_be_used_are_one_line(content, message, tmp_path, ca
     error = capsys.readouterr().err.strip().splitlines()
     assert len(error) == 1 and "weights: " in error[0] and message in error[0]
     assert not out.exists()
+
+
+class Log:
+    """What programs keep beside the weights; pickled by its class and its attributes."""
+
+    def __init__(self):
+        self.losses, self.array = [np.float64(0.5)], np.arange(3.0)
+
+
+class Code:
+    def __reduce__(self):
+        return (pytest.fail, ("the file's code ran",))
+
+
+EXTRAS = {
+    "best": np.float64(0.9), "epoch": np.int64(3), "name": np.str_("x"), "curve": np.arange(4), "log": Log(),
+    "args": argparse.Namespace(folder=Path("runs"), rate=0.1), "when": datetime.datetime(2026, 1, 1),
+    "step": torch.ones(()),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "wrapped",
+    [
+        lambda states: states,
+        lambda states: {f"module.{name}": value for name, value in states.items()},
+        lambda states: {"state_dict": {f"module._orig_mod.model.{n}": value for n, value in states.items()}, **EXTRAS},
+        lambda states: {"model": {f"_orig_mod.{name}": value for name, value in states.items()}, **EXTRAS},
+        lambda states: {"network": {"model_state_dict": {f"net.{n}": value for n, value in states.items()}}},
+    ],
+)
+def test_a_state_dict_loads_out_of_what_programs_wrap_around_it(wrapped, tmp_path):
+    start, model = create_model("famseg_nano"), create_model("famseg_nano")
+    torch.save(wrapped(start.state_dict()), tmp_path / "weights.pth")
+    words = load_weights(model, tmp_path / "weights.pth")
+    assert words == f"487 tensors of the network from {tmp_path / 'weights.pth'}"
+    assert all(torch.equal(value, start.state_dict()[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("prefix", ["", "encoder.", "module.backbone."])
+def test_an_encoder_alone_loads_and_what_is_left_over_is_counted(prefix, tmp_path):
+    start, model = create_model("sc_unext"), create_model("sc_unext")
+    states = {f"{prefix}{name}": value for name, value in start.encoder.state_dict().items()}
+    torch.save({"state_dict": {**states, "decode_head.weight": torch.zeros(3)}}, tmp_path / "weights.pth")
+    words = load_weights(model, tmp_path / "weights.pth")
+    assert words.startswith(f"{len(states)} tensors of the encoder from") and words.endswith(
+        "; 1 others in it are not used"
+    )
+    assert all(torch.equal(v, start.encoder.state_dict()[name]) for name, v in model.encoder.state_dict().items())
+
+
+@pytest.mark.parametrize("prefix", ["", "backbone.", "module.encoder."])
+def test_published_strip_blocks_load_under_any_prefix(prefix, tmp_path):
+    model = create_model("famseg_nano")
+    torch.save({"state_dict": published_mscan(model, prefix=prefix), **EXTRAS}, tmp_path / "mscan.pth")
+    assert load_weights(model, tmp_path / "mscan.pth") == (
+        f"190 tensors of the strip blocks from {tmp_path / 'mscan.pth'}; 1 others in it are not used"
+    )
+    assert torch.all(model.encoder.stages[2][-1].layer_scale_1 == 0.01 * 4)
+
+
+def spoilt(change):
+    states = dict(create_model("famseg_nano").state_dict())
+    change(states)
+    return states
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({}, "holds no weights for this network"),
+        ([torch.zeros(2)], "holds no weights for this network"),
+        ({"model": Log()}, "holds no weights for this network"),
+        ({"layer1.weight": torch.zeros(3)}, r"block1\.0\..*got nothing"),
+        (
+            spoilt(lambda s: s.update({"classifier.bias": torch.zeros(4)})),
+            r"size mismatch for classifier.bias: .*\[4\]",
+        ),
+        (spoilt(lambda s: s.pop("classifier.bias")), 'Missing key.*"classifier.bias"'),
+        (spoilt(lambda s: s.update({"classifier.bias": torch.full((3,), math.nan)})), "classifier.bias is not finite"),
+        (spoilt(lambda s: s.update({"module.classifier.bias": torch.zeros(3)})), "classifier.bias is in it twice"),
+        ({"log": Code(), **spoilt(lambda s: None)}, "also holds .*, which only code could read; if you trust"),
+    ],
+)
+def test_nothing_to_load_or_no_fit_is_named(content, message, tmp_path):
+    torch.save(content, tmp_path / "weights.pth")
+    with pytest.raises(DataError, match=message) as caught:
+        load_weights(create_model("famseg_nano"), tmp_path / "weights.pth")
+    assert "\n" not in str(caught.value)
 
 
 def test_unext_starts_from_its_own_checkpoints_only(tmp_path, capsys):

@@ -66,6 +66,10 @@ def spoilt(kind: str, good: Path, folder: Path) -> Path:
         saved = torch.load(good, weights_only=True)
         saved["config"]["model"] = "famseg_tiny"
         torch.save(saved, path)
+    elif kind == "not finite":
+        saved = torch.load(good, weights_only=True)
+        saved["state_dict"]["model.classifier.bias"][1] = torch.nan
+        torch.save(saved, path)
     elif kind == "unknown model":
         saved = torch.load(good, weights_only=True)
         saved["config"]["model"] = "unet"
@@ -74,7 +78,8 @@ def spoilt(kind: str, good: Path, folder: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    "kind", ["missing", "cut", "empty", "text", "foreign", "code", "folder", "other network", "unknown model"]
+    "kind",
+    ["missing", "cut", "empty", "text", "foreign", "code", "folder", "other network", "unknown model", "not finite"],
 )
 def test_what_is_no_checkpoint_is_one_clear_line(kind: str, checkpoint: Path, tmp_path: Path) -> None:
     path = spoilt(kind, checkpoint, tmp_path)
@@ -108,6 +113,20 @@ def test_batch_size_and_backend_are_used(checkpoint: Path) -> None:
     with Calls():
         list(predict(load_network(checkpoint), [np.zeros((32, 32), np.uint8)] * 5, batch_size=3, backend="reference"))
     assert set(seen) == {(3, "reference"), (2, "reference")}
+
+
+@pytest.mark.parametrize(
+    ("image", "batch_size", "message"),
+    [
+        (np.zeros((8, 8), np.float32), 1, r"images: expected \(H, W\) uint8, got \(8, 8\) float32"),
+        (np.zeros((8, 8, 3), np.uint8), 1, r"images: expected"),
+        (np.zeros((0, 8), np.uint8), 1, r"images: expected"),
+        (np.zeros((8, 8), np.uint8), 0, "batch_size: expected at least 1, got 0"),
+    ],
+)
+def test_what_is_no_image_is_refused(image, batch_size, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        next(predict(Network(Bright(), {}, {}, 1, 32, Path("bright")), [image], batch_size=batch_size))
 
 
 def test_flips_make_the_result_mirror_with_the_image(checkpoint: Path) -> None:

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import codecs
+import datetime
+import pathlib
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from famseg.files.errors import DataError
 from famseg.inference import read_checkpoint, weights_of
@@ -46,33 +52,139 @@ def freeze(model: nn.Module, trainable: str) -> list[nn.Module]:
 
 
 def load_weights(model: nn.Module, path: str | Path) -> str:
-    """Start from weights in a file; returns what was loaded, in words.
+    """Start from weights in a file; returns what was loaded and what was not, in words.
 
-    Takes a checkpoint of famseg-train of the same network, or a published encoder saved by torch.save: MSCAN for a
-    FAMSeg's strip blocks, MobileNetV2 (torchvision) for U-Net.
+    Takes a checkpoint of famseg-train or the state dict of the same network, or a published encoder: MSCAN for a
+    FAMSeg's strip blocks, MobileNetV2 (torchvision) for U-Net; saved by torch.save, with what others wrap around it.
 
     Raises:
-        DataError: the file cannot be read or does not fit.
+        DataError: the file cannot be read, does not fit, or holds what is not finite.
     """
     path = Path(path)
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise DataError(f"weights: {path}: cannot be read ({error.strerror})") from error
-    except Exception as error:
-        reason = " ".join(str(error).split())[:80] or type(error).__name__
-        raise DataError(f"weights: {path}: holds no tensors saved by torch.save ({reason})") from error
+    content = _read(path)
     try:
         if isinstance(content, dict) and "loops" in content:
             model.load_state_dict(weights_of(read_checkpoint(path)))  # read again: with its checksums
             return f"all weights of {path}"
-        content = content.get("state_dict", content) if isinstance(content, dict) else {}
-        if isinstance(model, FAMSeg):
-            return f"{load_mscan(model, content)} tensors of the strip blocks from {path}"
-        if isinstance(model, UNetMobileNetV2):
-            return f"{model.load_encoder(content)} tensors of the encoder from {path}"
+        tensors = _tensors(content)
+        if bad := next((name for name, value in tensors.items() if not value.isfinite().all()), None):
+            raise ValueError(f"{bad} is not finite")
+        own = _named_as(model.state_dict(), tensors)
+        encoder = _named_as(model.get_submodule("encoder").state_dict(), tensors)
+        if len(own) > len(encoder):
+            model.load_state_dict(own)
+            return _report("the network", len(own), tensors, path)
+        if isinstance(model, UNetMobileNetV2) and tensors:
+            return _report("the encoder", model.load_encoder(encoder), tensors, path)
+        if encoder:
+            model.get_submodule("encoder").load_state_dict(encoder)
+            return _report("the encoder", len(encoder), tensors, path)
+        if isinstance(model, FAMSeg) and tensors:
+            return _report("the strip blocks", load_mscan(model, _named_as({}, tensors)), tensors, path)
     except (ValueError, RuntimeError) as error:
         # torch's first line only says that there was an error.
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         raise DataError(f"weights: {path} does not fit this network: {lines[:2][-1]}") from error
-    raise DataError(f"weights: {path}: this network starts from checkpoints of famseg-train only")
+    published = {FAMSeg: ", and from MSCAN", UNetMobileNetV2: ", and from MobileNetV2"}.get(type(model), " only")
+    raise DataError(
+        f"weights: {path}: holds no weights for this network, which starts from checkpoints of famseg-train{published}"
+    )
+
+
+def _report(what: str, loaded: int, tensors: Mapping[str, Tensor], path: Path) -> str:
+    unused = len(tensors) - loaded
+    return f"{loaded} tensors of {what} from {path}" + (f"; {unused} others in it are not used" if unused else "")
+
+
+def _read(path: Path) -> Any:
+    """The file's content: tensors, plain values, NumPy's, and an empty stand-in for every other object.
+
+    No code is run that the file names: objects are left out unread, and a file in which one is made by calling
+    something is refused, as that may be anything.
+    """
+    try:
+        others = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    except Exception:  # an older format, or no such file at all, which torch.load will say
+        others = []
+    allowed: list[Any] = [*_NUMPY, *_HARMLESS]
+    known = {f"{thing.__module__}.{thing.__qualname__}": thing for thing in (*_NUMPY, *_HARMLESS)}
+    for name in others:
+        unread = type("Unread", (_Unread,), {})  # one a name: the unpickler looks classes up
+        allowed.append((known.get(name.replace("numpy.core", "numpy._core"), unread), name))  # before NumPy 2
+    try:
+        with torch.serialization.safe_globals(allowed):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise DataError(f"weights: {path}: cannot be read ({error.strerror})") from error
+    except Exception as error:
+        if others:
+            raise DataError(
+                f"weights: {path}: also holds {', '.join(sorted(others)[:3])}, which only code could read; "
+                "if you trust the file, save its state dict alone by torch.save"
+            ) from error
+        reason = " ".join(str(error).split())[:80] or type(error).__name__
+        raise DataError(f"weights: {path}: holds no tensors saved by torch.save ({reason})") from error
+
+
+class _NoCalls(type):
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        raise TypeError("a stand-in makes nothing")
+
+
+class _Unread(metaclass=_NoCalls):
+    """Takes the place of an object of an unknown class; what the file says of it is dropped."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        return object.__new__(cls)
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+_NUMPY: tuple[Any, ...] = (
+    np.dtype,
+    np.ndarray,
+    np.float64(0).__reduce__()[0],  # the function that makes a scalar
+    np.zeros(1).__reduce__()[0],  # and the one that makes an array
+    *(type(np.dtype(kind)) for kind in np.typecodes["AllInteger"] + np.typecodes["AllFloat"] + "?SU"),
+    codecs.encode,
+)
+_HARMLESS = (pathlib.PosixPath, pathlib.WindowsPath, datetime.datetime, datetime.date, datetime.timedelta)
+
+_WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "network", "net", "params", "weights", "ema")
+_PREFIXES = ("model.", "network.", "net.", "backbone.", "encoder.")
+
+
+def _tensors(content: Any) -> dict[str, Tensor]:
+    """Name → tensor, out of the dicts that programs wrap around it, without what DataParallel and compile add."""
+
+    def inside(content: Mapping[Any, Any]) -> Any:
+        return next((content[name] for name in _WRAPPERS if isinstance(content.get(name), Mapping)), None)
+
+    while isinstance(content, Mapping) and (inner := inside(content)) is not None:
+        content = inner
+    found: dict[str, Tensor] = {}
+    for name, value in content.items() if isinstance(content, Mapping) else ():
+        if torch.is_tensor(value):
+            plain = ".".join(part for part in str(name).split(".") if part not in ("module", "_orig_mod"))
+            if plain in found:
+                raise ValueError(f"{plain} is in it twice, with and without a prefix")
+            found[plain] = value
+    return found
+
+
+def _named_as(wanted: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Those of `tensors` that are wanted by their names, or by what is left of these behind common prefixes.
+
+    Where nothing is wanted by name, all of them, without prefixes.
+    """
+    found: dict[str, Tensor] = {}
+    for given, value in tensors.items():
+        name = given
+        while name not in wanted and (prefix := next((p for p in _PREFIXES if name.startswith(p)), "")):
+            name = name.removeprefix(prefix)
+        if name in found:
+            raise ValueError(f"{name} is in it twice, under different prefixes")
+        if name in wanted or not wanted:
+            found[name] = value
+    return found
