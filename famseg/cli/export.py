@@ -8,8 +8,10 @@ written file is run at two sizes and compared with the network before the comman
 
 from __future__ import annotations
 
+import copy
 import importlib.metadata
 import importlib.util
+import itertools
 import json
 import logging
 import math
@@ -23,8 +25,10 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
+import torch._dynamo
+from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
+from torch.nn.utils import fuse_conv_bn_eval
 
 from famseg.cli.command import build_parser, parse, required, run
 from famseg.data.augment import MEAN, STD
@@ -110,23 +114,38 @@ def describe(network: Network) -> dict[str, Any]:
 
 
 def export_program(network: Network) -> ExportedProgram:
-    """The network with its custom ops replaced by their references: aten only; batch, height and width are free.
+    """The network as a graph in which batch, height and width are free, batch norms folded into convolutions.
 
-    The same network, traced once: the references are the ops' definitions, so nothing is rewritten by hand.
+    The ops of this library are in it: writing a file replaces them by their references, which are their definitions,
+    so nothing is rewritten by hand.
     """
     # No size of the example may be 1 or equal another, or the trace would take it for a constant or for that other one:
     # the deepest stage has 9 x 10 positions, more than one chunk of the scan.
     example = torch.zeros(2, 1, 9 * _MULTIPLE, 10 * _MULTIPLE)
     free = {0: Dim("batch", min=1), 2: _MULTIPLE * Dim("rows", min=2), 3: _MULTIPLE * Dim("columns", min=2)}
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _TRACING:
         warnings.simplefilter("ignore", FutureWarning)  # torch's own, about its pytrees
-        program = torch.export.export(network.model, (example,), dynamic_shapes=(free,))
-        return program.run_decompositions(decompositions())
+        return torch.export.export(_folded(network.model), (example,), dynamic_shapes=(free,))
+
+
+# Of symbolic shapes nearly every one is new to this cache, which then doubles the time of a trace.
+_TRACING = torch._dynamo.config.patch(fake_tensor_cache_enabled=False)
+
+
+def _folded(model: nn.Module) -> nn.Module:
+    """A copy of the model in which each convolution has taken in the batch norm that follows it: fewer nodes."""
+    model = copy.deepcopy(model).eval()
+    for sequence in (m for m in model.modules() if isinstance(m, nn.Sequential)):
+        for index, (first, second) in enumerate(itertools.pairwise(sequence)):
+            if isinstance(first, nn.Conv2d) and isinstance(second, nn.BatchNorm2d):
+                sequence[index] = fuse_conv_bn_eval(first, second)
+                sequence[index + 1] = nn.Identity()
+    return model
 
 
 def _write_onnx(program: ExportedProgram, metadata: dict[str, Any], path: Path) -> None:
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _TRACING:
         warnings.simplefilter("ignore")  # of torch.onnx and onnxscript, about each other's versions
         # Not optimised: rewriting in Python takes minutes, and onnxruntime folds and fuses as it loads a file.
         exported = torch.onnx.export(
@@ -149,6 +168,8 @@ def _load_onnx(path: Path) -> Callable[[Tensor], np.ndarray]:
 
 
 def _write_pt2(program: ExportedProgram, metadata: dict[str, Any], path: Path) -> None:
+    with _TRACING:
+        program = program.run_decompositions(decompositions())
     torch.export.save(program, str(path), extra_files={"famseg": json.dumps(metadata)})
 
 
