@@ -125,3 +125,10 @@ def test_an_image_without_any_class_says_so_and_does_not_fail(tmp_path: Path) ->
     empty = np.zeros((60, 60), np.uint8)
     plot_overlays([("empty", empty, empty, empty)], tmp_path / "overlays.png")
     assert len(cells(read(tmp_path / "overlays.png"))) == 3
+
+
+@pytest.mark.parametrize("name", ["$\\x$", "a$b_{", "\udcff\udcfe", "x\ny"])
+def test_any_file_name_can_stand_above_its_picture(name, tmp_path):
+    image = np.zeros((8, 8), np.uint8)
+    plot_overlays([(name, image, image, image)], tmp_path / "overlays.png")
+    assert (tmp_path / "overlays.png").stat().st_size

@@ -197,6 +197,7 @@ def plot_overlays(items: Iterable[OverlayItem], path: str | os.PathLike[str]) ->
                 color=_INK,
                 pad=3,
                 linespacing=1.25,
+                parse_math=False,  # a $ in a file's name is a $
             )
         bottom -= _GAP
     figure.legend(
@@ -243,6 +244,7 @@ def _unit(rgb: tuple[int, int, int]) -> tuple[float, float, float]:
 
 
 def _shortened(name: str, limit: int = 42) -> str:
+    name = name.encode("utf-8", "backslashreplace").decode()  # a file's name need not be UTF-8
     return name if len(name) <= limit else f"...{name[3 - limit :]}"
 
 
