@@ -145,11 +145,29 @@ def under_torchrun(rank: int, port: int, arguments: list[str]) -> None:
     raise SystemExit(main(arguments))
 
 
-def torchrun(arguments: list[str]) -> None:
+def spoilt_on_one(rank: int, port: int, arguments: list[str]) -> None:
+    """The second process alone has a loss that is not finite; both must end, and alike."""
+    from famseg.training.module import SegmentationModule
+
+    step = SegmentationModule.training_step
+    if rank == 1:
+        SegmentationModule.training_step = lambda *given: step(*given) * float("nan")
+    try:
+        under_torchrun(rank, port, arguments)
+    except SystemExit as stop:
+        raise SystemExit(int(stop.code != 3)) from None
+
+
+def torchrun(arguments: list[str], target=under_torchrun) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    run_both(under_torchrun, port, arguments)
+    run_both(target, port, arguments)
+
+
+def test_all_processes_stop_where_one_diverges(tmp_path):
+    torchrun([*RUN, "--phases", "sgd:1", "--batch-size", "2", "--out", str(tmp_path / "run")], spoilt_on_one)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["config.yaml"]
 
 
 def test_two_processes_of_torchrun_have_the_losses_of_one(one_process, tmp_path):

@@ -36,7 +36,7 @@ def parser() -> ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code: 0 done, 2 bad usage or input, 3 diverged, 130 interrupted, 1 anything else; all but 0 with one line."""
+    """Exit code: 0 done, 2 bad usage or input, 3 diverged, 130 interrupted, 1 anything else."""
     given = sys.argv[1:] if arguments is None else list(arguments)
     return run(PROG, lambda: _train(_parse(given)), "interrupted; --resume auto with the same --out continues")
 
