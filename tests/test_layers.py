@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrizations, prune
+from torch.utils.flop_counter import FlopCounterMode
 
 import famseg_kernels as fk
 from benchmarks.models import AttentionModule, CARAFEPack
@@ -193,6 +194,13 @@ def test_hooks_on_all_modules_see_the_children():
         handle.remove()
     assert seen == [layer.conv0, layer.conv0_1, layer.conv0_2, layer]
     torch.testing.assert_close(y, layer(torch.ones(1, 3, 5, 5)))
+
+
+def test_flop_counter_mode_counts_the_op():
+    layer, x = fk.StripConv2d(3), torch.randn(1, 3, 6, 5)
+    with FlopCounterMode(display=False) as counter:
+        layer(x)
+    assert counter.get_flop_counts()["Global"] == {torch.ops.famseg.strip_conv2d: 206 * x.numel()}
 
 
 def test_a_patch_of_all_convolutions_is_honoured(monkeypatch):

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
+from torch.nn.modules import module as torch_module
+from torch.utils.module_tracker import ModuleTracker
 
 from famseg_kernels.strip_conv.op import strip_conv2d
 
@@ -38,6 +39,16 @@ def unfusable(square: nn.Module | None, rows: Sequence[nn.Module], cols: Sequenc
         if reason := _departure(col, 1):
             return f"conv{i}_2 {reason}"
     return ""
+
+
+def _watched() -> bool:
+    """Whether there are hooks on all modules, other than those of FlopCounterMode, which counts the op itself."""
+    if not torch_module._has_any_global_hook():
+        return False
+    forward = (torch_module._global_forward_pre_hooks, torch_module._global_forward_hooks)
+    backward = (torch_module._global_backward_pre_hooks, torch_module._global_backward_hooks)
+    hooks = [hook for group in (*forward, *backward) for hook in group.values()]
+    return not all(isinstance(getattr(hook, "__self__", None), ModuleTracker) for hook in hooks)
 
 
 def _departure(conv: nn.Module, thin: int | None) -> str:
@@ -109,7 +120,7 @@ class StripConv2d(nn.Module):
         reason = unfusable(square, rows, cols)
         if reason and not torch.compiler.is_compiling():
             warnings.warn(f"{type(self).__name__}: {reason}; its convolutions run one by one, unfused", stacklevel=2)
-        if reason or _has_any_global_hook():
+        if reason or _watched():
             y = a = x if square is None else square(x)
             for row, col in zip(rows, cols, strict=True):
                 y = y + col(row(a))
