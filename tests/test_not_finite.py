@@ -6,6 +6,7 @@ is not read. Its results and gradients say where a value may be not finite; whet
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -284,3 +285,17 @@ def test_reaches_what_the_definition_gives_it(backend, case, source, fault):
             channel = (1, 2, 3) if weights else (0, 2, 3)
             wrong = ((found[name] & ~right.any(channel, True)) | (right & ~found[name])).nonzero().tolist()
         assert not wrong, f"{name}: {found[name].sum()} places instead of {right.sum()}, {wrong[:5]} among them"
+
+
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name in ("reference", "cpu")])
+def test_a_state_that_overflows_is_as_the_recurrence_says(backend):
+    """Finite arguments: the state is infinite from the second sequence's token on, to its end."""
+    packed = CASES["packed"]
+    arguments = {name: t.clone() for name, t in packed.arguments.items()}
+    arguments["x"][1, 14, 2, 1] = arguments["B"][1, 14, 1, 3] = 1e30
+    case = dataclasses.replace(packed, arguments=arguments)
+    right = outcome(case, case.definition, "", 0.0, torch.float32, "cpu")
+    with fk.use_backend(backend):
+        found = outcome(case, case.call, "", 0.0, torch.float32, "cpu")
+    assert right["y"][1, 14:29, 2, 1].all() and right["y"].sum() == 15
+    assert all(torch.equal(found[name], right[name]) for name in right)

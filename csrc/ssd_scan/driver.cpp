@@ -224,7 +224,13 @@ bool backward(Isa isa, const Problem& problem, const Gradients& gradients, int t
   }
   kernels.reduce_parameters(problem, gradients, sums);
 
-  return std::all_of(steps.begin(), steps.end(), [](double sum) { return std::isfinite(sum); });
+  const auto finite = [&](const void* gradient, int64_t count) {
+    return all_finite(problem, gradient, count, false, threads);
+  };
+  return std::all_of(steps.begin(), steps.end(), [](double sum) { return std::isfinite(sum); }) &&
+         finite(gradients.x, problem.elements()) && finite(gradients.z, problem.elements()) &&
+         finite(gradients.B, problem.matrix_elements()) &&
+         finite(gradients.C, problem.matrix_elements());
 }
 
 }  // namespace famseg::ssd_scan

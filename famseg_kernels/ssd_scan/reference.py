@@ -62,12 +62,13 @@ def _by_token(
     b, length, heads, headdim = x.shape
     B, C = (t.repeat_interleave(heads // t.shape[2], dim=2) for t in (B, C))
     state = x.new_zeros(b, heads, headdim, B.shape[3]) if initial is None else initial.clone()
-    found = torch.zeros(b, length, dtype=torch.bool, device=x.device) if resets is None else resets
+    if resets is None:
+        resets = torch.zeros(b, length, dtype=torch.bool, device=x.device)
     # What a reset does not read is replaced: in the backward, too, a product with zero would not stop a NaN.
-    decay = (dt.masked_fill(found[..., None], 0.0) * A.expand_as(dt).masked_fill(found[..., None], 0.0)).exp()
+    decay = (dt.masked_fill(resets[..., None], 0.0) * A.expand_as(dt).masked_fill(resets[..., None], 0.0)).exp()
     # Autograd keeps every token's state: of one stretch at a time.
     size = max(math.isqrt(length), 1)
-    stretches = zip(*(t.split(size, 1) for t in (decay, dt[..., None] * x, B, C, found)), strict=True)
+    stretches = zip(*(t.split(size, 1) for t in (decay, dt[..., None] * x, B, C, resets)), strict=True)
     outputs = [x.new_zeros(b, 0, heads, headdim)]
     for stretch in stretches:
         y, state = checkpoint(_stretch, state, *stretch, use_reentrant=False)
@@ -75,14 +76,14 @@ def _by_token(
     return torch.cat(outputs, 1), state
 
 
-def _stretch(state: Tensor, *tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """y of some tokens, and the state after them. tokens: decay, dt·x, B, C, and whether a zero replaces the state."""
-    outputs = []
-    for decay, x, B, C, reset in zip(*(t.unbind(1) for t in tokens), strict=True):
-        state = state.masked_fill(reset[:, None, None, None], 0.0)
-        state = decay[..., None, None] * state + x[..., None] * B[:, :, None]
-        outputs.append(torch.einsum("bhpn,bhn->bhp", state, C))
-    return torch.stack(outputs, 1), state
+def _stretch(state: Tensor, decay: Tensor, x: Tensor, B: Tensor, C: Tensor, resets: Tensor) -> tuple[Tensor, Tensor]:
+    """y of some tokens, and the state after them; x times dt."""
+    factors = decay[..., None, None], x[..., None], B[..., None, :], resets[..., None, None, None]
+    states = []
+    for decay, x, B, reset in zip(*(t.unbind(1) for t in factors), strict=True):
+        state = decay * state.masked_fill(reset, 0.0) + x * B
+        states.append(state)
+    return torch.einsum("bthpn,bthn->bthp", torch.stack(states, 1), C), state
 
 
 def _chunked(
