@@ -234,12 +234,12 @@ def _scan_2d(
     directions = dt.shape[3]
     x, dt, A, B, C, D, dt_bias = _wide(x, dt, A, B, C, D, dt_bias)
     step = step_size(dt, dt_bias, dt_softplus, dt_min, dt_max)
-    sequences = []
-    for image in (x[:, :, :, None].expand(-1, -1, -1, directions, -1, -1), step[..., None], B, C):
-        image = image.expand(-1, -1, -1, directions, -1, -1)
-        parts = [_unroll(image.select(3, k), k) for k in range(directions)]
-        sequences.append(torch.stack(parts, 2).flatten(2, 3))
-    px, pdt, pB, pC = sequences
+    # All that a pixel has in one row, so that a direction is unrolled once: a trace has few nodes.
+    images = [t.expand(-1, -1, -1, directions, -1, -1) for t in (x[:, :, :, None], step[..., None], B, C)]
+    pixels = torch.cat([t.flatten(4) for t in images], -1)
+    sequence = torch.stack([_unroll(pixels.select(3, k), k) for k in range(directions)], 2)
+    parts = sequence.split([t.shape[4] * t.shape[5] for t in images], -1)
+    px, pdt, pB, pC = (p.unflatten(-1, t.shape[4:]).flatten(2, 3) for p, t in zip(parts, images, strict=True))
     y, _ = form(px, pdt[..., 0], A.flatten(), pB, pC, None, None, chunk_size)
     y = y.view(n, h * w, directions, heads, headdim)
     total = torch.zeros_like(x)
