@@ -38,6 +38,8 @@ def data(name: str, value: Any, dims: int) -> None:
 
 def items(name: str, value: Any) -> list[Any]:
     """`value`, a list of tensors or anything that gives them one by one (but for one tensor: that gives its rows)."""
+    if isinstance(value, (list, tuple)):  # first: to ask for an abstract class takes a microsecond
+        return list(value)
     if isinstance(value, Tensor) or not isinstance(value, Iterable):
         raise TypeError(f"{name}: expected a list of tensors, got {type(value).__name__}")
     return list(value)

@@ -19,7 +19,7 @@ import importlib
 import itertools
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -457,14 +457,12 @@ def _check_finite(results: Tensor | Sequence[Tensor | None]) -> None:
             raise NotFinite
 
 
-@contextmanager
-def _plain_arithmetic(device_type: str) -> Iterator[None]:
+_NO_CHANGE = nullcontext()
+
+
+def _plain_arithmetic(device_type: str) -> AbstractContextManager[Any]:
     """Inside a kernel autocast is over: the op has cast its data already, the rest must keep its precision."""
-    if torch.is_autocast_enabled(device_type):
-        with torch.autocast(device_type, enabled=False):
-            yield
-    else:
-        yield
+    return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else _NO_CHANGE
 
 
 @contextmanager

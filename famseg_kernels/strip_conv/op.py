@@ -52,7 +52,7 @@ def strip_conv2d(
     of_rows = [None] * len(rows) if row_biases is None else checks.items("row_biases", row_biases)
     of_cols = [None] * len(cols) if col_biases is None else checks.items("col_biases", col_biases)
     args = (x, square_weight, square_bias, rows, of_rows, cols, of_cols)
-    flat = OPERATION.flatten(args)
+    flat = (x, square_weight, square_bias, *rows, *of_rows, *cols, *of_cols)
     if has_torch_function(flat):
         return handle_torch_function(strip_conv2d, flat, *args)
     if isinstance(x, Tensor) and (dtype := autocast_dtype(x)) is not None:

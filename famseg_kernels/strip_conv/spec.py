@@ -53,8 +53,9 @@ def check(
 
 def packed(biases: Sequence[Tensor | None], x: Tensor) -> list[Tensor]:
     """The biases of a side as the schema has them: one a branch, or none. torch.jit cannot trace a Tensor?[]."""
-    if all(bias is None for bias in biases):
-        return []
+    given = [bias for bias in biases if bias is not None]
+    if not given or len(given) == len(biases):
+        return given
     return [x.new_zeros(x.shape[1]) if bias is None else bias for bias in biases]
 
 
