@@ -38,7 +38,8 @@ def claimed(path: Path, remedy: str = "choose another --out", *, fresh: bool = T
         raise DataError(f"out: {path} cannot be written to ({error.strerror}); choose another --out") from error
     if lock is None:
         raise DataError(
-            f"out: another run is at work in {path} (it holds {_LOCK} there); choose another --out, or wait until it ends"
+            f"out: another run is at work in {path} (it holds {_LOCK} there); "
+            "choose another --out, or wait until it ends"
         )
     try:
         if fresh and any(entry.name != _LOCK for entry in path.iterdir()):
