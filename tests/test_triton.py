@@ -69,7 +69,7 @@ def test_the_contract_holds_in_the_interpreter(name):
 def strip_over_several_frames(rand):
     """Higher than a frame of either configuration below, so that halos are at work, wider than a segment of one."""
     rows, cols = [rand(2, 1, 1, 5), rand(2, 1, 1, 3)], [rand(2, 1, 9, 1), rand(2, 1, 3, 1)]
-    biases = [rand(2), None]
+    biases = [rand(2), rand(2)]
     return rand(1, 2, 65, 20), rand(2, 1, 3, 3), rand(2), rows, biases, cols, biases
 
 
