@@ -80,40 +80,18 @@ def _softmax(logits, wanted, valid, area, K: tl.constexpr, K_PADDED: tl.constexp
 
 
 @triton.jit
-def _add_product(result, spoilt, tile, band, in_band, DOT: tl.constexpr, APART: tl.constexpr):
-    """result + tile · band; APART: what is not finite in the tile is left out, and counted where the band has it."""
-    if APART:
-        finite = tl.abs(tile.to(tl.float32)) < float("inf")
-        spoilt = tl.dot(tl.where(finite, 0.0, 1.0).to(DOT), in_band.to(DOT), spoilt, input_precision="tf32")
-        tile = tl.where(finite, tile, 0.0)
-    return tl.dot(tile.to(DOT), band.to(DOT), result, input_precision="tf32x3"), spoilt
+def _finite(tile, run):
+    """The tile, in the second run without what is not finite."""
+    if run > 0:
+        tile = tl.where(tl.abs(tile.to(tl.float32)) < float("inf"), tile, 0.0)
+    return tile
 
 
 @triton.jit
-def _any_not_finite(result):
-    """Whether the zeros of a band may have made NaN of what is not finite in a tile."""
-    return tl.sum(tl.sum(result * 0.0, 1), 0) != 0.0  # of a NaN it is one
-
-
-@triton.jit
-def _gathered(
-    x, taps, maximum, scale, i, column, height, width, area, x_h, in_group, wanted, in_band, kx_clipped,
-    K: tl.constexpr, SOFTMAX: tl.constexpr, C_BLOCK: tl.constexpr, SIZE: tl.constexpr, DOT: tl.constexpr,
-    APART: tl.constexpr,
-):  # fmt: skip
-    """The results [C_BLOCK, SIZE] that image row i makes."""
-    result = tl.zeros([C_BLOCK, SIZE], tl.float32)
-    spoilt = result
-    for ky in range(K):
-        weight = tl.load(taps + ky * K * area, mask=wanted, other=0.0).to(tl.float32)
-        if SOFTMAX:
-            weight = tl.exp(weight - maximum[None, :]) * scale[None, :]
-        band = tl.where(in_band, tl.gather(weight, kx_clipped, 0), 0.0)
-        line = i + ky - K // 2
-        inside = (column >= 0) & (column < _columns(line, height, width))
-        tile = tl.load(x + line.to(tl.int64) * x_h, mask=in_group[:, None] & inside[None, :], other=0.0)
-        result, spoilt = _add_product(result, spoilt, tile, band, in_band, DOT, APART)
-    return tl.where(spoilt > 0.0, float("nan"), result) if APART else result
+def _runs(result, runs):
+    """2 where the result is not finite: the zeros of a band make NaN of what is not finite in a tile, too far away. So
+    all is done again without that, which then is added where the definition has it, times 0."""
+    return tl.where(tl.sum(tl.sum(result * 0.0, 1), 0) == 0.0, runs, 2)
 
 
 @triton.jit
@@ -174,7 +152,7 @@ def _forward(
     in_group = channel < channels
     # A tile's channels lie up to C · H · W elements apart: 64 bits.
     channel = (group * channels + channel).to(tl.int64)
-    x += n.to(tl.int64) * x_n + channel[:, None] * x_c + column.to(tl.int64)[None, :] * x_w
+    x += n.to(tl.int64) * x_n + channel[:, None] * x_c
     y += n.to(tl.int64) * y_n + channel[:, None] * y_c + ((first + j) * S + dx).to(tl.int64)[None, :] * y_w
     for row in range(ROWS):
         i = top + row
@@ -183,48 +161,29 @@ def _forward(
         taps = weights + kx[:, None] * area + _weight_offsets(i, first + j, dy, dx, height, width, S, SOFTMAX)[None, :]
         if SOFTMAX:
             maximum, scale = _softmax(taps, wanted, valid, area, K, K_PADDED, D * B * E)
-        else:
-            maximum, scale = 0.0, 1.0
-        result = _gathered(
-            x, taps, maximum, scale, i, column, height, width, area, x_h, in_group, wanted, in_band, kx_clipped,
-            K, SOFTMAX, C_BLOCK, D * B * E, DOT, APART=False,
-        )  # fmt: skip
-        if _any_not_finite(result):
-            result = _gathered(
-                x, taps, maximum, scale, i, column, height, width, area, x_h, in_group, wanted, in_band, kx_clipped,
-                K, SOFTMAX, C_BLOCK, D * B * E, DOT, APART=True,
-            )  # fmt: skip
+        result = tl.zeros([C_BLOCK, D * B * E], tl.float32)
+        run, runs = 0, 1
+        while run < runs:
+            result = tl.zeros([C_BLOCK, D * B * E], tl.float32)
+            for ky in range(K):
+                weight = tl.load(taps + ky * K * area, mask=wanted, other=0.0).to(tl.float32)
+                if SOFTMAX:
+                    weight = tl.exp(weight - maximum[None, :]) * scale[None, :]
+                band = tl.where(in_band, tl.gather(weight, kx_clipped, 0), 0.0)
+                line = i + ky - K // 2
+                inside = (column >= 0) & (column < _columns(line, height, width))
+                place_x = line.to(tl.int64) * x_h + column.to(tl.int64)[None, :] * x_w
+                tile = _finite(tl.load(x + place_x, mask=in_group[:, None] & inside[None, :], other=0.0), run)
+                result = tl.dot(tile.to(DOT), band.to(DOT), result, input_precision="tf32x3")
+            run += 1
+            runs = _runs(result, runs)
+        if runs > 1:
+            for tap in range(K * K):
+                line, near = i + tap // K - K // 2, first + j + tap % K - K // 2
+                inside = (near >= 0) & (near < _columns(line, height, width))
+                place_x = line.to(tl.int64) * x_h + near.to(tl.int64)[None, :] * x_w
+                result += tl.load(x + place_x, mask=in_group[:, None] & inside[None, :], other=0.0).to(tl.float32) * 0.0
         tl.store(y + (i * S + dy).to(tl.int64)[None, :] * y_h, result, mask=in_group[:, None] & valid[None, :])
-
-
-@triton.jit
-def _scattered(
-    dy_tensor, weights, softmax, row, j, dx, height, width, area, g_h, in_group, in_window, in_band, kx_clipped,
-    K: tl.constexpr, K_PADDED: tl.constexpr, S: tl.constexpr, SOFTMAX: tl.constexpr, C_BLOCK: tl.constexpr,
-    B: tl.constexpr, DOT: tl.constexpr, APART: tl.constexpr,
-):  # fmt: skip
-    """dx [C_BLOCK, B] of image row `row`."""
-    result = tl.zeros([C_BLOCK, B], tl.float32)
-    spoilt = result
-    kx = tl.arange(0, K_PADDED)
-    for step in range(K * S):
-        ky = step // S
-        dy = step % S
-        i = row + K // 2 - ky
-        valid = in_window & (j < _columns(i, height, width))
-        offset = _weight_offsets(i, j, dy, dx, height, width, S, SOFTMAX)
-        if SOFTMAX:
-            maximum = tl.load(softmax + offset, mask=valid, other=0.0)
-            scale = tl.load(softmax + area + offset, mask=valid, other=0.0)
-        wanted = valid[:, None] & (kx < K)[None, :]
-        taps = offset[:, None] + (ky * K + kx)[None, :] * area
-        weight = tl.load(weights + taps, mask=wanted, other=0.0).to(tl.float32)
-        if SOFTMAX:
-            weight = tl.exp(weight - maximum[:, None]) * scale[:, None]
-        band = tl.where(in_band, tl.gather(weight, kx_clipped, 1), 0.0)
-        tile = tl.load(dy_tensor + (i * S + dy).to(tl.int64) * g_h, mask=in_group[:, None] & valid[None, :], other=0.0)
-        result, spoilt = _add_product(result, spoilt, tile, band, in_band, DOT, APART)
-    return tl.where(spoilt > 0.0, float("nan"), result) if APART else result
 
 
 @triton.jit
@@ -277,24 +236,48 @@ def _source_gradient(
     dx = place % E
     j = first - (WINDOW - B) // 2 + place // E
     block = tl.arange(0, B)
+    kx = tl.arange(0, K_PADDED)
     kx_of = first + block[None, :] - j[:, None] + K // 2  # the tap that takes a block's column to a result's place
     in_band = (kx_of >= 0) & (kx_of < K)
     kx_clipped = tl.where(in_band, kx_of, 0)
     in_window = (dx < S) & (j >= 0)
     in_group = channel < channels
     channel = (group * channels + channel).to(tl.int64)
-    dy_tensor += n.to(tl.int64) * g_n + channel[:, None] * g_c + (j * S + dx).to(tl.int64)[None, :] * g_w
+    dy_tensor += n.to(tl.int64) * g_n + channel[:, None] * g_c
     dx_tensor += n.to(tl.int64) * x_n + channel[:, None] * x_c + (first + block).to(tl.int64)[None, :] * x_w
     for row in range(ROWS):
-        result = _scattered(
-            dy_tensor, weights, softmax, top + row, j, dx, height, width, area, g_h, in_group, in_window, in_band,
-            kx_clipped, K, K_PADDED, S, SOFTMAX, C_BLOCK, B, DOT, APART=False,
-        )  # fmt: skip
-        if _any_not_finite(result):
-            result = _scattered(
-                dy_tensor, weights, softmax, top + row, j, dx, height, width, area, g_h, in_group, in_window, in_band,
-                kx_clipped, K, K_PADDED, S, SOFTMAX, C_BLOCK, B, DOT, APART=True,
-            )  # fmt: skip
+        result = tl.zeros([C_BLOCK, B], tl.float32)
+        run, runs = 0, 1
+        while run < runs:
+            result = tl.zeros([C_BLOCK, B], tl.float32)
+            for step in range(K * S):
+                ky = step // S
+                dy = step % S
+                i = top + row + K // 2 - ky
+                valid = in_window & (j < _columns(i, height, width))
+                offset = _weight_offsets(i, j, dy, dx, height, width, S, SOFTMAX)
+                if SOFTMAX:
+                    maximum = tl.load(softmax + offset, mask=valid, other=0.0)
+                    scale = tl.load(softmax + area + offset, mask=valid, other=0.0)
+                wanted = valid[:, None] & (kx < K)[None, :]
+                taps = offset[:, None] + (ky * K + kx)[None, :] * area
+                weight = tl.load(weights + taps, mask=wanted, other=0.0).to(tl.float32)
+                if SOFTMAX:
+                    weight = tl.exp(weight - maximum[:, None]) * scale[:, None]
+                band = tl.where(in_band, tl.gather(weight, kx_clipped, 1), 0.0)
+                place_g = (i * S + dy).to(tl.int64) * g_h + (j * S + dx).to(tl.int64)[None, :] * g_w
+                tile = _finite(tl.load(dy_tensor + place_g, mask=in_group[:, None] & valid[None, :], other=0.0), run)
+                result = tl.dot(tile.to(DOT), band.to(DOT), result, input_precision="tf32x3")
+            run += 1
+            runs = _runs(result, runs)
+        if runs > 1:
+            for step in range(K * K * S * S):
+                tap, part = step // (S * S), step % (S * S)
+                line, near = top + row + K // 2 - tap // K, first + block + K // 2 - tap % K
+                inside = (near >= 0) & (near < _columns(line, height, width))
+                place_g = (line * S + part // S).to(tl.int64) * g_h + (near * S + part % S).to(tl.int64)[None, :] * g_w
+                tile = tl.load(dy_tensor + place_g, mask=in_group[:, None] & inside[None, :], other=0.0)
+                result += tile.to(tl.float32) * 0.0
         inside = first + block < _columns(top + row, height, width)
         tl.store(dx_tensor + (top + row).to(tl.int64) * x_h, result, mask=in_group[:, None] & inside[None, :])
 

@@ -22,8 +22,10 @@ instructions, at or below the FMA bound; the gradient of x is two such launches.
 products that keep 22 bits of each factor, and is bound by tensor cores: Triton's own fp32 dot runs on FMA units, where
 496 instead of 103 multiply–adds could not win. Plain TF32 is never used. No GPU has run this yet.
 
-A product with a band multiplies zeros too: an infinity or NaN in x spreads as NaN over its tile and not only over
-the kernels' reach. Intermediate `a` and row results are rounded to x's dtype, as tensor cores take them; sums are fp32.
+A product with a band multiplies zeros too, which makes NaN of what is not finite in x beyond the kernels' reach: where
+that shows, a program leaves it out and puts it in its places by itself. Gradients of weights have no such places: what
+is not finite in a channel may spoil all of that channel's, but none of another's. Intermediate `a` and row results are
+rounded to x's dtype, as tensor cores take them; sums are fp32.
 """
 
 from __future__ import annotations
@@ -82,6 +84,93 @@ def _place(tiles, segments, channels):
 
 
 @triton.jit
+def _finite(tile, run):
+    """The tile, in the second run without what is not finite."""
+    if run > 0:
+        tile = tl.where(tl.abs(tile.to(tl.float32)) < float("inf"), tile, 0.0)
+    return tile
+
+
+@triton.jit
+def _spoil(
+    x, y, row, mine, segment, height, width, TALL: tl.constexpr, WIDE: tl.constexpr, F: tl.constexpr, B: tl.constexpr,
+    STEPS: tl.constexpr,
+):  # fmt: skip
+    """NaN into this program's pixels of y with something not finite in x at most TALL rows and WIDE columns away."""
+    for step in range(STEPS):
+        col = (segment * STEPS + step) * B + tl.arange(0, B)
+        reached = tl.zeros([F, B], tl.float32)
+        for down in range(-TALL, TALL + 1):
+            for right in range(-WIDE, WIDE + 1):
+                reached += _tile(x, row + down, col + right, height, width, width, 1).to(tl.float32) * 0.0
+        place = y + row.to(tl.int64)[:, None] * width + col[None, :]
+        tl.store(place, reached, mask=mine[:, None] & (col < width)[None, :] & (reached != 0.0))  # of a NaN it is true
+
+
+@triton.jit
+def _run(
+    x, y, square, square_bias, square_bands, row_bands, row_biases, col_bands, col_biases, channel, row, mine, segment,
+    height, width, run, SQUARE: tl.constexpr, ROWS: tl.constexpr, FLIP: tl.constexpr, F: tl.constexpr, B: tl.constexpr,
+    WINDOW: tl.constexpr, STEPS: tl.constexpr, HOISTED: tl.constexpr, DOT: tl.constexpr,
+):  # fmt: skip
+    """All of a program's blocks. NaN if something is not finite, else 0."""
+    inside_rows = (row >= 0) & (row < height)
+    PAD: tl.constexpr = (WINDOW - B) // 2
+    REACH: tl.constexpr = 1 if len(ROWS) > 0 else 0  # blocks of `a` needed on either side
+    before = tl.zeros([F, B], DOT)
+    here = tl.zeros([F, B], tl.float32)
+    seen = tl.zeros([F, B], tl.float32)
+    for step in range(STEPS + 2 * REACH):
+        first = (segment * STEPS + step - REACH) * B
+        col = first + tl.arange(0, B)
+        if SQUARE == 0:
+            ahead = _tile(x, row, col, height, width, width, 1).to(tl.float32)
+            seen += ahead * 0.0
+            ahead = tl.where(tl.abs(ahead) < float("inf"), ahead, 0.0)
+        else:
+            ahead = tl.zeros([F, B], tl.float32)
+            window = first - PAD + tl.arange(0, WINDOW)
+            if HOISTED:
+                for dy in tl.static_range(SQUARE):
+                    shifted = _finite(_tile(x, row + (dy - SQUARE // 2), window, height, width, width, 1), run)
+                    ahead = tl.dot(shifted.to(DOT), square_bands[dy], ahead, input_precision="tf32x3")
+            else:
+                for dy in range(SQUARE):
+                    kernel_row = square + (channel * SQUARE + ((SQUARE - 1 - dy) if FLIP else dy)) * SQUARE
+                    band = _window_band(kernel_row, -PAD, SQUARE, WINDOW, B, FLIP, DOT)
+                    shifted = _finite(_tile(x, row + (dy - SQUARE // 2), window, height, width, width, 1), run)
+                    ahead = tl.dot(shifted.to(DOT), band, ahead, input_precision="tf32x3")
+            if square_bias is not None:
+                ahead += tl.load(square_bias + channel).to(tl.float32)
+            ahead = tl.where(inside_rows[:, None] & ((col >= 0) & (col < width))[None, :], ahead, 0.0)
+        if step >= 2 * REACH:
+            if REACH == 0:
+                result = ahead
+                out = col
+            else:
+                result = here
+                out = col - B
+                inside = inside_rows[:, None] & (out < width)[None, :]
+                for i in tl.static_range(len(ROWS)):
+                    strip = tl.dot(before, row_bands[3 * i], input_precision="tf32x3")
+                    strip = tl.dot(here.to(DOT), row_bands[3 * i + 1], strip, input_precision="tf32x3")
+                    strip = tl.dot(ahead.to(DOT), row_bands[3 * i + 2], strip, input_precision="tf32x3")
+                    if row_biases[i] is not None:
+                        strip += tl.load(row_biases[i] + channel).to(tl.float32)
+                    strip = tl.where(inside, strip, 0.0).to(DOT)
+                    result = tl.dot(col_bands[i], strip, result, input_precision="tf32x3")
+                    if col_biases[i] is not None:
+                        result += tl.load(col_biases[i] + channel).to(tl.float32)
+            if SQUARE > 0:
+                seen += result * 0.0
+            offsets = row.to(tl.int64)[:, None] * width + out[None, :]
+            tl.store(y + offsets, result, mask=mine[:, None] & (out < width)[None, :])
+        before = here.to(DOT)
+        here = ahead
+    return tl.sum(tl.sum(seen, 1), 0)
+
+
+@triton.jit
 def _strips(
     x,
     y,
@@ -113,7 +202,6 @@ def _strips(
     y += plane.to(tl.int64) * height * width
     row = tile * (F - 2 * HALO) - HALO + tl.arange(0, F)
     mine = (tl.arange(0, F) >= HALO) & (tl.arange(0, F) < F - HALO) & (row < height)
-    inside_rows = (row >= 0) & (row < height)
     PAD: tl.constexpr = (WINDOW - B) // 2
 
     # Bands that stay the same for all blocks; Triton does not hoist their loads out of the loop by itself.
@@ -128,52 +216,34 @@ def _strips(
             row_bands += (_window_band(rows[i] + channel * ROWS[i], block * B, ROWS[i], B, B, FLIP, DOT),)
         col_bands += (_dense_band(cols[i] + channel * COLS[i], COLS[i], F, FLIP, DOT),)
 
-    REACH: tl.constexpr = 1 if len(ROWS) > 0 else 0  # blocks of `a` needed on either side
-    before = tl.zeros([F, B], DOT)
-    here = tl.zeros([F, B], tl.float32)
-    for step in range(STEPS + 2 * REACH):
-        first = (segment * STEPS + step - REACH) * B
-        col = first + tl.arange(0, B)
-        if SQUARE == 0:
-            ahead = _tile(x, row, col, height, width, width, 1).to(tl.float32)
-        else:
-            ahead = tl.zeros([F, B], tl.float32)
-            window = first - PAD + tl.arange(0, WINDOW)
-            if HOISTED:
-                for dy in tl.static_range(SQUARE):
-                    shifted = _tile(x, row + (dy - SQUARE // 2), window, height, width, width, 1).to(DOT)
-                    ahead = tl.dot(shifted, square_bands[dy], ahead, input_precision="tf32x3")
-            else:
-                for dy in range(SQUARE):
-                    kernel_row = square + (channel * SQUARE + ((SQUARE - 1 - dy) if FLIP else dy)) * SQUARE
-                    band = _window_band(kernel_row, -PAD, SQUARE, WINDOW, B, FLIP, DOT)
-                    shifted = _tile(x, row + (dy - SQUARE // 2), window, height, width, width, 1).to(DOT)
-                    ahead = tl.dot(shifted, band, ahead, input_precision="tf32x3")
-            if square_bias is not None:
-                ahead += tl.load(square_bias + channel).to(tl.float32)
-            ahead = tl.where(inside_rows[:, None] & ((col >= 0) & (col < width))[None, :], ahead, 0.0)
-        if step >= 2 * REACH:
-            if REACH == 0:
-                result = ahead
-                out = col
-            else:
-                result = here
-                out = col - B
-                inside = inside_rows[:, None] & (out < width)[None, :]
-                for i in tl.static_range(len(ROWS)):
-                    strip = tl.dot(before, row_bands[3 * i], input_precision="tf32x3")
-                    strip = tl.dot(here.to(DOT), row_bands[3 * i + 1], strip, input_precision="tf32x3")
-                    strip = tl.dot(ahead.to(DOT), row_bands[3 * i + 2], strip, input_precision="tf32x3")
-                    if row_biases[i] is not None:
-                        strip += tl.load(row_biases[i] + channel).to(tl.float32)
-                    strip = tl.where(inside, strip, 0.0).to(DOT)
-                    result = tl.dot(col_bands[i], strip, result, input_precision="tf32x3")
-                    if col_biases[i] is not None:
-                        result += tl.load(col_biases[i] + channel).to(tl.float32)
-            offsets = row.to(tl.int64)[:, None] * width + out[None, :]
-            tl.store(y + offsets, result, mask=mine[:, None] & (out < width)[None, :])
-        before = here.to(DOT)
-        here = ahead
+    # The zeros of a band make NaN of what is not finite, so that is left out and put in its places at the end. A square
+    # stage loads an element many times: it leaves that out in a second run, for which only a NaN in the result asks.
+    run, runs = 0, 1
+    if SQUARE == 0:
+        seen = _run(
+            x, y, square, square_bias, square_bands, row_bands, row_biases, col_bands, col_biases, channel, row, mine,
+            segment, height, width, run, SQUARE, ROWS, FLIP, F, B, WINDOW, STEPS, HOISTED, DOT,
+        )  # fmt: skip
+        runs = tl.where(seen == 0.0, 1, 2)
+    else:
+        while run < runs:
+            seen = _run(
+                x, y, square, square_bias, square_bands, row_bands, row_biases, col_bands, col_biases, channel, row,
+                mine, segment, height, width, run, SQUARE, ROWS, FLIP, F, B, WINDOW, STEPS, HOISTED, DOT,
+            )  # fmt: skip
+            runs = tl.where(seen == 0.0, runs, 2)
+            run += 1
+    if runs > 1:
+        tl.debug_barrier()  # what is written next, another thread may have written
+        # Of each branch all that is as near as its kernels together reach: where the stages' zero padding cuts one way
+        # from pixel to pixel off, there is another one inside the image.
+        if len(ROWS) == 0:
+            _spoil(x, y, row, mine, segment, height, width, SQUARE // 2, SQUARE // 2, F, B, STEPS)
+        for i in tl.static_range(len(ROWS)):
+            _spoil(
+                x, y, row, mine, segment, height, width, SQUARE // 2 + COLS[i] // 2, SQUARE // 2 + ROWS[i] // 2, F, B,
+                STEPS,
+            )  # fmt: skip
 
 
 @triton.jit
