@@ -102,7 +102,7 @@ int64_t ssd_scan_2d(const int64_t* sizes, const uint64_t* addresses) {
   problem.B = at(addresses[3]);
   problem.C = at(addresses[4]);
   multiplications = 0;
-  famseg::ssd_scan::forward(Isa::baseline, problem, {at(addresses[5]), nullptr}, 1);
+  (void)famseg::ssd_scan::forward(Isa::baseline, problem, {at(addresses[5]), nullptr}, 1);
   return multiplications;
 }
 
