@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from famseg_kernels.strip_conv.spec import unpacked
+
 
 @dataclass(frozen=True)
 class Peer:
@@ -78,8 +80,8 @@ def _depthwise_cudnn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def _strips(depthwise, x, square, square_bias, rows, row_biases, cols, col_biases):  # type: ignore[no-untyped-def]
     a = depthwise(x, square, square_bias)
     y = a
-    row_biases, col_biases = row_biases or [None] * len(rows), col_biases or [None] * len(cols)
-    for row, row_bias, col, col_bias in zip(rows, row_biases, cols, col_biases, strict=True):
+    sides = (rows, unpacked(row_biases, rows), cols, unpacked(col_biases, cols))
+    for row, row_bias, col, col_bias in zip(*sides, strict=True):
         y = y + depthwise(depthwise(a, row, row_bias), col, col_bias)
     return y
 

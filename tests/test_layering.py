@@ -11,6 +11,7 @@ ROOT = Path(__file__).parent.parent
 BASE = (
     "famseg_kernels.checks",
     "famseg_kernels.backends",
+    "famseg_kernels.finite",
     "famseg_kernels.launch",
     "famseg_kernels.registry",
     "famseg_kernels.tolerance",

@@ -45,7 +45,7 @@ class Call:
 
     def __init__(self, name: str) -> None:
         self.operation = OPERATIONS[name]
-        case = next((c for c in self.operation.spec.cases if c.name == CASES[name]), self.operation.spec.cases[0])
+        case = next(case for case in self.operation.spec.cases if case.name == CASES[name])
         self.args = case.arguments(torch.float64)
         self.flat = self.operation.flatten(self.args)
         self.places = [i for i, t in enumerate(self.flat) if t is not None and t.is_floating_point()]

@@ -19,13 +19,13 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-import torch._dynamo
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.nn.utils import fuse_conv_bn_eval
@@ -123,13 +123,16 @@ def export_program(network: Network) -> ExportedProgram:
     # the deepest stage has 9 x 10 positions, more than one chunk of the scan.
     example = torch.zeros(2, 1, 9 * _MULTIPLE, 10 * _MULTIPLE)
     free = {0: Dim("batch", min=1), 2: _MULTIPLE * Dim("rows", min=2), 3: _MULTIPLE * Dim("columns", min=2)}
-    with warnings.catch_warnings(), _TRACING:
+    with warnings.catch_warnings(), _tracing():
         warnings.simplefilter("ignore", FutureWarning)  # torch's own, about its pytrees
         return torch.export.export(_folded(network.model), (example,), dynamic_shapes=(free,))
 
 
-# Of symbolic shapes nearly every one is new to this cache, which then doubles the time of a trace.
-_TRACING = torch._dynamo.config.patch(fake_tensor_cache_enabled=False)
+def _tracing() -> AbstractContextManager[Any]:
+    """Without a cache to which nearly every symbolic shape is new: it doubles the time of a trace."""
+    import torch._dynamo  # takes more than a second: not for --help
+
+    return torch._dynamo.config.patch(fake_tensor_cache_enabled=False)
 
 
 def _folded(model: nn.Module) -> nn.Module:
@@ -145,7 +148,7 @@ def _folded(model: nn.Module) -> nn.Module:
 
 def _write_onnx(program: ExportedProgram, metadata: dict[str, Any], path: Path) -> None:
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    with warnings.catch_warnings(), _TRACING:
+    with warnings.catch_warnings(), _tracing():
         warnings.simplefilter("ignore")  # of torch.onnx and onnxscript, about each other's versions
         # Not optimised: rewriting in Python takes minutes, and onnxruntime folds and fuses as it loads a file.
         exported = torch.onnx.export(
@@ -168,7 +171,7 @@ def _load_onnx(path: Path) -> Callable[[Tensor], np.ndarray]:
 
 
 def _write_pt2(program: ExportedProgram, metadata: dict[str, Any], path: Path) -> None:
-    with _TRACING:
+    with _tracing():
         program = program.run_decompositions(decompositions())
     torch.export.save(program, str(path), extra_files={"famseg": json.dumps(metadata)})
 

@@ -35,6 +35,7 @@ import triton.language as tl
 from torch import Tensor
 
 from famseg_kernels import backends, checks, launch
+from famseg_kernels.finite import finite, nan_unless_finite
 from famseg_kernels.reassembly import spec
 
 # --- the kernels -----------------------------------------------------------------------------------------------
@@ -80,18 +81,10 @@ def _softmax(logits, wanted, valid, area, K: tl.constexpr, K_PADDED: tl.constexp
 
 
 @triton.jit
-def _finite(tile, run):
-    """The tile, in the second run without what is not finite."""
-    if run > 0:
-        tile = tl.where(tl.abs(tile.to(tl.float32)) < float("inf"), tile, 0.0)
-    return tile
-
-
-@triton.jit
 def _runs(result, runs):
     """2 where the result is not finite: the zeros of a band make NaN of what is not finite in a tile, too far away. So
     all is done again without that, which then is added where the definition has it, times 0."""
-    return tl.where(tl.sum(tl.sum(result * 0.0, 1), 0) == 0.0, runs, 2)
+    return tl.where(nan_unless_finite(result) == 0.0, runs, 2)
 
 
 @triton.jit
@@ -173,7 +166,7 @@ def _forward(
                 line = i + ky - K // 2
                 inside = (column >= 0) & (column < _columns(line, height, width))
                 place_x = line.to(tl.int64) * x_h + column.to(tl.int64)[None, :] * x_w
-                tile = _finite(tl.load(x + place_x, mask=in_group[:, None] & inside[None, :], other=0.0), run)
+                tile = finite(tl.load(x + place_x, mask=in_group[:, None] & inside[None, :], other=0.0), run)
                 result = tl.dot(tile.to(DOT), band.to(DOT), result, input_precision="tf32x3")
             run += 1
             runs = _runs(result, runs)
@@ -266,7 +259,7 @@ def _source_gradient(
                     weight = tl.exp(weight - maximum[:, None]) * scale[:, None]
                 band = tl.where(in_band, tl.gather(weight, kx_clipped, 1), 0.0)
                 place_g = (i * S + dy).to(tl.int64) * g_h + (j * S + dx).to(tl.int64)[None, :] * g_w
-                tile = _finite(tl.load(dy_tensor + place_g, mask=in_group[:, None] & valid[None, :], other=0.0), run)
+                tile = finite(tl.load(dy_tensor + place_g, mask=in_group[:, None] & valid[None, :], other=0.0), run)
                 result = tl.dot(tile.to(DOT), band.to(DOT), result, input_precision="tf32x3")
             run += 1
             runs = _runs(result, runs)

@@ -49,6 +49,7 @@ import triton.language as tl
 from torch import Tensor
 
 from famseg_kernels import backends, launch
+from famseg_kernels.finite import finite, nan_unless_finite
 from famseg_kernels.ssd_scan import spec
 
 # --- steps and decays -----------------------------------------------------------------------------------
@@ -267,9 +268,8 @@ def _add_product(result, matrix, reads, tile, DOT: tl.constexpr, PRECISION: tl.c
     """result + matrix · tile, where row i is to read only the rows j of the tile of which reads[i, j]: the others it
     multiplies by 0, which is NaN of what is not finite. So that is left out and put in its places by itself."""
     wide = tile.to(tl.float32)
-    finite = tl.where(tl.abs(wide) < float("inf"), wide, 0.0)
-    result = tl.dot(matrix, finite.to(DOT), result, input_precision=PRECISION)
-    if tl.sum(tl.sum(wide * 0.0, 1), 0) != 0.0:  # of a NaN it is one
+    result = tl.dot(matrix, finite(wide, 1).to(DOT), result, input_precision=PRECISION)
+    if nan_unless_finite(wide) != 0.0:  # of a NaN it is true
         spoilt = tl.dot(reads.to(DOT), tl.where(wide * 0.0 == 0.0, 0.0, 1.0).to(DOT), input_precision="tf32")
         result = tl.where(spoilt > 0.0, float("nan"), result)
     return result

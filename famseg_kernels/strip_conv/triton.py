@@ -40,6 +40,7 @@ import triton.language as tl
 from torch import Tensor
 
 from famseg_kernels import backends, checks, launch
+from famseg_kernels.finite import finite, nan_unless_finite
 from famseg_kernels.strip_conv import spec
 
 # --- the kernels -----------------------------------------------------------------------------------------------
@@ -84,14 +85,6 @@ def _place(tiles, segments, channels):
 
 
 @triton.jit
-def _finite(tile, run):
-    """The tile, in the second run without what is not finite."""
-    if run > 0:
-        tile = tl.where(tl.abs(tile.to(tl.float32)) < float("inf"), tile, 0.0)
-    return tile
-
-
-@triton.jit
 def _spoil(
     x, y, row, mine, segment, height, width, TALL: tl.constexpr, WIDE: tl.constexpr, F: tl.constexpr, B: tl.constexpr,
     STEPS: tl.constexpr,
@@ -126,19 +119,19 @@ def _run(
         if SQUARE == 0:
             ahead = _tile(x, row, col, height, width, width, 1).to(tl.float32)
             seen += ahead * 0.0
-            ahead = tl.where(tl.abs(ahead) < float("inf"), ahead, 0.0)
+            ahead = finite(ahead, 1)
         else:
             ahead = tl.zeros([F, B], tl.float32)
             window = first - PAD + tl.arange(0, WINDOW)
             if HOISTED:
                 for dy in tl.static_range(SQUARE):
-                    shifted = _finite(_tile(x, row + (dy - SQUARE // 2), window, height, width, width, 1), run)
+                    shifted = finite(_tile(x, row + (dy - SQUARE // 2), window, height, width, width, 1), run)
                     ahead = tl.dot(shifted.to(DOT), square_bands[dy], ahead, input_precision="tf32x3")
             else:
                 for dy in range(SQUARE):
                     kernel_row = square + (channel * SQUARE + ((SQUARE - 1 - dy) if FLIP else dy)) * SQUARE
                     band = _window_band(kernel_row, -PAD, SQUARE, WINDOW, B, FLIP, DOT)
-                    shifted = _finite(_tile(x, row + (dy - SQUARE // 2), window, height, width, width, 1), run)
+                    shifted = finite(_tile(x, row + (dy - SQUARE // 2), window, height, width, width, 1), run)
                     ahead = tl.dot(shifted.to(DOT), band, ahead, input_precision="tf32x3")
             if square_bias is not None:
                 ahead += tl.load(square_bias + channel).to(tl.float32)
@@ -167,7 +160,7 @@ def _run(
             tl.store(y + offsets, result, mask=mine[:, None] & (out < width)[None, :])
         before = here.to(DOT)
         here = ahead
-    return tl.sum(tl.sum(seen, 1), 0)
+    return nan_unless_finite(seen)
 
 
 @triton.jit
