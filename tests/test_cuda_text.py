@@ -129,6 +129,43 @@ def test_planes_that_do_not_fit_are_cut_into_tiles(emulation, case, kilobytes: i
     assert_right(STRIP_CONV, case, dtype)
 
 
+NOT_FINITE = [
+    *((STRIP_CONV, case) for case in BANDS),
+    *((o, case) for o in OPERATIONS if o is not STRIP_CONV for case in o.spec.cases if "empty" not in case.name),
+]
+
+
+@needs_emulation
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("operation", "case"), NOT_FINITE, ids=[f"{o.spec.name}-{case.name}" for o, case in NOT_FINITE]
+)
+def test_what_is_not_finite_reaches_what_the_definition_says(emulation, operation, case, dtype) -> None:
+    """Forward and backward, of an image in tiles too; and what is left has the right values."""
+    emulation.configure(shared=(40 * 1024, 41 * 1024) if operation is STRIP_CONV else emulated_cuda.H200)
+    plain = case.arguments(dtype)
+    needs = [t is not None for t in operation.flatten(plain)]
+    seed = torch.Generator().manual_seed(0)
+    for source in ("x", "y") if operation is STRIP_CONV else ("x", "weights", "y"):
+        for corner, value in ((0, float("nan")), (-1, float("inf"))):
+            args = operation.replace(plain, [None if t is None else t.clone() for t in operation.flatten(plain)])
+            grad = torch.randn(operation.spec.fake(*args).shape, generator=seed).to(dtype)
+            {"x": args[0], "weights": args[1], "y": grad}[source][-1, -1, corner, corner // 2] = value
+            backend = operation.implementations["cuda"]
+            found = [backend.forward(*args), *backend.backward(grad, needs, *args)]
+            wide = [None if t is None else t.double().requires_grad_() for t in operation.flatten(args)]
+            y = operation.implementations["reference"].forward(*operation.replace(args, wide))
+            truth = torch.autograd.grad(y, [t for t in wide if t is not None], grad.double())
+            # Weights' gradients are sums over a plane: what is not finite in it spoils those of its channel.
+            places = 2 if operation is STRIP_CONV else 3
+            for ours, right in zip(found[:places], (y.detach(), *truth), strict=False):
+                assert torch.equal(ours.isfinite(), right.isfinite()), (source, value)
+                error = torch.where(right.isfinite(), ours.double() - right, 0.0).abs().max()
+                assert error <= 0.05 * right[right.isfinite()].abs().max()
+            others = [t[:-1] for t in found[places:] if t is not None]
+            assert all(t.isfinite().all() for t in others)
+
+
 @needs_emulation
 def test_an_error_names_the_operation_the_shapes_and_the_cause(emulation) -> None:
     emulation.configure(shared=(4096, 8192))

@@ -233,6 +233,16 @@ inline void __syncthreads() {
   cuda_on_cpu::wait(cuda_on_cpu::Waits::for_block);
 }
 
+inline int __syncthreads_or(int value) {
+  using namespace cuda_on_cpu;
+  mine().words[0] = value != 0;
+  __syncthreads();
+  unsigned any = 0;
+  for (unsigned t = 0; t < blockDim.x; ++t) any |= exchanges[t].words[0];
+  __syncthreads();
+  return static_cast<int>(any);
+}
+
 inline void __syncwarp() {
   cuda_on_cpu::wait(cuda_on_cpu::Waits::for_warp);
 }

@@ -370,11 +370,12 @@ __global__ void __launch_bounds__(kPlainThreads, 2)
       const float factor = SOFTMAX ? expf(value - largest) : value;
       total_weight += factor;
       const long long row = i + tap / k - reach, column = j + tap % k - reach;
-      if (row < 0 || row >= h || column < 0 || column >= w) continue;
-      const T* pixel = source + row * w + column;
+      // A tap outside the image is not left out: its weight may not be finite, and takes 0 for x.
+      const bool inside = row >= 0 && row < h && column >= 0 && column < w;
+      const T* pixel = inside ? source + row * w + column : nullptr;
 #pragma unroll
       for (int c = 0; c < kChannels; ++c) {
-        if (c < channels) sum[c] += factor * widen(pixel[c * plane]);
+        if (c < channels) sum[c] += factor * (inside ? widen(pixel[c * plane]) : 0.0f);
       }
     }
 
@@ -417,10 +418,11 @@ __global__ void __launch_bounds__(kPlainThreads, 2)
         gradient + ((n * shape.c + g * channels) * h * s + i * s + dy) * w * s + j * s + dx;
     const auto gradient_of = [&](long long tap) {
       const long long row = i + tap / k - reach, column = j + tap % k - reach;
+      const bool inside = row >= 0 && row < h && column >= 0 && column < w;
       float sum = 0.0f;
-      if (row < 0 || row >= h || column < 0 || column >= w) return sum;
       for (long long c = 0; c < channels; ++c) {
-        sum += widen(factor[c * tap_stride]) * widen(source[c * plane + row * w + column]);
+        const float value = inside ? widen(source[c * plane + row * w + column]) : 0.0f;
+        sum += widen(factor[c * tap_stride]) * value;
       }
       return sum;
     };

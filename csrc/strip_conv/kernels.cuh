@@ -191,8 +191,8 @@ __device__ float bias_of(const void* bias, long long channel) {
   return bias == nullptr ? 0.0f : widen(static_cast<const T*>(bias)[channel]);
 }
 
-// In what follows K is the kernel size where it is known to the compiler, which then unrolls all
-// and leaves out the padding taps, or 0.
+// In what follows K is the kernel size where it is known to the compiler, which then unrolls all,
+// or 0. Padding taps are left out, not multiplied by: 0 times a NaN or an infinity is NaN.
 
 // 16 neighbouring outputs along v. `in` points to the first input of the first output's window,
 // rounded down to 16 bytes.
@@ -205,7 +205,7 @@ __device__ void along_v(float (&sum)[kOutputs], const float* in, const float* ta
 #pragma unroll
     for (int t = 0; t < 4; ++t) window[i + t] = four.value[t];
   }
-  const int chunks = padded(K > 0 ? K : size) / 4;
+  const int k = K > 0 ? K : size, chunks = padded(k) / 4;
 #pragma unroll(K > 0 ? 16 : 1)
   for (int q = 0; q < chunks; ++q) {
     const Four<float> tap = load4(taps + 4 * q), next = load4(in + kOutputs + 4 * q);
@@ -213,7 +213,7 @@ __device__ void along_v(float (&sum)[kOutputs], const float* in, const float* ta
     for (int t = 0; t < 4; ++t) window[kOutputs + t] = next.value[t];
 #pragma unroll
     for (int t = 0; t < 4; ++t) {
-      if (K > 0 && (4 * q + t < lead(K) || 4 * q + t >= lead(K) + K)) continue;
+      if (4 * q + t < lead(k) || 4 * q + t >= lead(k) + k) continue;
 #pragma unroll
       for (int r = 0; r < kOutputs; ++r) sum[r] += tap.value[t] * window[r + t];
     }
@@ -227,15 +227,15 @@ __device__ void along_v(float (&sum)[kOutputs], const float* in, const float* ta
 template <int K>
 __device__ void along_u(float (&sum)[kOutputs][4], const float* in, int pitch, int first_row,
                         int rows, const float* taps, int size) {
-  const int inputs = kOutputs + (K > 0 ? K : size) - 1;
+  const int k = K > 0 ? K : size, inputs = kOutputs + k - 1;
 #pragma unroll(K > 0 ? 128 : 1)
   for (int j = 0; j < inputs; ++j) {
     Four<float> value = {};
     if (first_row + j >= 0 && first_row + j < rows) value = load4(in + (first_row + j) * pitch);
 #pragma unroll
     for (int r = 0; r < kOutputs; ++r) {
-      if (K > 0 && (j < r || j >= r + K)) continue;
-      const float tap = taps[kOutputs + j - r];  // 0 outside the kernel
+      if (j < r || j >= r + k) continue;
+      const float tap = taps[kOutputs + j - r];
 #pragma unroll
       for (int c = 0; c < 4; ++c) sum[r][c] += tap * value.value[c];
     }
@@ -266,7 +266,7 @@ __device__ void in_both(float (&sum)[kOutputs][4], const float* in, int pitch, i
         const Four<float> tap = load4(taps + (j - r) * padded(k) + 4 * q);
 #pragma unroll
         for (int t = 0; t < 4; ++t) {
-          if (K > 0 && (4 * q + t < lead(K) || 4 * q + t >= lead(K) + K)) continue;
+          if (4 * q + t < lead(k) || 4 * q + t >= lead(k) + k) continue;
 #pragma unroll
           for (int c = 0; c < 4; ++c) sum[r][c] += tap.value[t] * window[t + c];
         }

@@ -25,9 +25,11 @@
 //
 // Rows of shared memory are odd multiples of 16 bytes: ldmatrix and the stores of results hit all
 // banks once. a and t are rounded to 16 bits on the way, sums are FP32. A product with a zero of
-// the band is not skipped: a NaN or infinity in x spreads over its fragment, some 16 pixels further
-// than in exact arithmetic.
+// the band is not skipped, and 0 times a NaN or an infinity is NaN: a tile that holds one is staged
+// again without it, and it is put in its places at the end.
 #pragma once
+
+#include <type_traits>
 
 #include "strip_conv/kernels.cuh"
 
@@ -170,11 +172,24 @@ __device__ void zero_rows(T* matrix, int pitch, int from, int until) {
   }
 }
 
-// to[row * pitch + column] for rows, columns of a region that may reach beyond the image (zero
-// there); its first column and width are multiples of 4.
+// Whether one of the four is not finite: its exponent is all ones, and one more carries.
 template <typename T>
-__device__ void stage_image(T* to, int pitch, const T* plane, int row0, int rows, int column0,
-                            int columns, const Arguments& args) {
+__device__ bool not_finite(const Four<T>& four) {
+  constexpr bool bfloat16 = std::is_same_v<T, Bfloat16>;
+  constexpr unsigned exponents = bfloat16 ? 0x7f807f80u : 0x7c007c00u;
+  constexpr unsigned ones = bfloat16 ? 0x00800080u : 0x04000400u;
+  const unsigned* pairs = reinterpret_cast<const unsigned*>(four.value);
+  const unsigned carried = ((pairs[0] & exponents) + ones) | ((pairs[1] & exponents) + ones);
+  return (carried & 0x80008000u) != 0;
+}
+
+// to[row * pitch + column] for rows, columns of a region that may reach beyond the image (zero
+// there); its first column and width are multiples of 4. `apart`: zero for what is not finite.
+// Returns whether this thread has staged something that is not finite.
+template <typename T>
+__device__ bool stage_image(T* to, int pitch, const T* plane, int row0, int rows, int column0,
+                            int columns, bool apart, const Arguments& args) {
+  bool found = false;
   const bool vector =
       args.columns % 4 == 0 && reinterpret_cast<size_t>(plane) % (4 * sizeof(T)) == 0;
   for (Walk at(threadIdx.x, blockDim.x, columns / 4); at.slow < rows; at.next()) {
@@ -192,7 +207,35 @@ __device__ void stage_image(T* to, int pitch, const T* plane, int row0, int rows
         }
       }
     }
+    if (apart) {
+      for (int i = 0; i < 4; ++i) {
+        if (widen(four.value[i]) * 0.0f != 0.0f) narrow(four.value[i], 0.0f);
+      }
+    }
+    found |= not_finite(four);
     *reinterpret_cast<Four<T>*>(to + at.slow * pitch + 4 * at.fast) = four;
+  }
+  return found;
+}
+
+// NaN into a plane's pixels of a region, where something in `from` is not finite at most `reach`
+// rows and columns away. The strips' reaches lie in one another, and where the zeros around the
+// image cut one way from pixel to pixel off, there is another one inside.
+template <typename To, typename T>
+__device__ void spoil(To* plane, const T* from, int reach, int row0, int row1, int column0,
+                      int column1, const Arguments& args) {
+  for (Walk at(threadIdx.x, blockDim.x, column1 - column0); at.slow < row1 - row0; at.next()) {
+    const int row = row0 + at.slow, column = column0 + at.fast;
+    const int last_row = at_most(args.rows - 1, row + reach);
+    const int last_column = at_most(args.columns - 1, column + reach);
+    float sum = 0.0f;
+    for (int r = at_least(0, row - reach); r <= last_row; ++r) {
+      const T* line = from + static_cast<long long>(r) * args.columns;
+      for (int c = at_least(0, column - reach); c <= last_column; ++c) {
+        sum += widen(line[c]) * 0.0f;
+      }
+    }
+    if (sum != 0.0f) narrow(plane[static_cast<long long>(row) * args.columns + column], sum);
   }
 }
 
@@ -305,16 +348,18 @@ __global__ void __launch_bounds__(kThreads, 2) strips_toeplitz(Arguments args, P
     const int z_tiles = (z_u1 - z_u0 + 15) / 16;
 
     __syncthreads();  // the previous image is written
-    if (BACKWARD) {
-      stage_image(z, plan.z_pitch, in, core.v0 - kBandLead, 16 * steps_v + 32, z_u0, 16 * z_tiles,
-                  args);
-    } else {
+    const auto stage = [&](bool apart) {
+      if (BACKWARD) {
+        return stage_image(z, plan.z_pitch, in, core.v0 - kBandLead, 16 * steps_v + 32, z_u0,
+                           16 * z_tiles, apart, args);
+      }
       // Columns: 16 more on the left if there is image, 4 for the square.
-      stage_image(x, plan.x_pitch, in, z_u0 - 2, 16 * z_tiles + 4, core.v0 - 20, 16 * steps_v + 48,
-                  args);
-      zero_rows(z, plan.z_pitch, 0, 16 * z_tiles);
-    }
-    __syncthreads();
+      return stage_image(x, plan.x_pitch, in, z_u0 - 2, 16 * z_tiles + 4, core.v0 - 20,
+                         16 * steps_v + 48, apart, args);
+    };
+    if (!BACKWARD) zero_rows(z, plan.z_pitch, 0, 16 * z_tiles);
+    bool apart = false;
+    while (__syncthreads_or(stage(apart))) apart = true;
 
     if (!BACKWARD) {
       const int before = core.v0 > 0 ? 1 : 0, after = core.v0 + 16 * steps_v < width ? 1 : 0;
@@ -452,6 +497,16 @@ __global__ void __launch_bounds__(kThreads, 2) strips_toeplitz(Arguments args, P
     } else {
       unstage_image(result, z + (core.u0 - z_u0) * plan.z_pitch + kBandLead, plan.z_pitch, out.u0,
                     out.u1, out.v0, out.v1, args);
+    }
+    if (apart) {
+      __syncthreads();  // another thread may have written the same pixel
+      const int row0 = BACKWARD ? out.v0 : out.u0, row1 = BACKWARD ? out.v1 : out.u1;
+      const int column0 = BACKWARD ? out.u0 : out.v0, column1 = BACKWARD ? out.u1 : out.v1;
+      constexpr int strip = kStrips[2] / 2, square = kSquare / 2;
+      spoil(result, in, strip + square, row0, row1, column0, column1, args);
+      if (BACKWARD && args.middle != nullptr) {
+        spoil(args.middle + plane * plane_size, in, strip, row0, row1, column0, column1, args);
+      }
     }
   }
 }
