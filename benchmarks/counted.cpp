@@ -1,9 +1,9 @@
 // Arithmetic that counts itself, and plain functions around the drivers of the CPU kernels, for
 // counted.py. Compiled after counted.h as the kernels are.
 
-#include "reassembly/cpu.h"
-#include "ssd_scan/cpu.h"
-#include "strip_conv/cpu.h"
+#include "reassembly/cpu/kernels.h"
+#include "ssd_scan/cpu/kernels.h"
+#include "strip_conv/cpu/kernels.h"
 
 namespace {
 

@@ -22,8 +22,7 @@ from famseg_kernels.strip_conv.spec import unpacked
 ROOT = Path(__file__).resolve().parent.parent
 COMPILER = shutil.which("g++")
 SOURCES = (
-    *(f"csrc/strip_conv/{name}.cpp" for name in ("forward", "backward", "driver")),
-    *(f"csrc/{operation}/{name}.cpp" for operation in ("reassembly", "ssd_scan") for name in ("cpu", "driver")),
+    *sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/*/cpu/*.cpp") if p.stem != "bind" and not p.stem.endswith("_amx")),
     "benchmarks/counted.cpp",
 )
 

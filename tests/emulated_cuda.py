@@ -24,9 +24,8 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 COMPILER = shutil.which("g++")
 SOURCES = (
-    "csrc/strip_conv/cuda.cu",
-    "csrc/reassembly/cuda.cu",
-    "csrc/bindings_cuda.cpp",
+    *sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/*/cuda/*.c*") if path.suffix in (".cu", ".cpp")),
+    "csrc/module_cuda.cpp",
     "tests/cuda_text/emulation.cpp",
 )
 # Every access is checked to be at a multiple of its size, by the handler in cuda_on_cpu.h.

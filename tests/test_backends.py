@@ -207,7 +207,7 @@ def test_a_fork_of_a_process_that_used_cuda_says_so(machine, monkeypatch):
 
 
 def test_the_tuned_sizes_are_those_of_the_native_code():
-    plan = (Path(__file__).parent.parent / "csrc" / "strip_conv" / "plan.h").read_text()
+    plan = (Path(__file__).parent.parent / "csrc" / "strip_conv" / "cuda" / "tiling.h").read_text()
     square, strips = cuda.TUNED
     assert f"kSquare = {square};" in plan
     assert "kStrips[3] = {" + ", ".join(str(row) for row, column in strips if row == column) + "};" in plan

@@ -4,8 +4,8 @@
 // serves every CPU of an architecture. FAMSEG_CPU_ISA forces a lower level (tests use that).
 //
 // `amx` adds to avx512 the bfloat16 conversions and the matrix tiles (Sapphire Rapids and later).
-// They serve bfloat16 only: at that level a driver takes the kernels of its op's bf16.cpp where
-// those apply, and the avx512 kernels otherwise.
+// They serve bfloat16 only: at that level a driver takes the kernels of its op's forward_amx.cpp
+// where those apply, and the avx512 kernels otherwise.
 #pragma once
 
 #include <string>

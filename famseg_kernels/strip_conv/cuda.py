@@ -29,7 +29,7 @@ def unsupported(
     return f"{len(row_weights)} branches, at most {most} have a kernel" if len(row_weights) > most else None
 
 
-# The sizes of the square and of the strips that have kernels on tensor cores: csrc/strip_conv/plan.h.
+# The sizes of the square and of the strips that have kernels on tensor cores: csrc/strip_conv/cuda/tiling.h.
 TUNED = (5, [(7, 7), (11, 11), (21, 21)])
 
 

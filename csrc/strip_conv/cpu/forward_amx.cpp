@@ -24,12 +24,12 @@
 // tile computes beyond the image's edge is masked.
 //
 // A product with T multiplies a whole window, by zeros for the most part, and zero times infinity
-// is NaN. Planes that are not finite are left to the kernels of cpu.cpp, where such values spread
-// no farther than the taps reach.
+// is NaN. Planes that are not finite are left to the kernels of forward.cpp, where such values
+// spread no farther than the taps reach.
 
 #include "common/amx.h"
 #include "common/scratch.h"
-#include "strip_conv/cpu.h"
+#include "strip_conv/cpu/kernels.h"
 
 namespace famseg::FAMSEG_ISA {
 namespace {

@@ -1,8 +1,8 @@
 #include "common/cuda.h"
 // After the conversions of common/cuda.h: the kernels find them where their templates are defined.
-#include "strip_conv/toeplitz.cuh"
+#include "strip_conv/cuda/tensor_core.cuh"
 //
-#include "strip_conv/cuda.h"
+#include "strip_conv/cuda/launch.h"
 
 namespace famseg::strip_conv {
 namespace {

@@ -19,10 +19,9 @@
 //
 // What the tokens of a chunk hold of B and C, and G, serves all heads of a block.
 
-#include "ssd_scan/cpu.h"
-
-#include "ssd_scan/chunk.h"
-#include "ssd_scan/matrix.h"
+#include "ssd_scan/cpu/chunk.h"
+#include "ssd_scan/cpu/kernels.h"
+#include "ssd_scan/cpu/matrix.h"
 
 namespace famseg::FAMSEG_ISA {
 namespace {

@@ -1,5 +1,5 @@
 // Strip convolution in FP32 arithmetic, forward and backward, any sizes. Kernel text only: whoever
-// includes it includes common/cuda.h (or its twins) first. plan.h says what is where.
+// includes it includes common/cuda.h (or its twins) first. tiling.h says what is where.
 //
 // The work is bound by FMAs: 5 + (7, 11, 21) costs 25 + 39 + 39 = 103 an element against 8 bytes of
 // memory traffic; an H200 does 103 FMAs in 3.1 ps, moves 8 bytes in 1.7 ps. So everything but FMAs
@@ -29,7 +29,7 @@
 // along v, which is contiguous in shared memory, `second` along u.
 #pragma once
 
-#include "strip_conv/plan.h"
+#include "strip_conv/cuda/tiling.h"
 
 namespace famseg::strip_conv {
 

@@ -1,5 +1,5 @@
 // Threads, memory, the division into blocks of heads, and the order of summation around the
-// kernels of cpu.cpp.
+// kernels of passes.cpp.
 
 #include <omp.h>
 
@@ -8,7 +8,7 @@
 #include <vector>
 
 #include "common/buffer.h"
-#include "ssd_scan/cpu.h"
+#include "ssd_scan/cpu/kernels.h"
 
 namespace famseg::ssd_scan {
 namespace {

@@ -1,5 +1,5 @@
 // Launches the strip convolution kernels; pointers are to device memory, tensors contiguous. What
-// the operation is: cpu.h.
+// the operation is: problem.h.
 //
 // All functions enqueue on `stream` (a cudaStream_t) of the current device and throw
 // std::runtime_error naming the operation, the shapes and the CUDA error when a call fails.

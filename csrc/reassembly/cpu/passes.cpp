@@ -15,7 +15,7 @@
 // all loads are aligned, and there are 9 to 20 FMAs. Gathering products took 5 to 4, 4 of them
 // across cache lines.
 
-#include "reassembly/planes.h"
+#include "reassembly/cpu/planes.h"
 
 namespace famseg::FAMSEG_ISA {
 namespace {

@@ -21,7 +21,7 @@
 #include "common/scratch.h"
 #include "common/simd.h"
 #include "common/transpose.h"
-#include "reassembly/cpu.h"
+#include "reassembly/cpu/kernels.h"
 
 namespace famseg::FAMSEG_ISA {
 

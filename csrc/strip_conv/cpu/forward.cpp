@@ -31,9 +31,9 @@
 
 #include "common/scratch.h"
 #include "common/simd.h"
-#include "strip_conv/channels.h"
-#include "strip_conv/correlation.h"
-#include "strip_conv/cpu.h"
+#include "strip_conv/cpu/correlation.h"
+#include "strip_conv/cpu/kernels.h"
+#include "strip_conv/cpu/layout.h"
 
 namespace famseg::FAMSEG_ISA {
 namespace {

@@ -1,5 +1,5 @@
-// The forward pass of ssd_scan and ssd_scan_2d for bfloat16 on AMX tiles. It is cpu.cpp's, product
-// for product; this file says how the factors get into tiles.
+// The forward pass of ssd_scan and ssd_scan_2d for bfloat16 on AMX tiles. It is passes.cpp's,
+// product for product; this file says how the factors get into tiles.
 //
 // Steps, decays, L, the sums in tiles and the running
 // states are floats; what enters a product is rounded to bfloat16: M, arrive * C, weight * X, and
@@ -15,14 +15,14 @@
 // state is rounded into pairs of rows by the same loop that multiplies it by `through`.
 //
 // Final states are floats, and rounded factors would cost them their digits: calls that want them
-// go to cpu.cpp.
+// go to passes.cpp.
 
 #include "common/amx.h"
 #include "common/scratch.h"
 #include "common/simd.h"
-#include "ssd_scan/chunk.h"
-#include "ssd_scan/cpu.h"
-#include "ssd_scan/matrix.h"
+#include "ssd_scan/cpu/chunk.h"
+#include "ssd_scan/cpu/kernels.h"
+#include "ssd_scan/cpu/matrix.h"
 
 namespace famseg::FAMSEG_ISA {
 namespace {
@@ -30,7 +30,7 @@ namespace {
 using ssd_scan::Results;
 
 // Tokens of a chunk: whole tiles of depth. Products are cheap in tiles and states dear around them,
-// so chunks are longer than in cpu.cpp.
+// so chunks are longer than in passes.cpp.
 int64_t chunk_tokens(const Problem& p) {
   return p.tokens() > kTileDepth ? 2 * kTileDepth : kTileDepth;
 }
@@ -105,7 +105,7 @@ struct Side {
 };
 
 struct Space : Sizes<float> {
-  int64_t segment, segments;  // as in cpu.cpp
+  int64_t segment, segments;  // as in passes.cpp
   int64_t* pixels;            // (chunk)
   Steps<float> steps[2];
   Side side[2];
@@ -313,7 +313,7 @@ void round_state(const Space& w, const float* state, uint16_t* pairs) {
 
 // ---- the pass -----------------------------------------------------------------------------------
 
-// Side 1 through segment g, as in cpu.cpp.
+// Side 1 through segment g, as in passes.cpp.
 void go_backward(const Problem& p, Space& w, const Block& block, int64_t axis, int64_t g,
                  bool hand_on) {
   const int64_t size = w.state_size(), first = g * w.segment;

@@ -9,7 +9,6 @@
 // their gradient.
 #pragma once
 
-#include <cstddef>
 #include <cstdint>
 
 #include "common/dtype.h"
@@ -37,29 +36,4 @@ struct Gradients {
 void forward(Isa isa, const Problem& problem, void* y, int threads);
 void backward(Isa isa, const Problem& problem, const Gradients& gradients, int threads);
 
-// One instruction set's kernels. A block is some rows of x of one (n, group) and what belongs to
-// them in the result (forward) or in the gradients (backward); no two blocks write the same
-// element. `scratch` is 64-byte aligned, of the stated size, and all zero before its first use; it
-// may go from block to block of one problem and direction, but no farther.
-struct Kernels {
-  int64_t (*forward_blocks)(const Problem&);
-  size_t (*forward_scratch)(const Problem&);
-  void (*forward_block)(const Problem&, void* y, int64_t block, void* scratch);
-  int64_t (*backward_blocks)(const Problem&, const Gradients&);
-  size_t (*backward_scratch)(const Problem&, const Gradients&);
-  void (*backward_block)(const Problem&, const Gradients&, int64_t block, void* scratch);
-};
-
 }  // namespace famseg::reassembly
-
-namespace famseg {
-namespace baseline {
-extern const reassembly::Kernels reassembly_kernels;
-}
-namespace avx2 {
-extern const reassembly::Kernels reassembly_kernels;
-}
-namespace avx512 {
-extern const reassembly::Kernels reassembly_kernels;
-}
-}  // namespace famseg

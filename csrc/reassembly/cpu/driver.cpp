@@ -1,4 +1,4 @@
-// Threads and memory around the kernels of cpu.cpp.
+// Threads and memory around the kernels of passes.cpp.
 
 #include <omp.h>
 
@@ -6,7 +6,7 @@
 #include <vector>
 
 #include "common/buffer.h"
-#include "reassembly/cpu.h"
+#include "reassembly/cpu/kernels.h"
 
 namespace famseg::reassembly {
 namespace {

@@ -1,8 +1,8 @@
 #include "common/cuda.h"
 // After the conversions of common/cuda.h: the kernels find them where their templates are defined.
-#include "reassembly/kernels.cuh"
+#include "reassembly/cuda/fma.cuh"
 //
-#include "reassembly/cuda.h"
+#include "reassembly/cuda/launch.h"
 
 namespace famseg::reassembly {
 namespace {

@@ -6,8 +6,8 @@
 #include "common/half.h"
 #include "common/scratch.h"
 #include "common/simd.h"
-#include "ssd_scan/cpu.h"
-#include "ssd_scan/matrix.h"
+#include "ssd_scan/cpu/kernels.h"
+#include "ssd_scan/cpu/matrix.h"
 
 namespace famseg::FAMSEG_ISA {
 

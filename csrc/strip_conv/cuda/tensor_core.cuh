@@ -1,5 +1,5 @@
 // Strip convolution 5 + (7, 11, 21) of 16-bit numbers on tensor cores, forward and gradient of x.
-// Kernel text only, like kernels.cuh, where u, v, z, t and the gradient's form are explained.
+// Kernel text only, like fma.cuh, where u, v, z, t and the gradient's form are explained.
 // docs/toeplitz.md has the figure.
 //
 // A convolution along a line is a product with a banded Toeplitz matrix: eight neighbouring outputs
@@ -31,7 +31,7 @@
 
 #include <type_traits>
 
-#include "strip_conv/kernels.cuh"
+#include "strip_conv/cuda/fma.cuh"
 
 namespace famseg::strip_conv {
 

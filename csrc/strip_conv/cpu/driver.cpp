@@ -7,7 +7,7 @@
 #include <vector>
 
 #include "common/buffer.h"
-#include "strip_conv/cpu.h"
+#include "strip_conv/cpu/kernels.h"
 
 namespace famseg::strip_conv {
 namespace {
