@@ -21,10 +21,8 @@ from famseg_kernels.strip_conv.spec import unpacked
 
 ROOT = Path(__file__).resolve().parent.parent
 COMPILER = shutil.which("g++")
-SOURCES = (
-    *sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/*/cpu/*.cpp") if p.stem != "bind" and not p.stem.endswith("_amx")),
-    "benchmarks/counted.cpp",
-)
+KERNELS = [path for path in ROOT.glob("csrc/*/cpu/*.cpp") if path.stem != "bind" and not path.stem.endswith("_amx")]
+SOURCES = (*sorted(str(path.relative_to(ROOT)) for path in KERNELS), "benchmarks/counted.cpp")
 
 
 def missing() -> str | None:
