@@ -1,4 +1,4 @@
-// Threads and memory around the kernels of passes.cpp.
+// Threads and memory around the kernels.
 
 #include "common/dispatch.h"
 #include "common/parallel.h"
@@ -22,22 +22,22 @@ Scratch scratch_for(const Problem& p, int64_t blocks, size_t bytes, int threads)
 
 void forward(Isa isa, const Problem& problem, void* y, int threads) {
   if (problem.n == 0 || problem.c == 0 || problem.h == 0 || problem.w == 0) return;
-  const Kernels& kernels = FAMSEG_KERNELS(isa, reassembly_kernels);
-  const int64_t blocks = kernels.forward_blocks(problem);
-  run_parallel(scratch_for(problem, blocks, kernels.forward_scratch(problem), threads),
+  const ForwardKernels& kernels = FAMSEG_KERNELS(isa, reassembly_forward_kernels);
+  const int64_t blocks = kernels.blocks(problem);
+  run_parallel(scratch_for(problem, blocks, kernels.scratch(problem), threads),
                Stage{blocks, [&](int64_t block, void* scratch) {
-                       kernels.forward_block(problem, y, block, scratch);
+                       kernels.block(problem, y, block, scratch);
                      }});
 }
 
 void backward(Isa isa, const Problem& problem, const Gradients& gradients, int threads) {
   // Without channels the gradient of the weights is still there, and zero.
   if (problem.n == 0 || problem.h == 0 || problem.w == 0) return;
-  const Kernels& kernels = FAMSEG_KERNELS(isa, reassembly_kernels);
-  const int64_t blocks = kernels.backward_blocks(problem, gradients);
-  run_parallel(scratch_for(problem, blocks, kernels.backward_scratch(problem, gradients), threads),
+  const BackwardKernels& kernels = FAMSEG_KERNELS(isa, reassembly_backward_kernels);
+  const int64_t blocks = kernels.blocks(problem, gradients);
+  run_parallel(scratch_for(problem, blocks, kernels.scratch(problem, gradients), threads),
                Stage{blocks, [&](int64_t block, void* scratch) {
-                       kernels.backward_block(problem, gradients, block, scratch);
+                       kernels.block(problem, gradients, block, scratch);
                      }});
 }
 
