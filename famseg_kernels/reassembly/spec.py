@@ -56,7 +56,7 @@ def native_problem(
     return {
         "dtype": checks.dtype_name(x),
         "softmax": softmax,
-        "shape": tuple(x.shape),
+        "shape": x.shape,
         "kernel_size": kernel_size,
         "scale": scale,
         "groups": groups,
