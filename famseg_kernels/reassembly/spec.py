@@ -49,6 +49,24 @@ def _check_window(
     checks.divides(*groups, f"the channels of {x_name}", x.shape[1])
 
 
+def native_problem(
+    softmax: bool, x: Tensor, weights: Tensor, kernel_size: int, scale: int, groups: int
+) -> dict[str, Any]:
+    """The named arguments that csrc/reassembly/bind.h makes a Problem of: x and weights dense, NCHW or NHWC."""
+    return {
+        "dtype": checks.dtype_name(x),
+        "softmax": softmax,
+        "shape": x.shape,
+        "kernel_size": kernel_size,
+        "scale": scale,
+        "groups": groups,
+        "x": x.data_ptr(),
+        "weights": weights.data_ptr(),
+        "x_channels_last": not x.is_contiguous(),
+        "weights_channels_last": not weights.is_contiguous(),
+    }
+
+
 def fake_reassemble(x: Tensor, logits: Tensor, kernel_size: int, scale: int, groups: int) -> Tensor:
     n, c, h, w = x.shape
     return x.new_empty((n, c, h * scale, w * scale)).contiguous(memory_format=checks.image_format(x))

@@ -1,35 +1,22 @@
 // Threads, memory, the division into blocks of heads, and the order of summation around the
 // kernels of passes.cpp.
 
-#include <omp.h>
-
 #include <algorithm>
 #include <cstring>
 #include <vector>
 
-#include "common/buffer.h"
+#include "common/dispatch.h"
+#include "common/parallel.h"
 #include "ssd_scan/cpu/kernels.h"
 
 namespace famseg::ssd_scan {
 namespace {
 
-const Kernels& kernels_for(Isa isa) {
-#if defined(__x86_64__)
-  if (isa >= Isa::avx512) return avx512::ssd_scan_kernels;
-  if (isa == Isa::avx2) return avx2::ssd_scan_kernels;
-#endif
-  static_cast<void>(isa);
-  return baseline::ssd_scan_kernels;
-}
-
 const Forward& forward_for(Isa isa, const Problem& p, const Results& results) {
-#if defined(FAMSEG_AMX)
+  const Forward* tiles = FAMSEG_AMX_KERNELS(isa, ssd_scan_bf16_forward);
   const bool y_only = results.final_states == nullptr;
-  if (isa == Isa::amx && p.dtype == Dtype::bfloat16 && y_only) return amx::ssd_scan_bf16_forward;
-#endif
-  static_cast<void>(p);
-  static_cast<void>(results);
-  return kernels_for(isa).forward;
+  if (tiles != nullptr && p.dtype == Dtype::bfloat16 && y_only) return *tiles;
+  return FAMSEG_KERNELS(isa, ssd_scan_kernels).forward;
 }
 
 int64_t element_bytes(const Problem& p) {
@@ -65,18 +52,13 @@ std::vector<Block> divide_forward(const Problem& p, const Kernels& kernels, int 
   return divide(p, std::clamp<int64_t>(p.batch * p.heads / (2 * threads), 1, fitting));
 }
 
-// Calls work(block, scratch) for every block. Blocks go to whichever thread is free: results do not
-// depend on that, because no block reads what another wrote.
+// Calls work(block, scratch) for every block.
 template <typename Work>
 void for_each_block(const std::vector<Block>& blocks, size_t scratch_bytes, int threads,
                     const Work& work) {
   const int64_t count = static_cast<int64_t>(blocks.size());
-  if (threads > count) threads = static_cast<int>(count);
-  // Allocated here, because an exception must not leave a parallel region.
-  std::vector<Buffer> scratch;
-  for (int t = 0; t < threads; ++t) scratch.push_back(allocate(scratch_bytes));
-#pragma omp parallel for schedule(dynamic) num_threads(threads)
-  for (int64_t i = 0; i < count; ++i) work(blocks[i], scratch[omp_get_thread_num()].get());
+  run_parallel(Scratch(useful_threads(threads, count), scratch_bytes, Fill::nothing),
+               Stage{count, [&](int64_t i, void* scratch) { work(blocks[i], scratch); }});
 }
 
 // What any of the blocks needs. All have as many heads but the last of each group: with fewer heads
@@ -88,27 +70,24 @@ size_t scratch_bytes(const Forward& kernel, const Problem& p, const std::vector<
 
 // All three steps of the backward pass for parts that do not depend on each other.
 void run_parts(const Kernels& kernels, const Problem& p, const Gradients& gradients,
-               const Sums& sums, const std::vector<Part>& parts, std::vector<Buffer>& scratch) {
+               const Sums& sums, const std::vector<Part>& parts, const Scratch& scratch) {
   const int64_t sides = p.directions == 1 ? 1 : 2, chunks = kernels.chunks(p);
   const int64_t heads = parts[0].block.heads, count = static_cast<int64_t>(parts.size());
-#pragma omp parallel num_threads(static_cast<int>(scratch.size()))
-  {
-    void* mine = scratch[omp_get_thread_num()].get();
-#pragma omp for schedule(dynamic)
-    for (int64_t i = 0; i < count * heads * sides; ++i) {
-      const Part& part = parts[i / (heads * sides)];
-      kernels.backward_pass(p, gradients, part, i % sides, i / sides % heads, mine);
-    }
-#pragma omp for schedule(dynamic)
-    for (int64_t i = 0; i < count * chunks; ++i) {
-      kernels.backward_chunk(p, gradients, sums, parts[i / chunks], i % chunks, mine);
-    }
-#pragma omp for schedule(dynamic)
-    for (int64_t i = 0; i < count * heads * sides; ++i) {
-      const Part& part = parts[i / (heads * sides)];
-      kernels.backward_steps(p, gradients, sums, part, i % sides, i / sides % heads);
-    }
-  }
+  run_parallel(
+      scratch,
+      Stage{count * heads * sides,
+            [&](int64_t i, void* mine) {
+              const Part& part = parts[i / (heads * sides)];
+              kernels.backward_pass(p, gradients, part, i % sides, i / sides % heads, mine);
+            }},
+      Stage{count * chunks,
+            [&](int64_t i, void* mine) {
+              kernels.backward_chunk(p, gradients, sums, parts[i / chunks], i % chunks, mine);
+            }},
+      Stage{count * heads * sides, [&](int64_t i, void*) {
+              const Part& part = parts[i / (heads * sides)];
+              kernels.backward_steps(p, gradients, sums, part, i % sides, i / sides % heads);
+            }});
 }
 
 // A word's exponent is all ones in infinities and NaN only: its lowest bit, added, then carries
@@ -121,16 +100,17 @@ bool all_finite(const void* values, int64_t count, int mantissa_bits, int thread
   const Word one = static_cast<Word>(Word(1) << mantissa_bits);
   const Word exponent = static_cast<Word>(sign - one);
   const Bits* words = static_cast<const Bits*>(values);
-  int64_t bad = 0;
-#pragma omp parallel for reduction(+ : bad) num_threads(threads)
-  for (int64_t first = 0; first < count; first += block) {
-    Word seen = 0;
-    for (int64_t i = first; i < std::min(first + block, count); ++i) {
-      seen = static_cast<Word>(seen | ((words[i] & exponent) + one));
-    }
-    bad += (seen & sign) != 0;
-  }
-  return bad == 0;
+  const int64_t blocks = (count + block - 1) / block;
+  std::vector<uint8_t> bad(blocks);
+  run_parallel(Scratch(useful_threads(threads, blocks), 0, Fill::nothing),
+               Stage{blocks, [&](int64_t b, void*) {
+                       Word seen = 0;
+                       for (int64_t i = b * block; i < std::min((b + 1) * block, count); ++i) {
+                         seen = static_cast<Word>(seen | ((words[i] & exponent) + one));
+                       }
+                       bad[b] = (seen & sign) != 0;
+                     }});
+  return std::find(bad.begin(), bad.end(), 1) == bad.end();
 }
 
 // `wide`: a tensor in the type of the arithmetic. Null is finite.
@@ -144,7 +124,7 @@ bool all_finite(const Problem& p, const void* values, int64_t count, bool wide, 
 }  // namespace
 
 bool forward(Isa isa, const Problem& problem, const Results& results, int threads) {
-  const Kernels& kernels = kernels_for(isa);
+  const Kernels& kernels = FAMSEG_KERNELS(isa, ssd_scan_kernels);
   const Forward& kernel = forward_for(isa, problem, results);
   const std::vector<Block> blocks = divide_forward(problem, kernels, threads);
   for_each_block(
@@ -155,7 +135,7 @@ bool forward(Isa isa, const Problem& problem, const Results& results, int thread
 }
 
 bool backward(Isa isa, const Problem& problem, const Gradients& gradients, int threads) {
-  const Kernels& kernels = kernels_for(isa);
+  const Kernels& kernels = FAMSEG_KERNELS(isa, ssd_scan_kernels);
   if (gradients.z != nullptr) {
     const std::vector<Block> blocks = divide_forward(problem, kernels, threads);
     for_each_block(blocks, scratch_bytes(kernels.forward, problem, blocks), threads,
@@ -204,9 +184,9 @@ bool backward(Isa isa, const Problem& problem, const Gradients& gradients, int t
   const int64_t wanted = std::max<int64_t>((8 << 20) / std::max<int64_t>(tape_bytes, 1),
                                            (threads + 2 * most - 1) / (2 * most));
   const int64_t at_once = std::clamp<int64_t>(wanted, 1, std::max<int64_t>(pairs, 1));
-  std::vector<Buffer> tapes, scratch;
+  std::vector<Buffer> tapes;
   for (int64_t i = 0; i < at_once; ++i) tapes.push_back(allocate(tape_bytes));
-  for (int t = 0; t < threads; ++t) scratch.push_back(allocate(kernels.backward_scratch(problem)));
+  const Scratch scratch(threads, kernels.backward_scratch(problem), Fill::nothing);
   const int64_t group_blocks = (group_heads + most - 1) / most;
   for (int64_t k = 0; k < group_blocks; ++k) {
     for (int64_t axis = 0; axis < axes; ++axis) {
