@@ -2,13 +2,16 @@
 // the sums here. As in correlation.h every loaded vector serves all sums that registers have room
 // for.
 //
-// For kernel files only: see common/simd.h for why everything lives in famseg::FAMSEG_ISA.
+// For kernel files only: see common/simd.h for why everything lives in famseg::FAMSEG_ISA. Local to
+// the one file that includes it, so that GCC may pass the members of Products in registers: behind
+// hold_loads it would read them from memory again and again.
 #pragma once
 
 #include "common/scratch.h"
 #include "common/simd.h"
 
 namespace famseg::FAMSEG_ISA {
+namespace {
 
 // Sums of a weight's gradient in registers beside what they are made from.
 constexpr int kMostSums = kVectorRegisters >= 32 ? 11 : 6;
@@ -155,4 +158,5 @@ void add_up(const T* in, int64_t step, int64_t line, int64_t length, int64_t lin
   add_to_double<T>((sum[0] + sum[1]) + (sum[2] + sum[3]), out);
 }
 
+}  // namespace
 }  // namespace famseg::FAMSEG_ISA
