@@ -108,7 +108,7 @@ class Arguments:
     """A call's tensors as the native modules take them: weights and biases contiguous, x as it lies.
 
     Keep it until the native call is over (on a GPU: until its kernels are enqueued, since the caching allocator hands
-    memory on in the order of the stream): `native` holds addresses only.
+    memory on in the order of the stream): `native`, the arguments of a native call by name, holds addresses only.
     """
 
     def __init__(
@@ -124,20 +124,21 @@ class Arguments:
         given = [square_weight, square_bias, *row_weights, *row_biases, *col_weights, *col_biases]
         self._tensors = [x, *(None if t is None else t.contiguous() for t in given)]
         self._counts = (len(row_weights), len(row_biases), len(col_weights), len(col_biases))
-        square, bias, branches = self.grouped(self._tensors)[1:]
-        size = 0 if square_weight is None else square_weight.shape[-1]
-        self.native = (
-            checks.dtype_name(x),
-            tuple(x.shape),
-            x.data_ptr(),
-            (square, bias, size),
-            [
-                (row, row_bias, row_weight.shape[3], col, col_bias, col_weight.shape[2])
-                for (row, row_bias, col, col_bias), row_weight, col_weight in zip(
-                    branches, row_weights, col_weights, strict=True
-                )
-            ],
-        )
+        x_address, square, bias, *sides = self._addresses(self._tensors)
+        self.native = {
+            "dtype": checks.dtype_name(x),
+            "shape": x.shape,
+            "x": x_address,
+            "square_weight": square,
+            "square_bias": bias,
+            "square_size": 0 if square_weight is None else square_weight.shape[3],
+            "row_weights": sides[0],
+            "row_biases": sides[1],
+            "row_sizes": [weight.shape[3] for weight in row_weights],
+            "col_weights": sides[2],
+            "col_biases": sides[3],
+            "col_sizes": [weight.shape[2] for weight in col_weights],
+        }
 
     def gradients(self, needs: Sequence[bool]) -> list[Tensor | None]:
         """Room for the gradients of the flattened arguments that need one, laid out as these are."""
@@ -146,15 +147,28 @@ class Arguments:
             for t, need in zip(self._tensors, needs, strict=True)
         ]
 
-    def grouped(self, flat: Sequence[Tensor | None]) -> tuple[int, int, int, list[tuple[int, ...]]]:
-        """Addresses of x, square weight and bias, and of each branch's row weight and bias, column weight and bias."""
-        x, square, bias, *rest = (backends.address(t) for t in flat)
-        branches, start = self._counts[0], 0
-        sides = []
+    def native_gradients(self, gradients: Sequence[Tensor | None]) -> dict[str, Any]:
+        """Where the gradients of the flattened arguments go, as the native modules name them."""
+        x, square, bias, *sides = self._addresses(gradients)
+        return {
+            "x_gradient": x,
+            "square_weight_gradient": square,
+            "square_bias_gradient": bias,
+            "row_weight_gradients": sides[0],
+            "row_bias_gradients": sides[1],
+            "col_weight_gradients": sides[2],
+            "col_bias_gradients": sides[3],
+        }
+
+    def _addresses(self, flat: Sequence[Tensor | None]) -> list[Any]:
+        """Addresses of x, of the square's weight and bias, then a list for each of the four sides of the branches."""
+        rest = [backends.address(t) for t in flat]
+        grouped: list[Any] = rest[:3]
+        start = 3
         for count in self._counts:
-            sides.append(rest[start : start + count] or [0] * branches)  # a side without biases
+            grouped.append(rest[start : start + count])
             start += count
-        return x, square, bias, list(zip(*sides, strict=True))
+        return grouped
 
 
 def _case(

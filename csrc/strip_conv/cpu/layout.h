@@ -8,13 +8,41 @@
 #include "common/scratch.h"
 #include "common/simd.h"
 #include "common/transpose.h"
+#include "strip_conv/problem.h"
 
 namespace famseg::FAMSEG_ISA {
+
+using strip_conv::Branch;
+using strip_conv::Problem;
 
 template <typename T>
 struct Taps {
   T* weight = nullptr;  // (height, width) vectors
   int64_t height = 0, width = 0;
+};
+
+// Channels of a block of work, one to a lane.
+struct Group {
+  int64_t first, count;
+};
+
+// A block of work: some channels and some columns of an image. Pixels are counted from the block's
+// first column.
+struct Block {
+  Group channels;
+  int64_t n, left, width;  // the image, and the columns of it
+  int64_t image_width;
+
+  // The first pixel, and the one after the last, of what reaches `reach` beyond the block and lies
+  // in the image.
+  int64_t begin(int64_t reach) const { return larger(-reach, -left); }
+  int64_t end(int64_t reach) const { return smaller(width + reach, image_width - left); }
+
+  // Where pixel `column` of row `row` and the first channel lie in a tensor, in elements.
+  int64_t offset(const Problem& p, bool channels_last, int64_t row, int64_t column) const {
+    if (channels_last) return ((n * p.h + row) * p.w + left + column) * p.c + channels.first;
+    return ((n * p.c + channels.first) * p.h + row) * p.w + left + column;
+  }
 };
 
 // A kernel cropped to the taps that can reach the image: on a 16 x 16 plane 21 taps are as 31, and
@@ -106,11 +134,6 @@ template <typename T>
 void move_down(const T* from, int64_t elements, T* to) {
   for (int64_t k = 0; k < elements; k += kLanes<T>) store(to + k, load(from + k));
 }
-
-// The channels of a block of work.
-struct Group {
-  int64_t first, count;
-};
 
 // (C, height, width) weights, cropped to the middle.
 template <typename S, typename T>
