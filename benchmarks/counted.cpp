@@ -88,7 +88,7 @@ int64_t carafe(const int64_t* sizes, const uint64_t* addresses) {
   return multiplications;
 }
 
-// sizes: batch, height, width, heads, headdim, groups, state, directions, matrices of B and C;
+// sizes: batch, height, width, heads, headdim, groups, d_state, directions, matrices of B and C;
 // addresses: x, dt, A, B, C, y.
 int64_t ssd_scan_2d(const int64_t* sizes, const uint64_t* addresses) {
   famseg::ssd_scan::Problem problem{};
@@ -99,7 +99,7 @@ int64_t ssd_scan_2d(const int64_t* sizes, const uint64_t* addresses) {
   problem.heads = sizes[3];
   problem.headdim = sizes[4];
   problem.groups = sizes[5];
-  problem.state = sizes[6];
+  problem.d_state = sizes[6];
   problem.directions = sizes[7];
   problem.matrices = sizes[8];
   problem.dt_max = HUGE_VAL;

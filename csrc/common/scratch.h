@@ -28,12 +28,6 @@ constexpr int64_t min(int64_t a, int64_t b) {
 constexpr int64_t max(int64_t a, int64_t b) {
   return a > b ? a : b;
 }
-constexpr int64_t smaller(int64_t a, int64_t b) {
-  return min(a, b);
-}
-constexpr int64_t larger(int64_t a, int64_t b) {
-  return max(a, b);
-}
 
 // Hands out pieces of a thread's scratch memory; without a base it only counts the bytes and the
 // pieces are null.

@@ -157,6 +157,9 @@ def _sequence(
 
 # --- both ---------------------------------------------------------------------------------------------
 
+_TENSORS = ("x", "dt", "A", "B", "C", "D", "z", "dt_bias", "initial_states", "resets")
+_GRADIENTS = tuple(f"{name}_gradient" for name in _TENSORS[:9])
+
 
 class _Problem:
     """One call as the native module takes it, an image or a sequence.
@@ -209,7 +212,10 @@ class _Problem:
         y = torch.empty_like(self._x, memory_format=torch.contiguous_format)
         states = self._x.new_empty(self._state_shape, dtype=self._wide) if wants_states else None
         if not backends.native("_cpu").ssd_scan_forward(
-            *self._arguments(step), y.data_ptr(), backends.address(states), torch.get_num_threads()
+            **self._arguments(step),
+            y=y.data_ptr(),
+            final_states=backends.address(states),
+            threads=torch.get_num_threads(),
         ):
             raise NotFinite
         return [y] if states is None else [y, states]
@@ -228,20 +234,37 @@ class _Problem:
         ]
         grad, states_grad = (None if g is None else g.contiguous() for g in (grad, states_grad))
         if not backends.native("_cpu").ssd_scan_backward(
-            *self._arguments(step),
-            backends.address(grad),
-            backends.address(states_grad),
-            tuple(backends.address(g) for g in found),
-            torch.get_num_threads(),
+            **self._arguments(step),
+            y_gradient=backends.address(grad),
+            final_states_gradient=backends.address(states_grad),
+            **dict(zip(_GRADIENTS, map(backends.address, found), strict=True)),
+            threads=torch.get_num_threads(),
         ):
             raise NotFinite
         if (of_skip := found[5]) is not None and self._skip_per_head:
             found[5] = of_skip.sum(1)
         return found
 
-    def _arguments(self, step: tuple[int | None, bool, float, float]) -> tuple[Any, ...]:
-        chunk, *rule = step
-        return self._dtype, self._shape, tuple(rule), chunk or 0, tuple(backends.address(t) for t in self._tensors)
+    def _arguments(self, step: tuple[int | None, bool, float, float]) -> dict[str, Any]:
+        chunk_size, dt_softplus, dt_min, dt_max = step
+        batch, height, width, heads, headdim, groups, d_state, directions, matrices = self._shape
+        return {
+            "dtype": self._dtype,
+            "batch": batch,
+            "height": height,
+            "width": width,
+            "heads": heads,
+            "headdim": headdim,
+            "groups": groups,
+            "d_state": d_state,
+            "directions": directions,
+            "matrices": matrices,
+            "chunk_size": chunk_size or 0,
+            "dt_softplus": dt_softplus,
+            "dt_min": dt_min,
+            "dt_max": dt_max,
+            **dict(zip(_TENSORS, map(backends.address, self._tensors), strict=True)),
+        }
 
 
 scan = SimpleNamespace(forward=_forward, backward=_backward)

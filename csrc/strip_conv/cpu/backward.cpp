@@ -163,7 +163,7 @@ void row_stage(const BackwardSpace<T>& s, const Block& block, int64_t rows) {
   constexpr int64_t half = kBand / 2;
   for (int64_t row = 0; row < rows; row += half) {
     for (int64_t j = begin; j < end; j += kTile) {
-      const int64_t width = smaller(kTile, end - j);
+      const int64_t width = min(kTile, end - j);
       Correlation<T> c{};
       c.in_line = lanes;
       c.start = s.dy.at(j, s.reach_col + row);
@@ -171,7 +171,7 @@ void row_stage(const BackwardSpace<T>& s, const Block& block, int64_t rows) {
       c.start_line = lanes;
       c.out = s.r.first;
       c.out_line = lanes;
-      c.lines = smaller(half, rows - row);
+      c.lines = min(half, rows - row);
       for (int64_t i = 0; i < s.branch_count; ++i) {
         const BackwardStrip<T>& strip = s.strips[i];
         c.in = strip.dr.at(j - strip.row.width / 2, row);
@@ -215,7 +215,7 @@ void store_x_gradient(const Problem& p, const BackwardSpace<T>& s, const Block& 
     return;
   }
   for (int64_t done = 0; done < rows; done += kBand) {
-    const int64_t some = smaller(kBand, rows - done);
+    const int64_t some = min(kBand, rows - done);
     Correlation<T> c{};
     c.in = s.da.at(-s.reach_square_x, at + done);
     c.in_line = s.da.pixel;
@@ -238,7 +238,7 @@ void backward_image(const Problem& p, const Gradients& gradients, const Needs& n
   const int64_t border_x = s.border_a + s.reach_square_x;
   clear_rows(s.da, block.begin(s.border_da), block.end(s.border_da), 0, 2 * reach);
   for (int64_t top = 0, stored = 0; top < p.h; top += kBand) {
-    const int64_t rows = smaller(kBand, p.h - top);
+    const int64_t rows = min(kBand, p.h - top);
     const bool first = top == 0, last = top + rows == p.h;
     if (needs.x && p.square.weight != nullptr) {
       if (!first) move_rows(s.x, block.begin(border_x), block.end(border_x), 2 * reach);
@@ -259,8 +259,8 @@ void backward_image(const Problem& p, const Gradients& gradients, const Needs& n
     }
     for (int64_t j = 0; j < block.width; j += kTile) {
       for (int64_t i = 0; i < s.branch_count; ++i) {
-        strip_stage(s, s.strips[i], gradients.branches[i], needs.dr, j,
-                    smaller(j + kTile, block.width), rows);
+        strip_stage(s, s.strips[i], gradients.branches[i], needs.dr, j, min(j + kTile, block.width),
+                    rows);
       }
     }
     if (!needs.da) continue;
@@ -280,7 +280,7 @@ void backward_image(const Problem& p, const Gradients& gradients, const Needs& n
     }
     if (needs.square_weight) square_products(s, block, rows);
     if (gradients.dx == nullptr) continue;
-    const int64_t ready = last ? p.h : larger(top + kBand - reach, 0);
+    const int64_t ready = last ? p.h : max(top + kBand - reach, 0);
     store_x_gradient(p, s, block, stored, ready - stored, stored - top + reach,
                      static_cast<S*>(gradients.dx));
     stored = ready;
@@ -299,7 +299,7 @@ Cut cut_of(const Problem& p, const BackwardSpace<T>& s) {
   cut.groups = round_up(p.c, kLanes<T>) / kLanes<T>;
   if (p.n * p.c * p.h * p.w == 0) return cut;
   cut.blocks = s.blocks;
-  const int64_t runs = smaller(p.n, larger(kPieces / (cut.groups * cut.blocks), 1));
+  const int64_t runs = min(p.n, max(kPieces / (cut.groups * cut.blocks), 1));
   cut.images = (p.n + runs - 1) / runs;
   cut.runs = (p.n + cut.images - 1) / cut.images;
   return cut;
@@ -315,7 +315,7 @@ void backward_piece(const Problem& p, const Gradients& gradients, int64_t piece,
   const int64_t left = piece % cut.blocks * s.width;
   const int64_t channel = piece / cut.blocks % cut.groups * lanes;
   const int64_t first = piece / cut.blocks / cut.groups * cut.images;
-  Block block{{channel, smaller(lanes, p.c - channel)}, 0, left, smaller(s.width, p.w - left), p.w};
+  Block block{{channel, min(lanes, p.c - channel)}, 0, left, min(s.width, p.w - left), p.w};
   load_weights<S>(p, block.channels, s);
   for (int64_t k = 0; k < s.sums * lanes; ++k) s.sum[k] = 0;
   if (cut.blocks > 1) {
@@ -334,7 +334,7 @@ void backward_piece(const Problem& p, const Gradients& gradients, int64_t piece,
     }
   }
   const Needs needs = needs_of(p, gradients);
-  for (block.n = first; block.n < smaller(first + cut.images, p.n); ++block.n) {
+  for (block.n = first; block.n < min(first + cut.images, p.n); ++block.n) {
     backward_image<S>(p, gradients, needs, s, block);
   }
   T* to = static_cast<T*>(partial);
@@ -356,12 +356,12 @@ struct Reduction {
               void* gradient) const {
     constexpr int64_t lanes = kLanes<T>;
     if (gradient == nullptr) return;
-    const Group channels{group * lanes, smaller(lanes, p.c - group * lanes)};
+    const Group channels{group * lanes, min(lanes, p.c - group * lanes)};
     const int64_t top = (height - taps.height) / 2, left = (width - taps.width) / 2;
     const int64_t count = height * width;
     constexpr int64_t some = 64;
     for (int64_t from = 0; from < count; from += some) {
-      const int64_t to = smaller(from + some, count);
+      const int64_t to = min(from + some, count);
       T block[some * lanes] = {};
       for (int64_t t = from; t < to; ++t) {
         const int64_t i = t / width - top, j = t % width - left;

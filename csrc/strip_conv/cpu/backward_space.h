@@ -67,7 +67,7 @@ BackwardSpace<T> lay_out(const Problem& p, Arena& arena) {
   s.branch_count = p.branch_count;
   s.strips = arena.take<BackwardStrip<T>>(p.branch_count);
   // An empty image has gradients of weights too: zeros.
-  const int64_t h = larger(p.h, 1), w = larger(p.w, 1);
+  const int64_t h = max(p.h, 1), w = max(p.w, 1);
   const auto take_taps = [&](int64_t height, int64_t width) {
     T* weight = arena.take<T>(height * width * lanes);
     return ReversibleTaps<T>{weight, arena.take<T>(height * width * lanes), height, width};
@@ -88,8 +88,8 @@ BackwardSpace<T> lay_out(const Problem& p, Arena& arena) {
     const ReversibleTaps<T> row = take_taps(1, cropped(p.branches[i].row.size, w));
     const ReversibleTaps<T> col = take_taps(cropped(p.branches[i].col.size, h), 1);
     T* bias = arena.take<T>(lanes);
-    s.reach_row = larger(s.reach_row, row.width / 2);
-    s.reach_col = larger(s.reach_col, col.height / 2);
+    s.reach_row = max(s.reach_row, row.width / 2);
+    s.reach_col = max(s.reach_col, col.height / 2);
     const int64_t row_sums = take_sums(row.width), row_bias_sums = take_sums(1);
     const int64_t col_sums = take_sums(col.height);
     if (arena.base != nullptr) {
@@ -106,7 +106,7 @@ BackwardSpace<T> lay_out(const Problem& p, Arena& arena) {
   s.da_rows = kBand + 3 * s.reach_square_y;
   const int64_t column = x_rows + kPitch * (1 + p.branch_count) + dy_rows + odd(s.da_rows);
   const int64_t around = 2 * (s.reach_row + s.reach_square_x) + kTile;
-  const int64_t widest = larger(kBlockBytes / (column * kVectorBytes) - around, 2 * kTile);
+  const int64_t widest = max(kBlockBytes / (column * kVectorBytes) - around, 2 * kTile);
   s.blocks = (w + widest - 1) / widest;
   s.width = (w + s.blocks - 1) / s.blocks;
   if (s.blocks > 1) {

@@ -80,7 +80,7 @@ template <typename T>
 ForwardSpace<T> lay_out(const Problem& p, Arena& arena) {
   constexpr int64_t lanes = kLanes<T>;
   ForwardSpace<T> s{};
-  s.width = smaller(p.w, kBlockWidth);
+  s.width = min(p.w, kBlockWidth);
   s.branch_count = p.branch_count;
   s.strips = arena.take<ForwardStrip<T>>(p.branch_count);
   const auto take_taps = [&](int64_t height, int64_t width) {
@@ -89,14 +89,14 @@ ForwardSpace<T> lay_out(const Problem& p, Arena& arena) {
   if (p.square.weight != nullptr) {
     const int64_t height = cropped(p.square.size, p.h);
     s.square = take_taps(height, cropped(p.square.size, p.w));
-    s.reach_square = larger(height, s.square.width) / 2;
+    s.reach_square = max(height, s.square.width) / 2;
   }
   for (int64_t i = 0; i < p.branch_count; ++i) {
     const Taps<T> row = take_taps(1, cropped(p.branches[i].row.size, p.w));
     const Taps<T> col = take_taps(cropped(p.branches[i].col.size, p.h), 1);
     T* bias = arena.take<T>(lanes);
-    s.reach_row = larger(s.reach_row, row.width / 2);
-    s.reach_col = larger(s.reach_col, col.height / 2);
+    s.reach_row = max(s.reach_row, row.width / 2);
+    s.reach_col = max(s.reach_col, col.height / 2);
     if (arena.base != nullptr) s.strips[i] = {row, col, bias, nullptr};
   }
   s.square_bias = arena.take<T>(lanes);
@@ -106,8 +106,8 @@ ForwardSpace<T> lay_out(const Problem& p, Arena& arena) {
   // compute a band's edge again, as few as possible.
   const int64_t row = (s.a_stride / lanes + p.branch_count * kPitch) * kVectorBytes;
   const int64_t affordable = p.branch_count == 0 ? 0 : kBandBytes / row - 2 * s.reach_col;
-  s.band = smaller(larger(affordable / kSums, 1) * kSums, p.h);
-  s.a = arena.take<T>(smaller(s.band + 2 * s.reach_col, p.h) * s.a_stride);
+  s.band = min(max(affordable / kSums, 1) * kSums, p.h);
+  s.a = arena.take<T>(min(s.band + 2 * s.reach_col, p.h) * s.a_stride);
   if (p.square.weight != nullptr) {
     s.x_stride = odd_stride<T>(s.width + 2 * (s.reach_row + s.reach_square));
     s.x = arena.take<T>((kXRows + 2 * s.reach_square) * s.x_stride);
@@ -198,7 +198,7 @@ void square_stage(const Problem& p, const ForwardSpace<T>& s, const Block& block
                (s.reach_square - s.square.width / 2) * lanes;
   const int64_t next = to + s.reach_square;
   for (int64_t j = block.begin(reach); j < end; j += kSums) {
-    const int64_t width = smaller(kSums, end - j);
+    const int64_t width = min(kSums, end - j);
     Correlation<T> c{};
     c.in = x + (j + reach) * lanes;
     c.in_line = s.x_stride;
@@ -224,11 +224,11 @@ void row_stage(const Problem& p, const ForwardSpace<T>& s, const Block& block, i
   constexpr int64_t lanes = kLanes<T>;
   for (int64_t i = from; i < to; i += kRows, a += kRows * s.a_stride) {
     const Fetch fetch = fetch_of<S>(p, block, i, column, width, y);
-    const int64_t share = (fetch.count + s.branch_count - 1) / larger(s.branch_count, 1);
+    const int64_t share = (fetch.count + s.branch_count - 1) / max(s.branch_count, 1);
     for (int64_t k = 0; k < s.branch_count; ++k) {
       const ForwardStrip<T>& strip = s.strips[k];
       const int64_t reach = strip.col.height / 2;
-      const int64_t first = larger(i, band - reach);
+      const int64_t first = max(i, band - reach);
       Correlation<T> c{};
       c.in = a + (first - i) * s.a_stride + (s.reach_row - strip.row.width / 2) * lanes;
       c.in_line = s.a_stride;
@@ -237,10 +237,10 @@ void row_stage(const Problem& p, const ForwardSpace<T>& s, const Block& block, i
       c.start = strip.row_bias;
       c.out = strip.r + (first - band + reach) * kPitch * lanes;
       c.out_line = kPitch * lanes;
-      c.lines = smaller(smaller(i + kRows, to), band + s.band + reach) - first;
+      c.lines = min(min(i + kRows, to), band + s.band + reach) - first;
       c.fetch[0] = fetch;
       c.fetch[0].from += k * share * fetch.step;
-      c.fetch[0].count = smaller(share, fetch.count - k * share);
+      c.fetch[0].count = min(share, fetch.count - k * share);
       if (c.lines > 0) correlate<1>(c, width);
     }
   }
@@ -303,8 +303,8 @@ void clear_beyond(const Problem& p, const ForwardSpace<T>& s, int64_t row) {
   for (int64_t k = 0; k < s.branch_count; ++k) {
     const ForwardStrip<T>& strip = s.strips[k];
     const int64_t reach = strip.col.height / 2, rows = s.band + 2 * reach;
-    clear(strip.r, strip.r + larger(reach - row, 0) * line);
-    clear(strip.r + smaller(p.h - row + reach, rows) * line, strip.r + rows * line);
+    clear(strip.r, strip.r + max(reach - row, 0) * line);
+    clear(strip.r + min(p.h - row + reach, rows) * line, strip.r + rows * line);
   }
 }
 
@@ -316,17 +316,17 @@ void forward_block(const Problem& p, void* y, int64_t index, void* scratch) {
   const int64_t left = index % columns_of(p) * kBlockWidth;
   index /= columns_of(p);
   const int64_t channel = index % groups_of(p, lanes) * lanes;
-  const Block block = {{channel, smaller(lanes, p.c - channel)},
+  const Block block = {{channel, min(lanes, p.c - channel)},
                        index / groups_of(p, lanes),
                        left,
-                       smaller(kBlockWidth, p.w - left),
+                       min(kBlockWidth, p.w - left),
                        p.w};
   load_weights<S>(p, block.channels, s);
   // a holds the rows [top, ready) of the image.
   int64_t ready = 0;
   for (int64_t row = 0; row < p.h; row += s.band) {
-    const int64_t top = larger(row - s.reach_col, 0);
-    const int64_t end = smaller(row + s.band + s.reach_col, p.h);
+    const int64_t top = max(row - s.reach_col, 0);
+    const int64_t end = min(row + s.band + s.reach_col, p.h);
     while (ready < end) {
       T* a = s.a + (ready - top) * s.a_stride;
       if (p.square.weight == nullptr) {
@@ -334,7 +334,7 @@ void forward_block(const Problem& p, void* y, int64_t index, void* scratch) {
         ready = end;
       } else {
         const int64_t reach = s.reach_square;
-        const int64_t next = smaller(ready + kXRows, end);
+        const int64_t next = min(ready + kXRows, end);
         const int64_t first = ready == 0 ? -reach : ready + reach;
         load_image<S>(p, block, first, next + reach, s.reach_row + reach, s.x_stride,
                       s.x + (first - (ready - reach)) * s.x_stride);
@@ -343,15 +343,15 @@ void forward_block(const Problem& p, void* y, int64_t index, void* scratch) {
         ready = next;
       }
     }
-    const int64_t bottom = smaller(row + s.band, p.h);
+    const int64_t bottom = min(row + s.band, p.h);
     if (s.band < p.h) clear_beyond(p, s, row);
     for (int64_t j = 0; j < block.width; j += kStripWidth) {
-      const int64_t width = smaller(kStripWidth, block.width - j);
+      const int64_t width = min(kStripWidth, block.width - j);
       const T* a = s.a + j * lanes;
       row_stage<S>(p, s, block, row, top, end, j, width, a, y);
       a += (row - top) * s.a_stride + s.reach_row * lanes;
       for (int64_t i = row; i < bottom; i += kSums, a += kSums * s.a_stride) {
-        const int64_t rows = smaller(kSums, bottom - i);
+        const int64_t rows = min(kSums, bottom - i);
         col_stage(s, i - row, rows, width, a);
         const bool any = p.branch_count > 0;
         store_image<S>(p, s, block, i, j, rows, width, any ? s.y : a,
@@ -359,7 +359,7 @@ void forward_block(const Problem& p, void* y, int64_t index, void* scratch) {
       }
     }
     if (bottom == p.h) break;
-    const int64_t next = larger(bottom - s.reach_col, 0);
+    const int64_t next = max(bottom - s.reach_col, 0);
     move_down(s.a + (next - top) * s.a_stride, (ready - next) * s.a_stride, s.a);
   }
 }

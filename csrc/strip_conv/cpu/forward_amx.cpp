@@ -106,8 +106,8 @@ MatrixSpace lay_out(const Problem& p, Arena& arena) {
   for (int64_t i = 0; i < p.branch_count; ++i) {
     const Toeplitz row = Toeplitz::take(arena, 1, p.branches[i].row.size);
     const Toeplitz col = Toeplitz::take(arena, 1, p.branches[i].col.size);
-    windows_x = larger(windows_x, row.windows);
-    windows_y = larger(windows_y, col.windows);
+    windows_x = max(windows_x, row.windows);
+    windows_y = max(windows_y, col.windows);
     if (arena.base != nullptr) s.strips[i] = {row, col, 0, nullptr};
   }
   // At least 2: a copy also takes the pixels beside its windows, which must not land in the other.
@@ -201,7 +201,7 @@ int64_t window_offset(const MatrixSpace& s, int64_t v) {
 // lane.
 Bfloat16x16 load_rows(const MatrixSpace& s, const Bits* from, int64_t y, Bits* to) {
   const int64_t whole = s.width / kPixels * kPixels, rest = s.width - whole;
-  const int64_t rows = smaller(kPixels, s.height - y * kPixels);
+  const int64_t rows = min(kPixels, s.height - y * kPixels);
   const int64_t width = s.width, stride = s.stride, other = pixel_offset(s, 1) - pixel_offset(s, 0);
   from += y * kPixels * width;
   to += y * kPixels * stride + pixel_offset(s, 0);
@@ -245,7 +245,7 @@ template <bool DATA_FIRST>
 // All ones in the lanes of a tile that lie in the image.
 Vector<int32_t> lanes_inside(const MatrixSpace& s, int64_t tile) {
   const Vector<int32_t> lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-  return lane < static_cast<int32_t>(smaller(s.width - tile * kPixels, kPixels));
+  return lane < static_cast<int32_t>(min(s.width - tile * kPixels, kPixels));
 }
 
 [[gnu::always_inline]] inline Vector<float> select(Vector<int32_t> mask, Vector<float> value) {
@@ -286,7 +286,7 @@ void row_products(const MatrixSpace& s, const MatrixStrip& strip, int64_t y, int
 
 void take_row(const MatrixSpace& s, const MatrixStrip& strip, int64_t y, int64_t x,
               const float* sums) {
-  const int64_t rows = smaller(s.height - y * kPixels, kPixels), stride = s.r_stride;
+  const int64_t rows = min(s.height - y * kPixels, kPixels), stride = s.r_stride;
   const Vector<float> bias = broadcast(strip.row_bias);
   const Vector<int32_t> inside = lanes_inside(s, x);
   Bits* to = strip.r + y * (kPixels / 2) * stride + x * kWindow;
@@ -311,7 +311,7 @@ void col_products(const MatrixSpace& s, int64_t y, int64_t x) {
 }
 
 void take_col(const MatrixSpace& s, int64_t y, int64_t x, const float* sums, Bits* out) {
-  const int64_t rows = smaller(s.height - y * kPixels, kPixels);
+  const int64_t rows = min(s.height - y * kPixels, kPixels);
   const int64_t stride = s.stride, width = s.width, pixel = x * kPixels;
   const Vector<float> bias = broadcast(s.col_bias);
   const Bits* a = s.a + y * kPixels * stride + pixel_offset(s, 0) + pixel;
@@ -353,7 +353,7 @@ template <typename Products, typename Take>
 // finite.
 bool forward_plane(const MatrixSpace& s, const Bits* from, Bits* out) {
   int64_t lag = 0;  // windows of 1, 2, 3 tiles reach less than 1, 2, 3 tiles down
-  for (int64_t i = 0; i < s.branch_count; ++i) lag = larger(lag, s.strips[i].col.windows);
+  for (int64_t i = 0; i < s.branch_count; ++i) lag = max(lag, s.strips[i].col.windows);
   const int64_t ahead = s.x != nullptr ? (s.square.rows / 2 + kPixels - 1) / kPixels : 0;
   Bfloat16x16 largest{};
   for (int64_t step = 0; step < ahead + s.tiles_y + lag; ++step) {

@@ -35,8 +35,8 @@ struct Block {
 
   // The first pixel, and the one after the last, of what reaches `reach` beyond the block and lies
   // in the image.
-  int64_t begin(int64_t reach) const { return larger(-reach, -left); }
-  int64_t end(int64_t reach) const { return smaller(width + reach, image_width - left); }
+  int64_t begin(int64_t reach) const { return max(-reach, -left); }
+  int64_t end(int64_t reach) const { return min(width + reach, image_width - left); }
 
   // Where pixel `column` of row `row` and the first channel lie in a tensor, in elements.
   int64_t offset(const Problem& p, bool channels_last, int64_t row, int64_t column) const {
@@ -48,7 +48,7 @@ struct Block {
 // A kernel cropped to the taps that can reach the image: on a 16 x 16 plane 21 taps are as 31, and
 // on a single pixel as 1. Cropped taps only ever meet zeros.
 inline int64_t cropped(int64_t size, int64_t extent) {
-  return smaller(size, 2 * extent - 1);
+  return min(size, 2 * extent - 1);
 }
 
 // `count` pixels of `channels` channels, a vector for each pixel, missing channels zero.
@@ -59,7 +59,7 @@ void load_channels_first(const S* from, int64_t stride, int64_t channels, int64_
                          int64_t pixel = kLanes<T>) {
   constexpr int lanes = kLanes<T>;
   if (channels == lanes && count >= lanes) {
-    for (int64_t j = 0;; j = smaller(j + lanes, count - lanes)) {
+    for (int64_t j = 0;; j = min(j + lanes, count - lanes)) {
       Vector<T> block[lanes];
 #pragma GCC unroll 16
       for (int l = 0; l < lanes; ++l) block[l] = load_wide(from + l * stride + j);
@@ -82,7 +82,7 @@ void store_channels_first(const T* from, int64_t pixel, int64_t stride, int64_t 
                           int64_t count, S* to, Vector<T> bias = Vector<T>{}) {
   constexpr int lanes = kLanes<T>;
   if (channels == lanes && count >= lanes) {
-    for (int64_t j = 0;; j = smaller(j + lanes, count - lanes)) {
+    for (int64_t j = 0;; j = min(j + lanes, count - lanes)) {
       Vector<T> block[lanes];
 #pragma GCC unroll 16
       for (int k = 0; k < lanes; ++k) block[k] = load(from + (j + k) * pixel) + bias;

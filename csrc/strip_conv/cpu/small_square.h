@@ -28,7 +28,7 @@ inline bool is_small_square(const Problem& p) {
 
 // Rows of a piece of work.
 inline int64_t rows_of_small_square(const Problem& p) {
-  return smaller(round_up(kLeastPixels, p.w) / p.w, p.h);
+  return min(round_up(kLeastPixels, p.w) / p.w, p.h);
 }
 
 // For each vector of channels the taps (TAPS, TAPS), then the bias.
@@ -82,7 +82,7 @@ void small_square_rows(const Problem& p, S* y, int64_t n, int64_t begin, int64_t
   const T* bias = weights + TAPS * TAPS * lanes;
   for (int64_t i = begin; i < end; ++i) {
     // Lines of the kernel that lie in the image.
-    const int64_t first = larger(reach - i, 0), last = smaller(p.h + reach - i, TAPS);
+    const int64_t first = max(reach - i, 0), last = min(p.h + reach - i, TAPS);
     const S* x = static_cast<const S*>(p.x) + (n * p.h + i - reach + first) * line;
     S* out = y + (n * p.h + i) * line;
     const T* weight = weights + first * TAPS * lanes;
@@ -93,7 +93,7 @@ void small_square_rows(const Problem& p, S* y, int64_t n, int64_t begin, int64_t
                                  bias, out + j * p.c);
         j += pixels;
       } else {
-        const int64_t from = larger(reach - j, 0), to = smaller(p.w + reach - j, TAPS);
+        const int64_t from = max(reach - j, 0), to = min(p.w + reach - j, TAPS);
         sum_pixels<1, TAPS>(x + (j - reach + from) * p.c, line, p.c, weight, last - first, from, to,
                             bias, out + j * p.c);
         ++j;
@@ -114,7 +114,7 @@ void small_square_block(const Problem& p, void* y, int64_t block, void* scratch)
     store(to + size * size * lanes, bias_of<S, T>(p.square.bias, {c, lanes}));
   }
   const int64_t rows = rows_of_small_square(p), pieces = round_up(p.h, rows) / rows;
-  const int64_t begin = block % pieces * rows, end = smaller(begin + rows, p.h);
+  const int64_t begin = block % pieces * rows, end = min(begin + rows, p.h);
   const auto run = size == 1   ? small_square_rows<1, S, T>
                    : size == 3 ? small_square_rows<3, S, T>
                    : size == 5 ? small_square_rows<5, S, T>

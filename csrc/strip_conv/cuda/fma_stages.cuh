@@ -83,7 +83,7 @@ struct ThreadPlace {
 
   __device__ Region region(const Plan& plan, int height, int width) const {
     const int u = tile / plan.tiles_v * plan.tile_u, v = tile % plan.tiles_v * plan.tile_v;
-    return {u, smaller(height, u + plan.tile_u), v, smaller(width, v + plan.tile_v)};
+    return {u, min(height, u + plan.tile_u), v, min(width, v + plan.tile_v)};
   }
 };
 

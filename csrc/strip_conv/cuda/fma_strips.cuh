@@ -36,16 +36,16 @@ __global__ void __launch_bounds__(kThreads, 1) strips(Arguments args, Plan plan)
   const Region out = me.region(plan, height, width);
   // Where the sum over the branches is needed.
   const Region core = {
-      BACKWARD ? larger(0, out.u0 - reach) : out.u0,
-      BACKWARD ? smaller(height, out.u1 + reach) : out.u1,
-      BACKWARD ? larger(0, out.v0 - reach4) : out.v0,
-      BACKWARD ? smaller(width, out.v1 + reach4) : out.v1,
+      BACKWARD ? max(0, out.u0 - reach) : out.u0,
+      BACKWARD ? min(height, out.u1 + reach) : out.u1,
+      BACKWARD ? max(0, out.v0 - reach4) : out.v0,
+      BACKWARD ? min(width, out.v1 + reach4) : out.v1,
   };
   const int segments = (core.v1 - core.v0 + kOutputs - 1) / kOutputs;
   const int a_left = round4(plan.row_reach);
   const Region a_region = {
-      larger(0, core.u0 - plan.col_reach),
-      smaller(height, core.u1 + plan.col_reach),
+      max(0, core.u0 - plan.col_reach),
+      min(height, core.u1 + plan.col_reach),
       core.v0 - a_left,
       core.v0 + kOutputs * segments + round4(plan.row_reach + 1),
   };
@@ -64,7 +64,7 @@ __global__ void __launch_bounds__(kThreads, 1) strips(Arguments args, Plan plan)
       stage(a, plan.a_pitch, in, a_region, width, me);
     } else {
       fill_zero(a, a_rows * plan.a_pitch, me);
-      const Region x_region = {larger(0, a_region.u0 - reach), smaller(height, a_region.u1 + reach),
+      const Region x_region = {max(0, a_region.u0 - reach), min(height, a_region.u1 + reach),
                                a_region.v0 - reach4, a_region.v1 + round4(reach + 1)};
       stage(x, plan.x_pitch, in, x_region, width, me);
     }
@@ -74,10 +74,10 @@ __global__ void __launch_bounds__(kThreads, 1) strips(Arguments args, Plan plan)
   if (!BACKWARD && k > 0) {
     if (me.active) {
       // Only columns of the image: the others are zero.
-      const Region inside = {a_region.u0, a_region.u1, larger(0, a_region.v0),
-                             smaller(width, a_region.v1)};
-      const int skipped = inside.v0 - a_region.v0, x_row = larger(0, a_region.u0 - reach);
-      const int x_rows = smaller(height, a_region.u1 + reach) - x_row;
+      const Region inside = {a_region.u0, a_region.u1, max(0, a_region.v0),
+                             min(width, a_region.v1)};
+      const int skipped = inside.v0 - a_region.v0, x_row = max(0, a_region.u0 - reach);
+      const int x_rows = min(height, a_region.u1 + reach) - x_row;
       square_stage<TUNED>(a + skipped, plan.a_pitch, x + skipped, plan.x_pitch, x_row, x_rows,
                           inside, width, shared + plan.square_at, k,
                           bias_of<T>(args.square.bias, channel), me);

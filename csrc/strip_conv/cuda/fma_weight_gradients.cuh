@@ -145,8 +145,8 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int own_rows = out.u1 - out.u0;
   const int segments = (out.v1 - out.v0 + kOutputs - 1) / kOutputs;
   const int groups = (out.v1 - out.v0 + 3) / 4, left = round4(plan.row_reach);
-  const int row0 = larger(0, out.u0 - plan.col_reach);
-  const int rows = smaller(height, out.u1 + plan.col_reach) - row0;
+  const int row0 = max(0, out.u0 - plan.col_reach);
+  const int rows = min(height, out.u1 + plan.col_reach) - row0;
   const Region a_region = {row0, row0 + rows, out.v0 - left,
                            out.v0 + kOutputs * segments + round4(plan.row_reach + 1)};
   const long long plane_size = static_cast<long long>(height) * width;
@@ -185,7 +185,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   };
 
   if (k > 0) {
-    const Region x_region = {larger(0, row0 - reach), smaller(height, row0 + rows + reach),
+    const Region x_region = {max(0, row0 - reach), min(height, row0 + rows + reach),
                              a_region.v0 - reach4, a_region.v1 + round4(reach + 1)};
     const int x_rows = x_region.u1 - x_region.u0;
     stage(x, plan.x_pitch, x_plane, x_region, width, me);
@@ -212,15 +212,14 @@ __global__ void __launch_bounds__(kThreads, 1)
             correlate_along_v<0>(sum, dy + at.fast * plan.r_pitch + kOutputs * at.slow,
                                  x + row * plan.x_pitch + left + kOutputs * at.slow + base);
           }
-          const int from = larger(0, lead(k) - base), until = smaller(kChunk, lead(k) + k - base);
+          const int from = max(0, lead(k) - base), until = min(kChunk, lead(k) + k - base);
           reduce(sum, scratch, to + ky * k + base + from - lead(k), from, until);
         }
       }
     }
     sum_over(dy, 0, to + k * k);
 
-    const Region inside = {a_region.u0, a_region.u1, larger(0, a_region.v0),
-                           smaller(width, a_region.v1)};
+    const Region inside = {a_region.u0, a_region.u1, max(0, a_region.v0), min(width, a_region.v1)};
     const int skipped = inside.v0 - a_region.v0;
     square_stage<TUNED>(a + skipped, plan.a_pitch, x + skipped, plan.x_pitch, x_region.u0, x_rows,
                         inside, width, shared + plan.square_at, k,
@@ -249,7 +248,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         load_own(own, dy + (own_row + u) * plan.r_pitch + v, plan.r_pitch, own_rows - u);
         correlate_along_u(sum, own, r + v, plan.r_pitch, own_row + u - col.size / 2 + base, rows);
       });
-      reduce(sum, scratch, to + base, 0, smaller(kColTaps, col.size - base));
+      reduce(sum, scratch, to + base, 0, min(kColTaps, col.size - base));
     }
     to += col.size;
 
@@ -278,8 +277,8 @@ __global__ void __launch_bounds__(kThreads, 1)
                              a + (own_row + at.fast) * plan.a_pitch + left + kOutputs * at.slow -
                                  round4(size / 2) + base);
       }
-      const int from = larger(0, lead(size) - base);
-      const int until = smaller(kRowTaps, lead(size) + size - base);
+      const int from = max(0, lead(size) - base);
+      const int until = min(kRowTaps, lead(size) + size - base);
       reduce(sum, scratch, to + base + from - lead(size), from, until);
     }
     sum_over(r, 0, to + size);

@@ -120,7 +120,7 @@ void launch_weight_gradients(const Arguments& args, const Problem& p, const Grad
     at += col + row + 1;
   }
   const long long sums = static_cast<long long>(args.c) * plan.sums;
-  const unsigned blocks = static_cast<unsigned>(smaller(4096, static_cast<int>((sums + 63) / 64)));
+  const unsigned blocks = static_cast<unsigned>(min(4096, static_cast<int>((sums + 63) / 64)));
   launch(dim3{blocks, 1, 1}, 64, 0, stream, sum_partials<T>, partials, p.n * tiles, args.c,
          plan.sums, outputs);
 }

@@ -225,12 +225,12 @@ __device__ void spoil(To* plane, const T* from, int reach, int row0, int row1, i
                       int column1, const Arguments& args) {
   for (Walk at(threadIdx.x, blockDim.x, column1 - column0); at.slow < row1 - row0; at.next()) {
     const int row = row0 + at.slow, column = column0 + at.fast;
-    const int last_row = smaller(args.h - 1, row + reach);
-    const int last_column = smaller(args.w - 1, column + reach);
+    const int last_row = min(args.h - 1, row + reach);
+    const int last_column = min(args.w - 1, column + reach);
     float sum = 0.0f;
-    for (int r = larger(0, row - reach); r <= last_row; ++r) {
+    for (int r = max(0, row - reach); r <= last_row; ++r) {
       const T* line = from + static_cast<long long>(r) * args.w;
-      for (int c = larger(0, column - reach); c <= last_column; ++c) {
+      for (int c = max(0, column - reach); c <= last_column; ++c) {
         sum += widen(line[c]) * 0.0f;
       }
     }
@@ -272,7 +272,7 @@ __device__ void square_toeplitz(const T* x, int pitch, int row_tiles, int steps,
   load_matrices_from(band, matrices, 0);
   for (int task = warp; task < row_tiles * segments; task += warps) {
     const int row = task % row_tiles * 16, first = task / row_tiles * kSegment;
-    const int last = smaller(steps, first + kSegment);
+    const int last = min(steps, first + kSegment);
     unsigned right[kSquare][4];
 #pragma unroll
     for (int ky = 0; ky < kSquare; ++ky) {

@@ -24,7 +24,7 @@ __global__ void __launch_bounds__(kThreads, 2) strips_toeplitz(Arguments args, P
   const long long turn = block / tiles / args.c;
   if (turn * plan.planes >= images) return;
   const int first_image = static_cast<int>(turn) * plan.planes;
-  const int last_image = smaller(images, first_image + plan.planes);
+  const int last_image = min(images, first_image + plan.planes);
 
   unsigned* const matrices = static_cast<unsigned*>(shared_memory());
   T* const a = reinterpret_cast<T*>(matrices + kMatrices * 64);
@@ -37,12 +37,12 @@ __global__ void __launch_bounds__(kThreads, 2) strips_toeplitz(Arguments args, P
   const int height = BACKWARD ? args.w : args.h;
   const int width = BACKWARD ? args.h : args.w;
   const int u = tile / plan.tiles_v * plan.tile_u, v = tile % plan.tiles_v * plan.tile_v;
-  const Region out = {u, smaller(height, u + plan.tile_u), v, smaller(width, v + plan.tile_v)};
+  const Region out = {u, min(height, u + plan.tile_u), v, min(width, v + plan.tile_v)};
   // Where the sum over the branches is needed: four more than the tile, two of them for 8 bytes.
   constexpr int around = BACKWARD ? 4 : 0;
-  const Region core = {larger(0, out.u0 - around), smaller(height, out.u1 + around),
-                       larger(0, out.v0 - around), smaller(width, out.v1 + around)};
-  const int a_u0 = larger(0, core.u0 - kBandLead), a_u1 = smaller(height, core.u1 + kBandLead);
+  const Region core = {max(0, out.u0 - around), min(height, out.u1 + around),
+                       max(0, out.v0 - around), min(width, out.v1 + around)};
+  const int a_u0 = max(0, core.u0 - kBandLead), a_u1 = min(height, core.u1 + kBandLead);
   const int steps_u = (core.u1 - core.u0 + 15) / 16, steps_v = (core.v1 - core.v0 + 15) / 16;
   const int r_size = plan.r_pitch * plan.r_rows;
   const long long plane_size = static_cast<long long>(args.h) * args.w;
@@ -101,7 +101,7 @@ __global__ void __launch_bounds__(kThreads, 2) strips_toeplitz(Arguments args, P
       const int m = task % a_tiles * 16, from = task / a_tiles * kSegment;
       Sliding<BACKWARD, 3, T> window;
       window.start(a, plan.a_pitch, m, 16 * from);
-      for (int step = from; step < smaller(steps_v, from + kSegment); ++step) {
+      for (int step = from; step < min(steps_v, from + kSegment); ++step) {
         window.step(a, plan.a_pitch, m, 16 * step);
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
@@ -145,7 +145,7 @@ __global__ void __launch_bounds__(kThreads, 2) strips_toeplitz(Arguments args, P
       of_seven.start(r, plan.r_pitch, m, 16 * from);
       of_eleven.start(r + r_size, plan.r_pitch, m, 16 * from);
       of_twenty_one.start(r + 2 * r_size, plan.r_pitch, m, 16 * from);
-      for (int step = from; step < smaller(steps_u, from + kSegment); ++step) {
+      for (int step = from; step < min(steps_u, from + kSegment); ++step) {
         of_seven.step(r, plan.r_pitch, m, 16 * step);
         of_eleven.step(r + r_size, plan.r_pitch, m, 16 * step);
         of_twenty_one.step(r + 2 * r_size, plan.r_pitch, m, 16 * step);

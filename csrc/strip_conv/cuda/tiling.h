@@ -31,11 +31,14 @@ struct Constant {
   static constexpr int value = VALUE;
 };
 
-__host__ __device__ constexpr int larger(int a, int b) {
+// Of the host too, which the toolkit's are not.
+template <typename T>
+__host__ __device__ constexpr T max(T a, T b) {
   return a > b ? a : b;
 }
 
-__host__ __device__ constexpr int smaller(int a, int b) {
+template <typename T>
+__host__ __device__ constexpr T min(T a, T b) {
   return a < b ? a : b;
 }
 
@@ -121,21 +124,21 @@ inline Plan plan_of_tile(Kind kind, const Arguments& args, int tile_u, int tile_
   int at = k * padded(k);
   for (int b = 0; b < args.branch_count; ++b) {
     const int row = args.branches[b].row.size, col = args.branches[b].col.size;
-    plan.row_reach = larger(plan.row_reach, row / 2);
-    plan.col_reach = larger(plan.col_reach, col / 2);
+    plan.row_reach = max(plan.row_reach, row / 2);
+    plan.col_reach = max(plan.col_reach, col / 2);
     plan.row_at[b] = at;
     plan.col_at[b] = at + padded(row);
     at += padded(row) + surrounded(col);
     plan.sums += row + col + 1;
   }
 
-  const int core_u = transposed ? smaller(height, tile_u + 2 * reach) : smaller(height, tile_u);
-  const int core_v = transposed ? smaller(width, tile_v + 2 * reach4) : smaller(width, tile_v);
-  const int a_rows = smaller(height, core_u + 2 * plan.col_reach);
+  const int core_u = transposed ? min(height, tile_u + 2 * reach) : min(height, tile_u);
+  const int core_v = transposed ? min(width, tile_v + 2 * reach4) : min(width, tile_v);
+  const int a_rows = min(height, core_u + 2 * plan.col_reach);
   const int a_width = round4(plan.row_reach) + round16(core_v) + round4(plan.row_reach + 1);
   plan.a_pitch = odd_pitch(a_width);
   plan.r_pitch = odd_pitch(round16(core_v));
-  const int x_rows = transposed ? core_u : smaller(height, a_rows + 2 * reach);
+  const int x_rows = transposed ? core_u : min(height, a_rows + 2 * reach);
   plan.x_pitch = (transposed ? round4(tile_v) : a_width) + reach4 + round4(reach + 1);
   const int x_floats = k > 0 ? x_rows * plan.x_pitch : 0, r_floats = a_rows * plan.r_pitch;
   const int patches = (core_v + 3) / 4 * ((core_u + kOutputs - 1) / kOutputs);
@@ -143,7 +146,7 @@ inline Plan plan_of_tile(Kind kind, const Arguments& args, int tile_u, int tile_
   plan.planes = 1;
   plan.threads = patches;
   if (kind == Kind::weight_gradients) {
-    plan.threads = smaller(kThreads, (patches + 31) / 32 * 32);
+    plan.threads = min(kThreads, (patches + 31) / 32 * 32);
     plan.scratch_at = at;
     at += kThreads / 32 * kScratch;
   }
@@ -155,7 +158,7 @@ inline Plan plan_of_tile(Kind kind, const Arguments& args, int tile_u, int tile_
   }
   plan.x_at = at;
   // The last chunk of a correlation may read beyond the last row.
-  plan.slot_floats = round4(at + larger(x_floats, r_floats)) + kChunk;
+  plan.slot_floats = round4(at + max(x_floats, r_floats)) + kChunk;
   return plan;
 }
 
@@ -166,9 +169,9 @@ inline Plan plan_of_toeplitz_tile(Kind kind, const Arguments& args, int tile_u, 
   const int height = transposed ? args.w : args.h;
   const int width = transposed ? args.h : args.w;
   const int around = transposed ? 4 : 0;
-  const int core_u = round16(smaller(height, tile_u + 2 * around));
-  const int core_v = round16(smaller(width, tile_v + 2 * around));
-  const int a_rows = round16(smaller(height, core_u + 2 * kBandLead));
+  const int core_u = round16(min(height, tile_u + 2 * around));
+  const int core_v = round16(min(width, tile_v + 2 * around));
+  const int a_rows = round16(min(height, core_u + 2 * kBandLead));
 
   Plan plan = {};
   plan.tile_u = tile_u;
@@ -183,20 +186,19 @@ inline Plan plan_of_toeplitz_tile(Kind kind, const Arguments& args, int tile_u, 
   if (transposed) {
     plan.a_pitch = a_rows + 8;
     plan.x_at = (core_v + 32) * plan.a_pitch;
-    plan.x_pitch = round16(smaller(height, tile_u)) + 24;
-    x_size = (round16(smaller(width, tile_v)) + 4) * plan.x_pitch;
+    plan.x_pitch = round16(min(height, tile_u)) + 24;
+    x_size = (round16(min(width, tile_v)) + 4) * plan.x_pitch;
   } else {
     plan.a_pitch = core_v + 40;
     plan.x_at = a_rows * plan.a_pitch;
     plan.x_pitch = core_v + 56;
     x_size = (a_rows + 4) * plan.x_pitch;
   }
-  plan.slot_floats =
-      64 * kMatrices + (plan.x_at + larger(x_size, 3 * plan.r_rows * plan.r_pitch)) / 2;
+  plan.slot_floats = 64 * kMatrices + (plan.x_at + max(x_size, 3 * plan.r_rows * plan.r_pitch)) / 2;
   const int segments_u = (core_u / 16 + kSegment - 1) / kSegment;
   const int segments_v = (core_v / 16 + kSegment - 1) / kSegment;
-  const int tasks = larger(a_rows / 16 * segments_v, core_v / 16 * segments_u);
-  plan.threads = 32 * smaller(kThreads / 32, tasks);
+  const int tasks = max(a_rows / 16 * segments_v, core_v / 16 * segments_u);
+  plan.threads = 32 * min(kThreads / 32, tasks);
   return plan;
 }
 
@@ -215,8 +217,8 @@ inline bool make_plan(Kind kind, bool toeplitz, const Arguments& args, int float
                                : plan_of_tile(kind, args, tile_u, tile_v);
     if (plan.slot_floats > floats || plan.threads > kThreads) return;
     const double k = args.square.size;
-    const double rows = smaller(height, tile_u + 2 * plan.col_reach);
-    const double columns = smaller(width, tile_v + 2 * plan.row_reach);
+    const double rows = min(height, tile_u + 2 * plan.col_reach);
+    const double columns = min(width, tile_v + 2 * plan.row_reach);
     const double tile = k * k * rows * columns + 2.0 * plan.row_reach * rows * tile_v +
                         2.0 * plan.col_reach * tile_u * tile_v;
     const bool alone = plan.slot_floats > half_floats || (!toeplitz && plan.threads > kThreads / 2);
@@ -243,9 +245,9 @@ inline bool make_plan(Kind kind, bool toeplitz, const Arguments& args, int float
     best.planes = blocks >= 4096 ? 4 : blocks >= 2048 ? 2 : 1;
   } else if (kind != Kind::weight_gradients && best.tiles_u * best.tiles_v == 1) {
     // Small planes share a block of some four warps.
-    const int room = larger(1, half_floats / best.slot_floats);
-    best.planes = larger(1, smaller(smaller(room, 128 / best.threads),
-                                    args.planes < 128 ? static_cast<int>(args.planes) : 128));
+    const int room = max(1, half_floats / best.slot_floats);
+    best.planes = max(1, min(min(room, 128 / best.threads),
+                             args.planes < 128 ? static_cast<int>(args.planes) : 128));
   }
   return true;
 }
