@@ -9,6 +9,7 @@ from torch import Tensor
 
 from famseg_kernels import backends, checks
 from famseg_kernels.reassembly import spec
+from famseg_kernels.spec import Backend
 
 
 def _forward(softmax: bool, x: Tensor, weights: Tensor, kernel_size: int, scale: int, groups: int) -> Tensor:
@@ -71,4 +72,5 @@ def _channels_last(t: Tensor) -> bool:
     return checks.image_format(t) == torch.channels_last
 
 
-reassemble, carafe = spec.operations(_forward, _backward)
+reassemble = Backend(spec.of_logits(_forward), spec.of_logits(_backward))
+carafe = Backend(spec.of_masks(_forward), spec.of_masks(_backward))
