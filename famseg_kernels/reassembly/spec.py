@@ -23,8 +23,7 @@ CARAFE_SCHEMA = "(Tensor features, Tensor masks, int kernel_size, int group_size
 def check_reassemble(x: Tensor, logits: Tensor, kernel_size: int, scale: int, groups: int) -> None:
     checks.data("x", x, 4)
     _check_window(x, kernel_size, ("scale", scale), ("groups", groups))
-    checks.tensor("logits", logits, 4)
-    checks.companion("logits", logits, x)
+    checks.companion("logits", logits, x, 4)
     n, _, h, w = x.shape
     expected = (n, groups * kernel_size**2 * scale**2, h, w)
     checks.shape("logits", logits, expected, "(N, groups·kernel_size²·scale², H, W)")
@@ -33,8 +32,7 @@ def check_reassemble(x: Tensor, logits: Tensor, kernel_size: int, scale: int, gr
 def check_carafe(features: Tensor, masks: Tensor, kernel_size: int, group_size: int, scale_factor: int) -> None:
     checks.data("features", features, 4)
     _check_window(features, kernel_size, ("scale_factor", scale_factor), ("group_size", group_size), "features")
-    checks.tensor("masks", masks, 4)
-    checks.companion("masks", masks, features, x_name="features")
+    checks.companion("masks", masks, features, 4, x_name="features")
     n, _, h, w = features.shape
     expected = (n, group_size * kernel_size**2, h * scale_factor, w * scale_factor)
     checks.shape("masks", masks, expected, "(N, kernel_size²·group_size, H·scale_factor, W·scale_factor)")

@@ -54,8 +54,7 @@ def check_scan(
     checks.tensor("B", B, 4)
     groups, state = B.shape[2:]
     for name, value in (("B", B), ("C", C)):
-        checks.tensor(name, value, 4)
-        checks.companion(name, value, x)
+        checks.companion(name, value, x, 4)
         checks.shape(name, value, (b, length, groups, state), "(batch, length, groups, state)")
     _check_groups(groups, heads)
     if D is not None:
@@ -110,8 +109,7 @@ def check_scan_2d(
     groups, state = B.shape[4:]
     shared = B.shape[3] if B.shape[3] in (1, directions) else directions
     for name, value in (("B", B), ("C", C)):
-        checks.tensor(name, value, 6)
-        checks.companion(name, value, x)
+        checks.companion(name, value, x, 6)
         meaning = "(N, H, W, directions or 1, groups, state), B and C alike"
         checks.shape(name, value, (n, h, w, shared, groups, state), meaning)
     _check_groups(groups, heads)

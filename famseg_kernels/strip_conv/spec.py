@@ -66,8 +66,7 @@ def unpacked(biases: Sequence[Tensor], weights: Sequence[Tensor]) -> Sequence[Te
 
 
 def _weight(name: str, weight: Tensor, x: Tensor, *, square: bool = False, row: bool = False) -> None:
-    checks.tensor(name, weight, 4)
-    checks.companion(name, weight, x)
+    checks.companion(name, weight, x, 4)
     size = max(weight.shape[2], weight.shape[3])
     kernel = (size, size) if square else (1, size) if row else (size, 1)
     meaning = "(channels, 1, k, k)" if square else "(channels, 1, 1, k)" if row else "(channels, 1, k, 1)"
@@ -76,8 +75,7 @@ def _weight(name: str, weight: Tensor, x: Tensor, *, square: bool = False, row: 
 
 
 def _bias(name: str, bias: Tensor, x: Tensor, channels: int) -> None:
-    checks.tensor(name, bias, 1)
-    checks.companion(name, bias, x)
+    checks.companion(name, bias, x, 1)
     checks.shape(name, bias, (channels,), "(channels,)")
 
 
