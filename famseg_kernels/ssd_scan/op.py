@@ -166,4 +166,7 @@ def _limits(dt_limit: Any) -> tuple[float, float]:
     pair = dt_limit if isinstance(dt_limit, (tuple, list)) else ()
     if len(pair) != 2 or not all(isinstance(value, Real) and not isinstance(value, bool) for value in pair):
         raise TypeError(f"dt_limit: expected (low, high), two numbers, got {dt_limit!r}")
-    return float(pair[0]), float(pair[1])
+    try:
+        return float(pair[0]), float(pair[1])
+    except OverflowError:
+        raise ValueError("dt_limit: expected numbers that a float can hold, got a larger one") from None
