@@ -9,6 +9,7 @@ from torch import Tensor
 
 from famseg_kernels import backends, checks
 from famseg_kernels.reassembly import spec
+from famseg_kernels.spec import Backend
 
 
 def _forward(softmax: bool, x: Tensor, weights: Tensor, kernel_size: int, scale: int, groups: int) -> Tensor:
@@ -56,4 +57,5 @@ def _dense(t: Tensor) -> Tensor:
     return t.contiguous(memory_format=checks.image_format(t))
 
 
-reassemble, carafe = spec.operations(_forward, _backward)
+reassemble = Backend(spec.of_logits(_forward), spec.of_logits(_backward))
+carafe = Backend(spec.of_masks(_forward), spec.of_masks(_backward))

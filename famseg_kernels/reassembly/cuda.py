@@ -13,6 +13,7 @@ from torch import Tensor
 
 from famseg_kernels import backends, checks
 from famseg_kernels.reassembly import spec
+from famseg_kernels.spec import Backend
 
 
 def _unsupported(x: Tensor, *_: Any) -> str | None:
@@ -66,4 +67,5 @@ def _backward(
     return gradients
 
 
-reassemble, carafe = spec.operations(_forward, _backward, _unsupported)
+reassemble = Backend(spec.of_logits(_forward), spec.of_logits(_backward), _unsupported)
+carafe = Backend(spec.of_masks(_forward), spec.of_masks(_backward), _unsupported)

@@ -7,14 +7,13 @@ answer calls whose results are not all finite.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from famseg_kernels import backends, checks
-from famseg_kernels.registry import NotFinite
+from famseg_kernels.spec import Backend, NotFinite
 from famseg_kernels.ssd_scan import spec
 
 # --- the image ----------------------------------------------------------------------------------------
@@ -267,5 +266,5 @@ class _Problem:
         }
 
 
-scan = SimpleNamespace(forward=_forward, backward=_backward)
-scan_2d = SimpleNamespace(forward=_forward_2d, backward=_backward_2d)
+scan = Backend(_forward, _backward)
+scan_2d = Backend(_forward_2d, _backward_2d)

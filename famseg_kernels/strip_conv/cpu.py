@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from famseg_kernels import backends, checks
+from famseg_kernels.spec import Backend
 from famseg_kernels.strip_conv import spec
 
 
@@ -59,3 +60,6 @@ def backward(
         threads=torch.get_num_threads(),
     )
     return gradients
+
+
+strip_conv2d = Backend(forward, backward)

@@ -1,4 +1,4 @@
-"""strip_conv2d: what it takes, what it costs, and the cases it is tested and timed on.
+"""strip_conv2d: what it takes and what it costs.
 
 SegNeXt's multi-scale strip convolution (arXiv 2209.08575, Eq. 1; FAMSeg section 3.2.1): a square depthwise
 convolution, then branches of a row and a column convolution that are added to it.
@@ -6,14 +6,15 @@ convolution, then branches of a row and a column convolution that are added to i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from famseg_kernels import backends, checks
-from famseg_kernels.registry import Case, Spec
+from famseg_kernels.spec import Spec
+from famseg_kernels.strip_conv import cases
 
 MAX_KERNEL = 63
 
@@ -65,8 +66,7 @@ def unpacked(biases: Sequence[Tensor], weights: Sequence[Tensor]) -> Sequence[Te
 
 
 def _weight(name: str, weight: Tensor, x: Tensor, *, square: bool = False, row: bool = False) -> None:
-    checks.tensor(name, weight, 4)
-    checks.companion(name, weight, x)
+    checks.companion(name, weight, x, 4)
     size = max(weight.shape[2], weight.shape[3])
     kernel = (size, size) if square else (1, size) if row else (size, 1)
     meaning = "(channels, 1, k, k)" if square else "(channels, 1, 1, k)" if row else "(channels, 1, k, 1)"
@@ -75,8 +75,7 @@ def _weight(name: str, weight: Tensor, x: Tensor, *, square: bool = False, row: 
 
 
 def _bias(name: str, bias: Tensor, x: Tensor, channels: int) -> None:
-    checks.tensor(name, bias, 1)
-    checks.companion(name, bias, x)
+    checks.companion(name, bias, x, 1)
     checks.shape(name, bias, (channels,), "(channels,)")
 
 
@@ -171,44 +170,4 @@ class Arguments:
         return grouped
 
 
-def _case(
-    name: str,
-    shape: tuple[int, int, int, int],
-    square: int | None = 5,
-    strips: Sequence[tuple[int, int]] = ((7, 7), (11, 11), (21, 21)),
-    bias: bool = True,
-) -> Case:
-    channels = shape[1]
-
-    def make(rand: Callable[..., Tensor]) -> tuple[Any, ...]:
-        def biases() -> list[Tensor]:
-            return [rand(channels) for _ in strips] if bias else []
-
-        return (
-            rand(*shape),
-            None if square is None else rand(channels, 1, square, square) / square,
-            rand(channels) if bias and square is not None else None,
-            [rand(channels, 1, 1, k) / k**0.5 for k, _ in strips],
-            biases(),
-            [rand(channels, 1, k, 1) / k**0.5 for _, k in strips],
-            biases(),
-        )
-
-    return Case(name, make)
-
-
-CASES = (
-    _case("mscan", (2, 4, 24, 20)),
-    _case("wider_than_high", (1, 3, 5, 70)),
-    _case("image_smaller_than_kernel", (2, 3, 4, 3)),
-    _case("one_pixel", (3, 2, 1, 1)),
-    _case("no_bias", (1, 5, 17, 33), bias=False),
-    _case("no_square", (2, 3, 19, 16), square=None),
-    _case("no_branch", (1, 4, 9, 11), strips=()),
-    _case("unequal_strips", (1, 3, 15, 18), square=3, strips=((3, 9), (1, 5))),
-    _case("longest_kernels", (1, 2, 40, 34), square=63, strips=((63, 63),)),
-    _case("empty_batch", (0, 3, 8, 8)),
-    _case("empty_image", (2, 3, 0, 5)),
-)
-
-SPEC = Spec("strip_conv2d", SCHEMA, check, fake, flops, moved_bytes, CASES)
+SPEC = Spec("strip_conv2d", SCHEMA, check, fake, flops, moved_bytes, cases.CASES)
