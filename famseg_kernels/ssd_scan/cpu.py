@@ -156,8 +156,8 @@ def _sequence(
 
 # --- both ---------------------------------------------------------------------------------------------
 
-_TENSORS = ("x", "dt", "A", "B", "C", "D", "z", "dt_bias", "initial_states", "resets")
-_GRADIENTS = tuple(f"{name}_gradient" for name in _TENSORS[:9])
+_TENSORS = ("x", "dt", "A", "B", "C", "D", "z", "dt_bias", "initial_states")
+_GRADIENTS = tuple(f"{name}_gradient" for name in _TENSORS)
 
 
 class _Problem:
@@ -211,10 +211,7 @@ class _Problem:
         y = torch.empty_like(self._x, memory_format=torch.contiguous_format)
         states = self._x.new_empty(self._state_shape, dtype=self._wide) if wants_states else None
         if not backends.native("_cpu").ssd_scan_forward(
-            **self._arguments(step),
-            y=y.data_ptr(),
-            final_states=backends.address(states),
-            threads=torch.get_num_threads(),
+            **self._arguments(step, y=y.data_ptr(), final_states=backends.address(states))
         ):
             raise NotFinite
         return [y] if states is None else [y, states]
@@ -233,20 +230,24 @@ class _Problem:
         ]
         grad, states_grad = (None if g is None else g.contiguous() for g in (grad, states_grad))
         if not backends.native("_cpu").ssd_scan_backward(
-            **self._arguments(step),
-            y_gradient=backends.address(grad),
-            final_states_gradient=backends.address(states_grad),
-            **dict(zip(_GRADIENTS, map(backends.address, found), strict=True)),
-            threads=torch.get_num_threads(),
+            **self._arguments(
+                step,
+                y_gradient=backends.address(grad),
+                final_states_gradient=backends.address(states_grad),
+                **dict(zip(_GRADIENTS, map(backends.address, found), strict=True)),
+            )
         ):
             raise NotFinite
         if (of_skip := found[5]) is not None and self._skip_per_head:
             found[5] = of_skip.sum(1)
         return found
 
-    def _arguments(self, step: tuple[int | None, bool, float, float]) -> dict[str, Any]:
+    def _arguments(self, step: tuple[int | None, bool, float, float], **results: int) -> dict[str, Any]:
         chunk_size, dt_softplus, dt_min, dt_max = step
         batch, height, width, heads, headdim, groups, d_state, directions, matrices = self._shape
+        x, dt, A, B, C, D, z, dt_bias, initial_states, resets = [
+            0 if t is None else t.data_ptr() for t in self._tensors
+        ]
         return {
             "dtype": self._dtype,
             "batch": batch,
@@ -262,7 +263,18 @@ class _Problem:
             "dt_softplus": dt_softplus,
             "dt_min": dt_min,
             "dt_max": dt_max,
-            **dict(zip(_TENSORS, map(backends.address, self._tensors), strict=True)),
+            "x": x,
+            "dt": dt,
+            "A": A,
+            "B": B,
+            "C": C,
+            "D": D,
+            "z": z,
+            "dt_bias": dt_bias,
+            "initial_states": initial_states,
+            "resets": resets,
+            "threads": torch.get_num_threads(),
+            **results,
         }
 
 
