@@ -64,17 +64,21 @@ class Problem(NamedTuple):
 
     @property
     def sizes(self) -> Sizes:
-        batch, height, width = (*self.x.shape[:2], self.x.shape[2] if self.is_image else 1)
-        (heads, headdim), (groups, state) = self.x.shape[-2:], self.B.shape[-2:]
-        directions, matrices = (self.dt.shape[3], self.B.shape[3]) if self.is_image else (1, 1)
-        return Sizes(batch, height, width, heads, headdim, groups, state, directions, matrices)
+        # Unpacked at once: a slice of a shape costs most of a microsecond.
+        if self.is_image:
+            batch, height, width, heads, headdim = self.x.shape
+            *_, matrices, groups, state = self.B.shape
+            return Sizes(batch, height, width, heads, headdim, groups, state, self.dt.shape[3], matrices)
+        batch, length, heads, headdim = self.x.shape
+        *_, groups, state = self.B.shape
+        return Sizes(batch, length, 1, heads, headdim, groups, state, 1, 1)
 
     def skip(self, dtype: torch.dtype | None = None) -> Tensor | None:
         """D as (heads, headdim). That of several directions is applied once: their sum, in `dtype` (None: D's own)."""
         D = self.D
         if D is not None and self.is_image and D.dim() == 2:
             D = D.sum(0, dtype=dtype)
-        return D[:, None].expand(self.x.shape[-2:]) if D is not None and D.dim() == 1 else D
+        return D.unsqueeze(1).expand(-1, self.x.shape[-1]) if D is not None and D.dim() == 1 else D
 
     def gradient_of_D(self, of_skip: Tensor | None) -> Tensor | None:
         """In D's shape, from that of `skip`."""
