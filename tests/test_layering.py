@@ -30,10 +30,11 @@ ROOM_FILES = {
 }
 # Parts of famseg, each may import the earlier ones (and famseg_kernels).
 FAMSEG = (
+    "biometrics",
+    "anatomy",
     "files",
     "data",
     "metrics",
-    "biometrics",
     "models",
     "reporting",
     "inference",

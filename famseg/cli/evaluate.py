@@ -18,10 +18,11 @@ from typing import Any, Literal
 
 import numpy as np
 
+from famseg.anatomy import BY_NAME, MEASURES, REPORTED
 from famseg.cli.command import build_parser, parse, progress, required, run
 from famseg.data.dataset import open_data
-from famseg.data.sample import CLASSES, Sample
-from famseg.evaluation import FITS, LENGTHS, Evaluation, ImageScore
+from famseg.data.sample import Sample
+from famseg.evaluation import Evaluation, ImageScore
 from famseg.files.claim import claimed
 from famseg.files.errors import DataError
 from famseg.files.listing import given_path
@@ -29,7 +30,7 @@ from famseg.files.tables import write_table
 from famseg.files.writing import write_atomic
 from famseg.inference import Network, load_network, predict
 from famseg.reporting.overlay import draw_overlay
-from famseg.reporting.page import NAMES, Picture, report
+from famseg.reporting.page import Picture, report
 from famseg.training.config import LARGEST_SEED, device_for, expect_number, option
 from famseg_kernels.backends import CHOICES as BACKENDS
 
@@ -206,7 +207,7 @@ def _pictures(selection: Selection, evaluation: Evaluation) -> dict[str, list[Pi
 
 def _picture(sample: Sample, evaluation: Evaluation, position: int) -> Picture:
     labels, score = evaluation.labels(position), evaluation.images[position]
-    shapes = {name: FITS[name](labels == CLASSES.index(name)) for name in LENGTHS}
+    shapes = {name: measure.fit(labels == BY_NAME[name].label) for name, measure in MEASURES.items()}
     overlay = draw_overlay(sample.image, labels, shapes, truth=sample.mask)
     doubts = [f"{name}: {doubt}" for name, length in score.lengths.items() for doubt in length.doubts]
     return Picture(sample.name, sample.image, overlay, _remarks(score), doubts)
@@ -214,17 +215,17 @@ def _picture(sample: Sample, evaluation: Evaluation, position: int) -> Picture:
 
 def _remarks(score: ImageScore) -> list[str]:
     remarks = []
-    for name in LENGTHS:
-        found = score.objects[name]
+    for structure in REPORTED:
+        found = score.objects[structure.name]
         if found.state == "absent":
             continue
         words = f"Dice {found.dice:.3f}" if found.state == "found" else found.state
-        length = score.lengths.get(name)
+        length = score.lengths.get(structure.name)
         if length is not None and length.measured is not None:
             words += f", {length.measured:.1f} mm"
             if length.truth is not None:
                 words += f" (true {length.truth:.1f}, {length.error:+.1f})"
-        remarks.append(f"{NAMES[name]}: {words}")
+        remarks.append(f"{structure.title}: {words}")
     return remarks or ["nothing there, nothing found"]
 
 
@@ -242,15 +243,15 @@ def _history(checkpoint: Path) -> list[dict[str, str]]:
 
 def _line(summary: dict[str, Any]) -> str:
     parts = [f"mIoU {summary['miou']:.3f}"]
-    for name, measure in LENGTHS.items():
-        scores, errors = summary["per_image"][name], summary.get(f"{measure}_mm")
+    for structure in REPORTED:
+        scores, measure = summary["per_image"][structure.name], structure.measure
         if scores["dice"] is not None:
             parts.append(
-                f"{NAMES[name]} Dice {scores['dice']['mean']:.3f} "
+                f"{structure.title} Dice {scores['dice']['mean']:.3f} "
                 f"({scores['missed']} missed, {scores['invented']} invented)"
             )
-        if errors is not None:
-            parts.append(f"{measure.replace('_', ' ')} mean absolute error {errors['mean_absolute_error']:.2f} mm")
+        if measure is not None and (errors := summary.get(f"{measure.name}_mm")) is not None:
+            parts.append(f"{measure.words} mean absolute error {errors['mean_absolute_error']:.2f} mm")
     return "; ".join(parts)
 
 

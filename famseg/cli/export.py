@@ -30,9 +30,9 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.nn.utils import fuse_conv_bn_eval
 
+from famseg.anatomy import CLASSES
 from famseg.cli.command import build_parser, parse, required, run
 from famseg.data.augment import MEAN, STD
-from famseg.data.sample import CLASSES
 from famseg.files.errors import DataError
 from famseg.inference import Network, load_network
 from famseg.training.config import ConfigError, option

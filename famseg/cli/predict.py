@@ -21,10 +21,9 @@ from typing import Any, Literal
 import cv2
 import numpy as np
 
+from famseg.anatomy import REPORTED
 from famseg.biometrics import Axis, Ellipse, doubts
 from famseg.cli.command import build_parser, parse, progress, required, run
-from famseg.data.sample import CLASSES
-from famseg.evaluation import FITS, LENGTHS
 from famseg.files.claim import claimed
 from famseg.files.errors import DataError
 from famseg.files.images import read_image
@@ -40,8 +39,6 @@ from famseg_kernels.backends import CHOICES as BACKENDS
 PROG = "famseg-predict"
 PIXEL_SIZE = "pixel_size_mm"
 _LONGEST_NAME = 255  # bytes, of every usual file system
-_WORDS = {"FB": "head", "FL": "femur"}
-_SHORT = {"FB": "HC", "FL": "FL"}
 
 
 @dataclass(frozen=True)
@@ -194,20 +191,22 @@ def _write(out: Path, source: Source, labels: np.ndarray) -> dict[str, Any]:
     flags = [] if source.pixel_size is not None else ["no pixel size"]
     shapes: dict[str, Ellipse | Axis | None] = {}
     caption = []
-    for name, measure in LENGTHS.items():
-        region = labels == CLASSES.index(name)
-        shape = shapes[name] = FITS[name](region)
+    for structure in REPORTED:
+        if (measure := structure.measure) is None:
+            continue
+        region = labels == structure.label
+        shape = shapes[structure.name] = measure.fit(region)
         pixels = None if shape is None else shape.length
         mm = None if pixels is None or source.pixel_size is None else pixels * source.pixel_size
-        row |= {f"{measure}_mm": mm, f"{measure}_px": pixels}
+        row |= {f"{measure.name}_mm": mm, f"{measure.name}_px": pixels}
         if shape is None:
             if region.any():
-                flags.append(f"{_WORDS[name]}: cannot be measured")
+                flags.append(f"{structure.word}: cannot be measured")
             continue
         found = doubts(region, shape)
-        flags += [f"{_WORDS[name]}: {doubt}" for doubt in found]
+        flags += [f"{structure.word}: {doubt}" for doubt in found]
         value = f"{mm:.1f} mm" if mm is not None else f"{pixels:.0f} px"
-        caption.append(f"{_SHORT[name]} {value}" + (f"  ({', '.join(found)})" if found else ""))
+        caption.append(f"{measure.short} {value}" + (f"  ({', '.join(found)})" if found else ""))
     if not labels.any():
         flags.append("nothing found")
     row["flags"] = "; ".join(flags)

@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
 
-from famseg.data.sample import CLASSES
+from famseg.anatomy import CLASSES
 from famseg.models import MODELS, model_config, option_names
 from famseg.training.finetune import parse_trainable
 from famseg.training.loss import parse_class_weights, parse_loss

@@ -7,12 +7,15 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from famseg.anatomy import CLASSES
 from famseg.data.phantom.canvas import Canvas
 from famseg.data.phantom.pose import Pose, draw_pose
 from famseg.data.phantom.scanner import acquire, scan_convert
 from famseg.data.phantom.scene import paint_scene
 from famseg.data.phantom.shapes import Array, ellipse_perimeter
 from famseg.data.sample import Sample
+
+_FEMUR, _HEAD = CLASSES.index("FL"), CLASSES.index("FB")
 
 
 class Phantom(Sequence[Sample]):
@@ -71,9 +74,9 @@ def pixel_grid(shape: tuple[int, int], pixel: float) -> tuple[Array, Array]:
 def draw_mask(pose: Pose, x: Array, y: Array) -> Array:
     mask = np.zeros(x.shape, np.uint8)
     if pose.head is not None:
-        mask[pose.head.inside(x, y)] = 2
+        mask[pose.head.inside(x, y)] = _HEAD
     if pose.femur is not None:
-        mask[pose.femur.inside(x, y)] = 1
+        mask[pose.femur.inside(x, y)] = _FEMUR
     return mask
 
 
