@@ -36,6 +36,7 @@ FAMSEG = (
     "data",
     "metrics",
     "models",
+    "options",
     "reporting",
     "inference",
     "evaluation",

@@ -25,37 +25,31 @@ from famseg.data.sample import Sample
 from famseg.evaluation import Evaluation, ImageScore
 from famseg.files.claim import claimed
 from famseg.files.errors import DataError
-from famseg.files.listing import given_path
 from famseg.files.tables import write_table
 from famseg.files.writing import write_atomic
 from famseg.inference import Network, load_network, predict
+from famseg.options import CHECKPOINT_HELP, LARGEST_SEED, InferenceOptions, device_for, expect_number, option
 from famseg.reporting.overlay import draw_overlay
 from famseg.reporting.page import Picture, report
-from famseg.training.config import LARGEST_SEED, device_for, expect_number, option
-from famseg_kernels.backends import CHOICES as BACKENDS
 
 PROG = "famseg-evaluate"
 _WORST, _TYPICAL, _BEST = 6, 4, 4  # pictures in the report
 
 
 @dataclass(frozen=True)
-class Options:
-    checkpoint: str | None = option(None, "a run's checkpoints/best.ckpt")
+class Options(InferenceOptions):
+    checkpoint: str | None = option(None, CHECKPOINT_HELP, path=True)
     data: str | None = option(
         None, "phantom[:LENGTH], hc18:DIR, folder:DIR, or several joined by commas; default: the training data"
     )
-    out: str | None = option(None, "new or empty folder for metrics.json, per_image.csv and report.html")
+    out: str | None = option(None, "new or empty folder for metrics.json, per_image.csv and report.html", path=True)
     split: Literal["held-out", "all"] = option(
         "held-out", "held-out: the images of subjects that the network was not trained on; all: every image"
     )
     data_seed: int | None = option(None, "seed of phantom images; default: the training run's, that is, its own images")
-    flips: bool = option(False, "average over the image and its mirror image (twice the time)")
-    batch_size: int = option(8, "images a step")
-    device: Literal["auto", "cpu", "cuda"] = option("auto", "auto, cpu or cuda")
-    backend: str = option("auto", f"famseg_kernels backend: {', '.join(BACKENDS)}")
 
     def __post_init__(self) -> None:
-        expect_number("batch_size", self.batch_size, 1)
+        super().__post_init__()
         if self.data_seed is not None:
             expect_number("data_seed", self.data_seed, 0, LARGEST_SEED)
 
@@ -76,7 +70,7 @@ class Selection:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code: 0 done, 2 bad usage or input with one clear line, 130 interrupted."""
     parser = build_parser(PROG, __doc__, Options, positional=("checkpoint",))
-    return run(PROG, lambda: _evaluate(Options(**parse(parser, arguments))))
+    return run(PROG, lambda: _evaluate(Options(**parse(parser, Options, arguments))))
 
 
 def _evaluate(options: Options) -> int:
@@ -84,7 +78,7 @@ def _evaluate(options: Options) -> int:
     required("out", options.out, "--out DIR")
     assert options.checkpoint is not None and options.out is not None
     device = device_for(options.device, options.backend)
-    with claimed(given_path(options.out)) as out:
+    with claimed(Path(options.out)) as out:
         return _score(load_network(options.checkpoint), options, device, out)
 
 

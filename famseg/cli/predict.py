@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import cv2
 import numpy as np
@@ -32,9 +32,8 @@ from famseg.files.listing import given_path, list_images, stem
 from famseg.files.tables import parse_positive, read_table, write_table
 from famseg.files.writing import write_atomic
 from famseg.inference import Network, load_network, predict
+from famseg.options import CHECKPOINT_HELP, ConfigError, InferenceOptions, device_for, option
 from famseg.reporting.overlay import draw_overlay
-from famseg.training.config import ConfigError, device_for, expect_number, option
-from famseg_kernels.backends import CHOICES as BACKENDS
 
 PROG = "famseg-predict"
 PIXEL_SIZE = "pixel_size_mm"
@@ -42,20 +41,13 @@ _LONGEST_NAME = 255  # bytes, of every usual file system
 
 
 @dataclass(frozen=True)
-class Options:
-    checkpoint: str | None = option(None, "a run's checkpoints/best.ckpt")
+class Options(InferenceOptions):
+    checkpoint: str | None = option(None, CHECKPOINT_HELP, path=True)
     images: list[str] = field(default_factory=list, metadata={"help": "image files, and folders of image files"})
-    out: str | None = option(None, "new or empty folder for masks/, overlays/ and biometrics.csv")
+    out: str | None = option(None, "new or empty folder for masks/, overlays/ and biometrics.csv", path=True)
     pixel_size: str | None = option(
         None, "mm per pixel of all images, or a CSV file with columns filename,pixel_size_mm; default: DICOM's own"
     )
-    flips: bool = option(False, "average over the image and its mirror image (twice the time)")
-    batch_size: int = option(8, "images a step")
-    device: Literal["auto", "cpu", "cuda"] = option("auto", "auto, cpu or cuda")
-    backend: str = option("auto", f"famseg_kernels backend: {', '.join(BACKENDS)}")
-
-    def __post_init__(self) -> None:
-        expect_number("batch_size", self.batch_size, 1)
 
 
 @dataclass(frozen=True)
@@ -71,7 +63,7 @@ class Source:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code as in the module's description."""
     parser = build_parser(PROG, __doc__, Options, positional=("checkpoint", "images"))
-    return run(PROG, lambda: _predict(Options(**parse(parser, arguments))))
+    return run(PROG, lambda: _predict(Options(**parse(parser, Options, arguments))))
 
 
 def _predict(options: Options) -> int:
@@ -83,7 +75,7 @@ def _predict(options: Options) -> int:
     pixel_size = _pixel_sizes(options.pixel_size)
     paths = _files(options.images)
     network = load_network(options.checkpoint)
-    with claimed(given_path(options.out)) as out:
+    with claimed(Path(options.out)) as out:
         return _predict_all(network, paths, pixel_size, options, device, out)
 
 
