@@ -18,7 +18,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 
 from famseg.anatomy import REPORTED
@@ -26,11 +25,10 @@ from famseg.biometrics import Axis, Ellipse, doubts
 from famseg.cli.command import build_parser, parse, progress, required, run
 from famseg.files.claim import claimed
 from famseg.files.errors import DataError
-from famseg.files.images import read_image
+from famseg.files.images import read_image, write_image
 from famseg.files.labels import write_labels
 from famseg.files.listing import given_path, list_images, stem
 from famseg.files.tables import parse_positive, read_table, write_table
-from famseg.files.writing import write_atomic
 from famseg.inference import Network, load_network, predict
 from famseg.options import CHECKPOINT_HELP, ConfigError, InferenceOptions, device_for, option
 from famseg.reporting.overlay import draw_overlay
@@ -203,8 +201,7 @@ def _write(out: Path, source: Source, labels: np.ndarray) -> dict[str, Any]:
         flags.append("nothing found")
     row["flags"] = "; ".join(flags)
     overlay = draw_overlay(source.image, labels, shapes, caption=caption or ["nothing found"])
-    picture = cv2.imencode(".png", overlay[..., ::-1])[1].tobytes()
-    write_atomic(out / "overlays" / f"{stem(source.path)}.png", picture)
+    write_image(out / "overlays" / f"{stem(source.path)}.png", overlay)
     write_labels(out / "masks" / f"{stem(source.path)}.png", labels)  # last: every mask has its line of the table
     return row
 
