@@ -40,6 +40,7 @@ FAMSEG = (
     "reporting",
     "inference",
     "evaluation",
+    "results",
     "training",
     "cli",
 )

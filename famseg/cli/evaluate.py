@@ -6,9 +6,6 @@ and scored only when --split all says so.
 
 from __future__ import annotations
 
-import csv
-import importlib.metadata
-import json
 import sys
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -31,6 +28,7 @@ from famseg.inference import Network, load_network, predict
 from famseg.options import CHECKPOINT_HELP, LARGEST_SEED, InferenceOptions, device_for, expect_number, option
 from famseg.reporting.overlay import draw_overlay
 from famseg.reporting.page import Picture, report
+from famseg.results import read_history, write_metrics
 
 PROG = "famseg-evaluate"
 _WORST, _TYPICAL, _BEST = 6, 4, 4  # pictures in the report
@@ -105,8 +103,7 @@ def _score(network: Network, options: Options, device: str, out: Path) -> int:
     for found in labels:
         evaluation.add(pending.popleft(), found)
 
-    summary = {
-        **evaluation.summary(),
+    facts = {
         "data": selection.spec,
         "split": selection.split,
         "trained_on": selection.trained,
@@ -116,9 +113,8 @@ def _score(network: Network, options: Options, device: str, out: Path) -> int:
         "epoch": network.epoch,
         "image_size": network.image_size,
         "flips": options.flips,
-        "versions": {name: importlib.metadata.version(name) for name in ("famseg", "torch")},
     }
-    write_atomic(out / "metrics.json", (json.dumps(summary, indent=2, allow_nan=False) + "\n").encode())
+    summary = write_metrics(out, evaluation, facts)
     rows = [image.row() for image in evaluation.images]
     write_table(out / "per_image.csv", rows)
     page = report(
@@ -132,7 +128,7 @@ def _score(network: Network, options: Options, device: str, out: Path) -> int:
         summary=summary,
         rows=rows,
         pictures=_pictures(selection, evaluation),
-        history=_history(network.path),
+        history=read_history(network.path),
         version=summary["versions"]["famseg"],
     )
     write_atomic(out / "report.html", page.encode("utf-8", "backslashreplace"))  # names need not be UTF-8
@@ -221,18 +217,6 @@ def _remarks(score: ImageScore) -> list[str]:
                 words += f" (true {length.truth:.1f}, {length.error:+.1f})"
         remarks.append(f"{structure.title}: {words}")
     return remarks or ["nothing there, nothing found"]
-
-
-def _history(checkpoint: Path) -> list[dict[str, str]]:
-    """The run's metrics.csv, where it lies beside the checkpoint or one folder up."""
-    for folder in (checkpoint.parent, checkpoint.parent.parent):
-        path = folder / "metrics.csv"
-        if path.is_file():
-            with path.open(newline="", encoding="utf-8") as file:
-                rows = list(csv.DictReader(file))
-            if rows and {"epoch", "train_loss"} <= rows[0].keys():
-                return rows
-    return []
 
 
 def _line(summary: dict[str, Any]) -> str:
