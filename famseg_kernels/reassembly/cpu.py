@@ -36,14 +36,14 @@ def _backward(
     groups: int,
 ) -> list[Tensor | None]:
     """Gradients of x and of the logits or masks where `needs`, None elsewhere."""
-    sources = [_dense(x), _dense(weights)]
-    grad = grad.contiguous(memory_format=checks.image_format(sources[0]))
+    x, weights = _dense(x), _dense(weights)
+    grad = grad.contiguous(memory_format=checks.image_format(x))
     gradients = [
         torch.empty_like(t, memory_format=checks.image_format(t)) if need else None
-        for t, need in zip(sources, needs, strict=True)
+        for t, need in zip((x, weights), needs, strict=True)
     ]
     backends.native("_cpu").reassembly_backward(
-        **spec.native_problem(softmax, *sources, kernel_size, scale, groups),
+        **spec.native_problem(softmax, x, weights, kernel_size, scale, groups),
         y_gradient=grad.data_ptr(),
         x_gradient=backends.address(gradients[0]),
         weights_gradient=backends.address(gradients[1]),

@@ -48,16 +48,16 @@ def _backward(
 ) -> list[Tensor | None]:
     """Gradients of x and of the logits or masks where `needs`, None elsewhere."""
     n, _, h, w = x.shape
-    grad, *sources = (t.contiguous() for t in (grad, x, weights))
+    grad, x, weights = grad.contiguous(), x.contiguous(), weights.contiguous()
     # The kernels read dy two elements at once. A gradient that is a part of a larger tensor may begin between two; for
     # a GPU that is a fault that no later call survives. What is allocated begins at a multiple of 256 bytes.
     if grad.data_ptr() % (2 * grad.element_size()) != 0:
         grad = grad.clone()
-    gradients = [torch.empty_like(t) if need else None for t, need in zip(sources, needs, strict=True)]
+    gradients = [torch.empty_like(t) if need else None for t, need in zip((x, weights), needs, strict=True)]
     log_sums = torch.empty(n * groups * scale**2 * h * w if softmax else 0, dtype=torch.float32, device=x.device)
     with torch.cuda.device(x.device):
         backends.native("_cuda").reassembly_backward(
-            **spec.native_problem(softmax, *sources, kernel_size, scale, groups),
+            **spec.native_problem(softmax, x, weights, kernel_size, scale, groups),
             y_gradient=grad.data_ptr(),
             x_gradient=backends.address(gradients[0]),
             weights_gradient=backends.address(gradients[1]),
