@@ -171,6 +171,16 @@ def test_resuming_a_finished_run_changes_nothing(copy, whole):
     assert_same_run(copy, whole)
 
 
+def test_the_names_in_a_checkpoint_are_those_that_older_ones_have(whole):
+    checkpoint = torch.load(whole / "checkpoints/last.ckpt", weights_only=True)
+    names = "epoch global_step state_dict optimizer_states config processes ema images callbacks"
+    assert sorted(checkpoint) == sorted(names.split())
+    assert {name: sorted(state) for name, state in checkpoint["callbacks"].items()} == {
+        "MetricsTable": ["rows", "seconds"],
+        "Checkpoints": ["best_epoch", "best_score"],
+    }
+
+
 def test_an_earlier_checkpoint_leads_to_the_same_end(copy, whole):
     (copy / "checkpoints/last.ckpt").unlink()
     assert main(["--resume", str(copy / "checkpoints/best.ckpt")]) == 0
