@@ -60,9 +60,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     except Exception as error:  # damaged bytes raise nearly anything from inside zipfile, pickle and torch
         reason = " ".join(str(error).split())[:80] or type(error).__name__
         raise DataError(f"{path}: is damaged or no checkpoint ({reason}); {remedy}") from error
-    keys = {
-        "config": dict, "state_dict": dict, "epoch": int, "images": dict, "optimizer_states": list, "loops": dict
-    }  # fmt: skip
+    keys = {"config": dict, "state_dict": dict, "epoch": int, "images": dict, "optimizer_states": list}
     if not isinstance(checkpoint, dict) or any(not isinstance(checkpoint.get(k), kind) for k, kind in keys.items()):
         raise DataError(f"{path}: was not written by this version of famseg-train; {remedy}")
     return checkpoint

@@ -33,7 +33,6 @@ def write_checkpoint(path: Path, **settings: Any) -> Path:
             for name, part in zip(("trained", "held_out"), parts, strict=True)
         },
         "optimizer_states": [],
-        "loops": {},
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     torch.save(checkpoint, path)

@@ -7,7 +7,6 @@ import json
 import sys
 from types import SimpleNamespace
 
-import lightning as L
 import numpy as np
 import pytest
 import torch
@@ -18,6 +17,7 @@ from famseg.cli.train import main
 from famseg.data.folder import write_folder
 from famseg.data.phantom import Phantom
 from famseg.training.config import TrainConfig
+from famseg.training.loop import Loop
 from famseg.training.module import SegmentationModule
 
 QUICK = ["--epochs", "2", "--batch-size", "4", "--image-size", "48"]
@@ -73,12 +73,8 @@ def test_checkpoints_hold_no_code(run):
 def test_options_of_a_run_show_in_what_it_writes(tmp_path, monkeypatch):
     """bf16, averaged weights, a shipped configuration and TensorBoard in one run."""
     written, autocast = [], set()
-    count = SegmentationModule._count_overlap
-    monkeypatch.setattr(
-        SegmentationModule,
-        "_count_overlap",
-        lambda *args: autocast.add(torch.is_autocast_enabled("cpu")) or count(*args),
-    )
+    loss = Loop.loss
+    monkeypatch.setattr(Loop, "loss", lambda *args: autocast.add(torch.is_autocast_enabled("cpu")) or loss(*args))
 
     class SummaryWriter:
         def __init__(self, folder, purge_step):
@@ -118,7 +114,7 @@ def test_gradient_clipping_bounds_a_step(tmp_path):
             main(["--data", "phantom:5", "--image-size", "32", "--batch-size", "4", *options, "--out", str(out)]) == 0
         )
         after = torch.load(out / "checkpoints" / "last.ckpt", weights_only=True)
-        L.seed_everything(0, verbose=False)
+        torch.manual_seed(0)
         before = SegmentationModule(TrainConfig())
         rate = float(next(csv.DictReader((out / "metrics.csv").open()))["learning_rate"])
         squares = sum((after["state_dict"][n] - p).square().sum() for n, p in before.named_parameters())

@@ -8,6 +8,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -17,15 +18,19 @@ from torch import nn
 from torch.utils.data import SequentialSampler
 
 from famseg.cli.train import main
+from famseg.files.errors import DataError
+from famseg.training.config import ConfigError, TrainConfig
 from famseg.training.distributed import (
     Processes,
     RankBatches,
     SyncBatchNorm2d,
+    run_processes,
     sum_over_processes,
     synchronise_batch_norm,
     this_process,
 )
 from famseg.training.loss import SegmentationLoss
+from famseg.training.run import prepare
 
 # Processes are forked from one that has imported everything: a fresh interpreter takes seconds.
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -147,11 +152,11 @@ def under_torchrun(rank: int, port: int, arguments: list[str]) -> None:
 
 def spoilt_on_one(rank: int, port: int, arguments: list[str]) -> None:
     """The second process alone has a loss that is not finite; both must end, and alike."""
-    from famseg.training.module import SegmentationModule
+    from famseg.training.loop import Loop
 
-    step = SegmentationModule.training_step
+    loss = Loop.loss
     if rank == 1:
-        SegmentationModule.training_step = lambda *given: step(*given) * float("nan")
+        Loop.loss = lambda *given: loss(*given) * float("nan")
     try:
         under_torchrun(rank, port, arguments)
     except SystemExit as stop:
@@ -179,7 +184,7 @@ def test_two_processes_of_torchrun_have_the_losses_of_one(one_process, tmp_path)
     assert_same_rows(rows(out), one_process)
 
 
-def test_two_processes_of_lightning_have_the_losses_of_one(one_process, tmp_path):
+def test_two_processes_of_one_command_have_the_losses_of_one(one_process, tmp_path):
     out = tmp_path / "run"
     command = [sys.executable, "-m", "famseg.cli.train", *RUN, "--phases", "sgd:3", "--batch-size", "2"]
     done = subprocess.run(
@@ -204,6 +209,19 @@ def test_devices_must_agree_with_torchrun(monkeypatch):
         this_process(2)
 
 
-def test_every_process_needs_an_image(tmp_path, capsys):
-    assert main(["--data", "phantom:4", "--devices", "2", "--device", "cpu", "--out", str(tmp_path / "run")]) == 2
-    assert "an image for each of 2 processes, found 1 for validation" in capsys.readouterr().err
+def fail(processes: Processes, after: float) -> None:
+    if processes.rank == 1:
+        raise ConfigError(f"{processes.rank} of {processes.count}")
+    time.sleep(after)
+
+
+def test_what_one_process_raises_ends_all():
+    start = time.monotonic()
+    with pytest.raises(ConfigError, match="1 of 2"):
+        run_processes(2, fail, 1000.0)
+    assert time.monotonic() - start < 500
+
+
+def test_every_process_needs_an_image():
+    with pytest.raises(DataError, match="an image for each of 2 processes, found 1 for validation"):
+        prepare(TrainConfig(data="phantom:4", device="cpu", image_size=32), Processes(0, 2, 2))

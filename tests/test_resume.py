@@ -18,7 +18,7 @@ import yaml
 
 from famseg.cli.train import main
 from famseg.models.famseg import SIZES
-from famseg.training.checkpoint import AtomicCheckpointIO, CheckpointWriteError, continued
+from famseg.training.checkpoint import CheckpointWriteError, continued, write_checkpoint
 from famseg.training.config import ConfigError, TrainConfig
 from famseg.training.schedule import parse_phases, resized
 
@@ -35,7 +35,7 @@ def sitting(arguments: list[str], signal_number: int, tick: int, limit: int | No
     checkpoint's or table's writing. `limit` is the largest file it may write, in bytes."""
     import resource
 
-    from famseg.training.module import SegmentationModule
+    from famseg.training.loop import Loop
 
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in a shell's background
@@ -54,8 +54,8 @@ def sitting(arguments: list[str], signal_number: int, tick: int, limit: int | No
 
         return call
 
-    SegmentationModule.training_step = counted(SegmentationModule.training_step)
-    SegmentationModule.validation_step = counted(SegmentationModule.validation_step)
+    Loop.step = counted(Loop.step)
+    Loop.validate = counted(Loop.validate)
     torch.save = counted(torch.save)
     os.replace = counted(os.replace)
     if limit is not None:
@@ -146,12 +146,12 @@ def test_a_device_without_room_leaves_the_old_checkpoint(tmp_path):
     with pytest.raises(
         CheckpointWriteError, match=r"last.ckpt: .*No space left on device\)\. Make room.*--resume auto"
     ):
-        AtomicCheckpointIO().save_checkpoint({"epoch": 1, "weights": torch.zeros(100_000)}, path)
+        write_checkpoint({"epoch": 1, "weights": torch.zeros(100_000)}, path)
     assert not list(tmp_path.iterdir())
-    AtomicCheckpointIO().save_checkpoint({"epoch": 1}, path)
+    write_checkpoint({"epoch": 1}, path)
     partial.symlink_to("/dev/full")
     with pytest.raises(CheckpointWriteError, match=r"No space left on device\); the previous one is whole\. Make room"):
-        AtomicCheckpointIO().save_checkpoint({"epoch": 2, "weights": torch.zeros(100_000)}, path)
+        write_checkpoint({"epoch": 2, "weights": torch.zeros(100_000)}, path)
     assert torch.load(path, weights_only=True) == {"epoch": 1}
     assert list(tmp_path.iterdir()) == [path]
 
@@ -169,6 +169,16 @@ def copy(whole, tmp_path):
 def test_resuming_a_finished_run_changes_nothing(copy, whole):
     assert main(["--resume", "auto", "--out", str(copy)]) == 0
     assert_same_run(copy, whole)
+
+
+def test_the_names_in_a_checkpoint_are_those_that_older_ones_have(whole):
+    checkpoint = torch.load(whole / "checkpoints/last.ckpt", weights_only=True)
+    names = "epoch global_step state_dict optimizer_states config processes ema images callbacks"
+    assert sorted(checkpoint) == sorted(names.split())
+    assert {name: sorted(state) for name, state in checkpoint["callbacks"].items()} == {
+        "MetricsTable": ["rows", "seconds"],
+        "Checkpoints": ["best_epoch", "best_score"],
+    }
 
 
 def test_an_earlier_checkpoint_leads_to_the_same_end(copy, whole):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,10 +13,11 @@ import yaml
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from famseg.data.split import k_folds
-from famseg.training.callbacks import TimeLeft
 from famseg.training.checkpoint import Checkpoints
 from famseg.training.config import ConfigError, TrainConfig, device_for
-from famseg.training.distributed import Processes
+from famseg.training.distributed import ALONE
+from famseg.training.log import ProgressBar, TimeLeft
+from famseg.training.loop import Loop
 from famseg.training.loss import SegmentationLoss
 from famseg.training.module import SegmentationModule
 from famseg.training.profile import profile
@@ -201,11 +201,15 @@ def test_bad_settings_are_named(change, message):
 
 
 SMALL = TrainConfig(data="phantom:6", image_size=32, batch_size=2, device="cpu")
-ALONE = Processes(0, 1, 1)
 
 
 def prepared(**changes: object) -> Prepared:
     return prepare(dataclasses.replace(SMALL, **changes), ALONE)
+
+
+def looped(**changes: object) -> Loop:
+    run = prepared(**changes)
+    return Loop(run.module, run.train_loader, run.val_loader, device=run.device)
 
 
 def first_batch(run: Prepared) -> dict[str, torch.Tensor]:
@@ -213,7 +217,8 @@ def first_batch(run: Prepared) -> dict[str, torch.Tensor]:
 
 
 def optimizer(**changes: object) -> torch.optim.Optimizer:
-    return prepared(**changes).module.configure_optimizers()
+    module = SegmentationModule(dataclasses.replace(SMALL, **changes))
+    return module.optimizer(module.phases[0])
 
 
 def names(run: Prepared) -> str:
@@ -287,13 +292,7 @@ def test_optimizer_settings():
 def rates(**changes: object) -> list[float]:
     """The learning rate at the beginning of each of twelve epochs."""
     module = SegmentationModule(dataclasses.replace(SMALL, phases="sgd:12", **changes))
-    trainer = SimpleNamespace(optimizers=[module.configure_optimizers()], num_training_batches=2, global_rank=0)
-    module.trainer = trainer
-    found = []
-    for trainer.current_epoch in range(12):
-        module.on_train_batch_start(None, 0)
-        found.append(trainer.optimizers[0].param_groups[0]["lr"])
-    return found
+    return [module.rate(epoch) for epoch in range(12)]
 
 
 def test_learning_rate_settings_reach_the_steps():
@@ -312,15 +311,13 @@ def test_loss_setting():
 
 
 def test_ema_setting_is_the_part_of_the_average_that_stays():
-    run = prepared(ema=0.75)
-    trainer = SimpleNamespace(global_step=1000)  # beyond the short memory of the beginning
-    run.module.trainer = trainer
-    run.module.on_train_start()
-    before = run.module.ema["classifier.weight"].clone()
+    module = SegmentationModule(dataclasses.replace(SMALL, ema=0.75))
+    module.start_average()
+    before = module.ema["classifier.weight"].clone()
     with torch.no_grad():
-        run.module.model.classifier.weight += 1
-    run.module.on_train_batch_end()
-    torch.testing.assert_close(run.module.ema["classifier.weight"], before + 0.25)
+        module.model.classifier.weight += 1
+    module.average(1000)  # beyond the short memory of the beginning
+    torch.testing.assert_close(module.ema["classifier.weight"], before + 0.25)
 
 
 def test_device_setting(monkeypatch):
@@ -331,8 +328,8 @@ def test_device_setting(monkeypatch):
 
 def test_learning_rates_are_fitted_to_the_batch_of_all_processes():
     config = dataclasses.replace(SMALL, lr_limit_min=1e-6)
-    one, four = (SegmentationModule(config, processes=n).configure_optimizers() for n in (1, 4))
-    assert four.param_groups[0]["lr"] == pytest.approx(4 * one.param_groups[0]["lr"])
+    one, four = (SegmentationModule(config, processes=n) for n in (1, 4))
+    assert four.rate(5) == pytest.approx(4 * one.rate(5))
 
 
 def test_class_weights():
@@ -376,21 +373,13 @@ def test_the_backend_is_used(backend):
 
 
 def test_patience_counts_epochs_without_a_better_score(tmp_path):
-    class Trainer:
-        should_stop, current_epoch, saved = False, -1, []
-
-        def save_checkpoint(self, path):
-            self.saved.append((path.stem, self.current_epoch))
-
-    trainer, checkpoints = Trainer(), Checkpoints(tmp_path, patience=2)
-    for score in (0.5, 0.4, 0.6, 0.6, float("nan")):
-        assert not trainer.should_stop
-        trainer.current_epoch += 1
-        trainer.callback_metrics = {"val_miou": torch.tensor(score)}
-        checkpoints.on_train_epoch_end(trainer, None)
-    assert trainer.should_stop
-    assert [epoch for name, epoch in trainer.saved if name == "best"] == [0, 2]
-    assert [epoch for name, epoch in trainer.saved if name == "last"] == [0, 1, 2, 3, 4]
+    checkpoints = Checkpoints(tmp_path, patience=2)
+    better = []
+    for epoch, score in enumerate((0.5, 0.4, 0.6, 0.6, float("nan"))):
+        assert not checkpoints.stale(epoch - 1)
+        better.append(checkpoints.better(epoch, score))
+    assert checkpoints.stale(4)
+    assert better == [True, False, True, False, False]
 
 
 @pytest.mark.parametrize(
@@ -427,19 +416,55 @@ def test_shipped_configs_are_the_nine_of_table_2_and_the_text():
 def test_time_left_is_in_proportion(monkeypatch):
     now = [100.0]
     monkeypatch.setattr("time.perf_counter", lambda: now[0])
-
-    class Trainer:
-        current_epoch, max_epochs = 4, 10
-
-    clock = TimeLeft()
-    clock.on_train_start(Trainer, None)
-    assert clock.text(Trainer, 4.0) == "?"
+    clock = TimeLeft(4, 10)
+    assert clock.text(4.0) == "?"
     now[0] += 60
-    assert clock.text(Trainer, 5.5) == "0:03:00"  # 1.5 epochs a minute, 4.5 to go
+    assert clock.text(5.5) == "0:03:00"  # 1.5 epochs a minute, 4.5 to go
+
+
+def test_the_bar_tells_how_far_the_epoch_and_how_good_it_is():
+    loop = looped()
+    bar = ProgressBar(loop, TimeLeft(0, 3), disable=False)
+    (task,) = bar._bar.tasks
+    loop.begin(1)
+    loop._overlap += torch.tensor([[1, 0], [4, 0]])
+    bar.scores = {"train_loss": 0.5, "val_loss": 0.5, "val_miou": 0.25}
+    bar.trained(0)
+    assert (task.description, task.completed, task.total) == ("epoch 2/3", 1, 2)
+    words = "train_loss 0.500 val_miou 0.250 IoU_FL 0.250 IoU_FB nan left 0:00:0"
+    assert task.fields["words"].startswith(words)
+    bar.validated(0)
+    assert (task.description, task.completed, task.total) == ("validation", 1, 1)
+
+
+def test_workers_load_the_order_of_the_epoch_that_a_run_goes_on_with(monkeypatch):
+    orders: list[list[int]] = []
+    monkeypatch.setattr(Loop, "step", lambda self, index, batch: orders[-1].extend(batch["index"].tolist()))
+    for workers, epoch in ((0, 0), (0, 3), (1, 3)):
+        orders.append([])
+        looped(workers=workers).train_epoch(epoch)
+    assert orders[0] != orders[1] == orders[2]
+
+
+def test_the_scale_of_an_fp16_loss_is_kept():
+    def scaled() -> Loop:
+        run = prepared()
+        run.module.config = dataclasses.replace(run.module.config, precision="fp16")  # refused for a run on a CPU
+        return Loop(run.module, run.train_loader, run.val_loader, device=run.device)
+
+    one, two = scaled(), scaled()
+    one.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**30)
+    before = one.module.state_dict()["model.classifier.weight"].clone()
+    one.begin(0)
+    one.step(0, next(iter(one.train_loader)))
+    assert torch.equal(before, one.module.state_dict()["model.classifier.weight"])  # overflown, and skipped
+    assert one.scaler.get_scale() == 2.0**29
+    two.resume(one.state())
+    assert two.scaler.get_scale() == 2.0**29 and two.steps == 1
 
 
 def test_profile_names_every_part_of_a_step():
     text = profile(SMALL, steps=1)
     for part in ("loader", "forward", "loss", "backward", "optimizer", "step with a constant batch"):
         assert part in text
-    assert "convolution" in text and "famseg::strip_conv2d_backward" in text
+    assert "convolution" in text and "famseg::" in text

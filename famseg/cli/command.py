@@ -85,6 +85,7 @@ def run(prog: str, body: Callable[[], int], interrupted: str = "interrupted") ->
             stream.reconfigure(errors="backslashreplace")  # a sign that the terminal lacks costs no result
     # OpenCV's own remarks on damaged files; ours say what to do.
     cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
+    os.environ["OPENCV_LOG_LEVEL"] = "SILENT"  # of processes that this one starts
     code = 0
     try:
         code, message = _outcome(body, interrupted)

@@ -45,15 +45,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _train(options: dict[str, Any]) -> int:
     summary, profiling = options.pop("summary"), options.pop("profile")
     config = TrainConfig(**options)
-    # Imported late: --help and usage errors need no Lightning.
+    # Imported late: --help and usage errors need none of it.
     if summary:
         from famseg.models.summary import summarise
 
         print(summarise(config.model, config.image_size, **config.model_options()))
         return 0
-    from famseg.training.callbacks import interrupt
-
-    signal.signal(signal.SIGTERM, interrupt)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends a run as Ctrl-C does
     if profiling:
         from famseg.training.profile import profile
 

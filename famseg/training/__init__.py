@@ -1,1 +1,1 @@
-"""Training: configuration, phases and learning rates, the Lightning module, callbacks."""
+"""Training: configuration, phases and learning rates, the loop and its checkpoints."""

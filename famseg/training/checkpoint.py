@@ -13,11 +13,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import torch
-from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
-from famseg.inference import read_checkpoint
 from famseg.training.config import ConfigError, TrainConfig
 from famseg.training.schedule import Phase, format_phases, resized, total_epochs
 
@@ -34,35 +31,31 @@ class CheckpointWriteError(OSError):
     """A checkpoint could not be written; the previous one is untouched."""
 
 
-class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes beside the target and renames: an interruption or a full disk leaves the previous checkpoint whole."""
+def write_checkpoint(checkpoint: dict[str, Any], path: Path) -> None:
+    """Write beside the target and rename: an interruption or a full disk leaves the previous checkpoint whole.
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
-        path = Path(path)
-        partial = path.with_name(path.name + ".partial")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with partial.open("wb") as file:
-                torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(path)
-        except BaseException as error:
-            partial.unlink(missing_ok=True)
-            # torch reports a failed write as RuntimeError, with the reason in its context.
-            if isinstance(error, (OSError, RuntimeError)):
-                reason = next((e.strerror for e in (error, error.__context__) if isinstance(e, OSError)), None)
-                kept = "; the previous one is whole" if path.exists() else ""
-                raise CheckpointWriteError(
-                    f"{path}: the checkpoint cannot be written ({reason or error}){kept}. "
-                    "Make room, then continue with --resume auto"
-                ) from error
-            raise
-
-    def load_checkpoint(
-        self, path: Any, map_location: Any | None = None, weights_only: bool | None = None
-    ) -> dict[str, Any]:
-        return read_checkpoint(Path(path))
+    Raises:
+        CheckpointWriteError: the disk is full, or the folder cannot be written to.
+    """
+    partial = path.with_name(path.name + ".partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except BaseException as error:
+        partial.unlink(missing_ok=True)
+        # torch reports a failed write as RuntimeError, with the reason in its context.
+        if isinstance(error, (OSError, RuntimeError)):
+            reason = next((e.strerror for e in (error, error.__context__) if isinstance(e, OSError)), None)
+            kept = "; the previous one is whole" if path.exists() else ""
+            raise CheckpointWriteError(
+                f"{path}: the checkpoint cannot be written ({reason or error}){kept}. "
+                "Make room, then continue with --resume auto"
+            ) from error
+        raise
 
 
 def checkpoint_to_resume(resume: str, out: str | None) -> Path | None:
@@ -142,11 +135,10 @@ def _optimizers(phases: list[Phase]) -> list[str]:
     return [phase.optimizer for phase in phases for _ in range(phase.epochs)]
 
 
-class Checkpoints(L.Callback):
+class Checkpoints:
     """checkpoints/best.ckpt where the validation mIoU is the highest so far, checkpoints/last.ckpt after every epoch.
 
-    Lightning's ModelCheckpoint remembers absolute paths and forgets the best score when a run's folder has been moved.
-    `patience` epochs without a better score stop the run; 0: never.
+    `patience` epochs without a better score make a run stale; 0: never.
     """
 
     def __init__(self, folder: Path, patience: int) -> None:
@@ -156,23 +148,19 @@ class Checkpoints(L.Callback):
         self.best_score = -1.0
         self.best_epoch = -1
 
-    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        self._stop_when_stale(trainer, trainer.current_epoch - 1)
+    def better(self, epoch: int, score: float) -> bool:
+        """Whether the score of `epoch`, which counts from now on, is the highest so far."""
+        if not score > self.best_score:
+            return False
+        self.best_score, self.best_epoch = score, epoch
+        return True
 
-    def on_train_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        score = float(trainer.callback_metrics["val_miou"])
-        if score > self.best_score:
-            self.best_score, self.best_epoch = score, trainer.current_epoch
-            trainer.save_checkpoint(self.best)
-        trainer.save_checkpoint(self.last)
-        self._stop_when_stale(trainer, trainer.current_epoch)
+    def stale(self, epoch: int) -> bool:
+        """Whether the run is to stop after `epoch`."""
+        return 0 < self.patience <= epoch - self.best_epoch and self.best_epoch >= 0
 
-    def _stop_when_stale(self, trainer: L.Trainer, epoch: int) -> None:
-        if self.patience and epoch - self.best_epoch >= self.patience and self.best_epoch >= 0:
-            trainer.should_stop = True
-
-    def state_dict(self) -> dict[str, Any]:
+    def state(self) -> dict[str, Any]:
         return {"best_score": self.best_score, "best_epoch": self.best_epoch}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.best_score, self.best_epoch = state_dict["best_score"], state_dict["best_epoch"]
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.best_score, self.best_epoch = state["best_score"], state["best_epoch"]

@@ -1,4 +1,4 @@
-"""Data-parallel training whose result does not depend on how a batch is divided over processes.
+"""Data-parallel training whose result does not depend on how a batch is divided over processes, and the processes.
 
 Torch's DistributedDataParallel averages gradients. For a run of W processes with B images each to take the steps of
 one process with W·B images, two more things must be those of the whole batch: the statistics of batch normalisation
@@ -8,15 +8,22 @@ backward adds the gradients of all processes' (equal) losses, W times the wanted
 
 from __future__ import annotations
 
+import multiprocessing
 import os
-from collections.abc import Iterator
+import signal
+import socket
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.nn.functional import all_reduce
+from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException, start_processes
 from torch.utils.data import Sampler
+
+_GRACE = 5.0  # seconds for processes to end by themselves where one has failed, and again once they are told to
 
 
 @dataclass(frozen=True)
@@ -27,9 +34,16 @@ class Processes:
     count: int
     local: int
 
+    def device(self, kind: str) -> torch.device:
+        """This process's own, of "cpu" or "cuda"."""
+        return torch.device("cuda", self.rank % self.local) if kind == "cuda" else torch.device("cpu")
+
+
+ALONE = Processes(0, 1, 1)
+
 
 def this_process(devices: int) -> Processes:
-    """As torchrun says; without it, Lightning starts the processes 1 to devices − 1 of this machine later.
+    """As torchrun says; without it, the first of `devices`, which `run_processes` starts.
 
     Raises:
         ValueError: torchrun started another number of processes on this machine than `devices` (unless that is 1).
@@ -41,7 +55,68 @@ def this_process(devices: int) -> Processes:
                 f"devices: torchrun started {local} process(es) on this machine, got {devices}; leave it out"
             )
         return Processes(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), local)
-    return Processes(int(os.environ.get("LOCAL_RANK", 0)) if devices > 1 else 0, devices, devices)
+    return Processes(0, devices, devices)
+
+
+def run_processes(count: int, work: Callable[..., object], *arguments: Any) -> None:
+    """Call `work(processes, *arguments)` in `count` new processes of this machine; returns when all have ended.
+
+    This process only watches: where one fails, the others would wait for it in vain, on a GPU beyond any signal.
+
+    Raises:
+        What the first one to fail raised, once none is left; KeyboardInterrupt if that was a signal's.
+    """
+    failures = multiprocessing.get_context("spawn").SimpleQueue()
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    context = start_processes(_work, (count, port, failures, work, arguments), count, join=False, start_method="spawn")
+    try:
+        while not context.join(grace_period=_GRACE):
+            pass
+    except (ProcessRaisedException, ProcessExitedException) as error:
+        if not failures.empty():
+            raise failures.get() from error
+        raise
+    finally:  # of an interruption: whoever is left
+        for process in context.processes:
+            process.terminate()
+        for process in context.processes:
+            process.join(_GRACE)
+            process.kill()
+            process.join()
+
+
+def _work(
+    rank: int, count: int, port: int, failures: Any, work: Callable[..., object], arguments: tuple[Any, ...]
+) -> None:
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(len(os.sched_getaffinity(0)) // count, 1))
+    try:
+        work(Processes(rank, count, count), *arguments)
+    except KeyboardInterrupt as error:
+        for number in (signal.SIGINT, signal.SIGTERM):  # Ctrl-C reaches every process, and then its parent's signal
+            signal.signal(number, signal.SIG_IGN)
+        failures.put(error)
+        raise SystemExit(130) from None
+    except Exception as error:
+        failures.put(error)
+        raise
+
+
+def join_processes(processes: Processes, device: torch.device) -> None:
+    """Make `device` this process's, and wait until all of them can talk to each other."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if processes.count > 1:
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            rank=processes.rank,
+            world_size=processes.count,
+            device_id=device if device.type == "cuda" else None,
+        )
 
 
 def _parallel() -> bool:
@@ -62,7 +137,7 @@ class RankBatches(Sampler[list[int]]):
     """
 
     def __init__(self, sampler: Sampler[int], batch_size: int, processes: Processes, *, drop_last: bool) -> None:
-        self.sampler = sampler  # Lightning calls set_epoch of a batch sampler's `sampler`
+        self.sampler = sampler
         self.batch_size = batch_size
         self.processes = processes
         self.drop_last = drop_last

@@ -63,7 +63,7 @@ def load_weights(model: nn.Module, path: str | Path) -> str:
     path = Path(path)
     content = _read(path)
     try:
-        if isinstance(content, dict) and "loops" in content:
+        if isinstance(content, dict) and "optimizer_states" in content and "images" in content:
             model.load_state_dict(weights_of(read_checkpoint(path)))  # read again: with its checksums
             return f"all weights of {path}"
         tensors = _tensors(content)

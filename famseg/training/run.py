@@ -4,23 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-import logging
 import os
 import sys
 import time
-import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import numpy as np
 import torch
 import torch.distributed as dist
 import yaml
-from lightning.pytorch.strategies import DDPStrategy
 from torch.utils.data import DataLoader, Sampler, SequentialSampler
 
 from famseg.data.augment import eval_transform, train_transform
@@ -34,27 +30,35 @@ from famseg.files.writing import write_atomic
 from famseg.inference import load_network, predict, read_checkpoint
 from famseg.reporting.figures import plot_history, plot_overlays
 from famseg.results import write_metrics
-from famseg.training.callbacks import EpochLine, MetricsTable, ProgressBar, StopOnTerminate, TimeLeft
 from famseg.training.checkpoint import (
-    AtomicCheckpointIO,
     Checkpoints,
     checkpoint_to_resume,
     continued,
     stored_config,
+    write_checkpoint,
 )
 from famseg.training.config import ConfigError, Diverged, TrainConfig, device_for
-from famseg.training.distributed import Processes, RankBatches, synchronise_batch_norm, this_process
+from famseg.training.distributed import (
+    Processes,
+    RankBatches,
+    join_processes,
+    run_processes,
+    synchronise_batch_norm,
+    this_process,
+)
 from famseg.training.finetune import load_weights
+from famseg.training.log import MetricsTable, ProgressBar, TimeLeft, epoch_line
+from famseg.training.loop import Loop
 from famseg.training.loss import parse_class_weights
 from famseg.training.module import SegmentationModule
-from famseg.training.schedule import total_epochs
+from famseg.training.schedule import phase_at, total_epochs
 
 _OVERLAYS = 6
 _ONE_PIXEL = 32  # px: an image up to this size is one pixel in the deepest stage of every network
 
 
 class ShuffledByEpoch(Sampler[int]):
-    """A random order that is a function of (seed, epoch) alone; Lightning calls `set_epoch`."""
+    """A random order that is a function of (seed, epoch) alone."""
 
     def __init__(self, dataset: SegmentationDataset, seed: int) -> None:
         self.dataset = dataset
@@ -77,12 +81,13 @@ class ShuffledByEpoch(Sampler[int]):
 class Prepared:
     """What a run iterates over and trains, read and checked, with nothing written yet."""
 
-    accelerator: str  # "cpu" or "cuda"
+    device: torch.device
     training: SegmentationDataset
     validation: SegmentationDataset
     train_loader: DataLoader[Any]
     val_loader: DataLoader[Any]
     module: SegmentationModule
+    images: dict[str, dict[str, str]]  # "trained" and "held_out": the name of every image under its digest
 
 
 def prepare(config: TrainConfig, processes: Processes) -> Prepared:
@@ -126,10 +131,10 @@ def prepare(config: TrainConfig, processes: Processes) -> Prepared:
             f"batch_size: {config.batch_size} are more than the {len(training)} images to train on; taking {batch_size}"
         )
 
-    L.seed_everything(config.seed, workers=True, verbose=False)
+    torch.manual_seed(config.seed)
     weights = _balanced(pixels) if config.class_weights == "balanced" else parse_class_weights(config.class_weights)
     try:
-        module = SegmentationModule(config, processes=processes.count, class_weights=weights, images=images)
+        module = SegmentationModule(config, processes=processes.count, class_weights=weights)
     except ValueError as error:
         raise ConfigError(str(error)) from None
     if processes.count > 1:
@@ -151,12 +156,13 @@ def prepare(config: TrainConfig, processes: Processes) -> Prepared:
     train_batches = RankBatches(order, batch_size, processes, drop_last=True)
     val_batches = RankBatches(SequentialSampler(validation), batch_size, processes, drop_last=False)
     return Prepared(
-        accelerator,
+        processes.device(accelerator),
         training,
         validation,
         DataLoader(training, batch_sampler=train_batches, **options),
         DataLoader(validation, batch_sampler=val_batches, **options),
         module,
+        images,
     )
 
 
@@ -182,87 +188,105 @@ def train(config: TrainConfig) -> Path | None:
     except ValueError as error:
         raise ConfigError(str(error)) from None
     with _output_folder(config, processes) as out:
-        return _train(config, processes, out)
+        if processes.count > 1 and not dist.is_torchelastic_launched():
+            run_processes(processes.count, _train, config, out)
+        else:
+            _train(processes, config, out)
+    return out if processes.rank == 0 else None
 
 
-def _train(config: TrainConfig, processes: Processes, out: Path) -> Path | None:
+def _train(processes: Processes, config: TrainConfig, out: Path) -> None:
+    """This process's part of the run; the first one writes."""
     config, checkpoint_path = _resumed(config, processes)
     config = dataclasses.replace(config, resume=None)  # a run's settings, whether or not it was interrupted
     run = prepare(config, processes)
-    module = run.module
-    if checkpoint_path is not None:
-        checkpoint = _checkpoint(checkpoint_path)
-        if checkpoint["images"] != module.images:
+    checkpoint = None if checkpoint_path is None else _checkpoint(checkpoint_path)
+    if checkpoint is not None:
+        if checkpoint["images"] != run.images:
             raise ConfigError(
                 f"resume: the images of '{config.data}' are not those that the run began with; put them back as they "
                 "were, or start anew in another --out"
             )
         try:
-            module.load_state_dict(checkpoint["state_dict"])
+            run.module.load_state_dict(checkpoint["state_dict"])
         except RuntimeError as error:
             reason = str(error).split("\n")[1].strip()
             raise ConfigError(f"resume: the weights in {checkpoint_path} do not fit {config.model}: {reason}") from None
     elif config.weights:
-        loaded = load_weights(module.model, config.weights)
+        loaded = load_weights(run.module.model, config.weights)
         if processes.rank == 0:
             print(f"starting from {loaded}")
+    join_processes(processes, run.device)
+    loop = Loop(run.module, run.train_loader, run.val_loader, device=run.device, processes=processes)
+    table = MetricsTable(out / "metrics.csv", out / "tensorboard" if config.tensorboard else None)
+    checkpoints = Checkpoints(out / "checkpoints", config.patience)
+    done = 0
+    if checkpoint is not None:
+        loop.resume(checkpoint)
+        table.load_state(checkpoint["callbacks"]["MetricsTable"])
+        checkpoints.load_state(checkpoint["callbacks"]["Checkpoints"])
+        done = checkpoint["epoch"] + 1
     if processes.rank == 0:
         settings = yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
         write_atomic(out / "config.yaml", settings.encode())
-
-    table = MetricsTable(out / "metrics.csv", out / "tensorboard" if config.tensorboard else None)
-    checkpoints = Checkpoints(out / "checkpoints", config.patience)
-    time_left = TimeLeft()
-    _quiet()
-    terminal = sys.stdout.isatty()
-    trainer = L.Trainer(
-        accelerator="gpu" if run.accelerator == "cuda" else "cpu",
-        devices=processes.local,
-        num_nodes=processes.count // processes.local,
-        # Statistics of batch normalisation are the same everywhere: nothing to broadcast, and the processes need not
-        # validate equally many batches.
-        strategy=DDPStrategy(broadcast_buffers=False, gradient_as_bucket_view=True) if processes.count > 1 else "auto",
-        use_distributed_sampler=False,
-        precision={"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}[config.precision],  # type: ignore[arg-type]
-        max_epochs=total_epochs(module.phases),
-        gradient_clip_val=config.clip_norm or None,
-        callbacks=[
-            *(time_left, table, checkpoints, StopOnTerminate()),
-            # After the checkpoint, which must not depend on who reads the output.
-            EpochLine(time_left),
-            # Every refresh waits for the GPU.
-            *([ProgressBar(time_left, refresh_rate=10 if run.accelerator == "cuda" else 1)] if terminal else []),
-        ],
-        enable_progress_bar=terminal,
-        plugins=[AtomicCheckpointIO()],
-        logger=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        default_root_dir=out,
-    )
     try:
-        trainer.fit(module, run.train_loader, run.val_loader, ckpt_path=checkpoint_path)
-    except SystemExit:
-        if not trainer.interrupted:
-            raise
+        done = _epochs(loop, run.images, table, checkpoints, done)
     except Diverged as error:
         raise Diverged(f"{error}; {_after_divergence(config, checkpoints.last)}") from None
-    if trainer.interrupted:
-        raise KeyboardInterrupt
     if dist.is_initialized():
         dist.destroy_process_group()
-    if processes.rank != 0:
-        return None
-    table.write()  # where the last sitting ended between its checkpoint and the table
+    if processes.rank == 0:
+        _write_results(out, run, done, table, checkpoints.best)
 
-    network = load_network(checkpoints.best)
+
+def _epochs(
+    loop: Loop, images: dict[str, dict[str, str]], table: MetricsTable, checkpoints: Checkpoints, done: int
+) -> int:
+    """Train after the `done` epochs to the last one, or until the score is stale; returns the epochs done then."""
+    total = total_epochs(loop.module.phases)
+    time_left = TimeLeft(done, total)
+    first = loop.processes.rank == 0
+    with ProgressBar(loop, time_left, disable=not (first and sys.stdout.isatty())) as bar:
+        for epoch in range(done, total):
+            if checkpoints.stale(epoch - 1):
+                break
+            train_loss = loop.train_epoch(epoch, bar.trained)
+            scores = loop.validate(bar.validated)
+            row = {
+                "epoch": epoch + 1,
+                "phase": phase_at(loop.module.phases, epoch).optimizer,
+                "learning_rate": loop.optimizer.param_groups[0]["lr"],
+                "train_loss": train_loss,
+                **{name: scores[name] for name in ("val_loss", "val_miou", *sorted(scores))},
+            }
+            best = checkpoints.better(epoch, scores["val_miou"])
+            done = epoch + 1
+            if not first:
+                continue
+            table.add(row)
+            # Under the names that checkpoints have had from the beginning.
+            states = {"MetricsTable": table.state(), "Checkpoints": checkpoints.state()}
+            checkpoint = {**loop.state(), "images": images, "callbacks": states}
+            for path in (checkpoints.best, checkpoints.last) if best else (checkpoints.last,):
+                write_checkpoint(checkpoint, path)
+            # After the checkpoint, which must not depend on who reads the output.
+            print(epoch_line(row, time_left), flush=True)
+            bar.scores = row
+    table.close()
+    return done
+
+
+def _write_results(out: Path, run: Prepared, epochs: int, table: MetricsTable, best: Path) -> None:
+    """What the best checkpoint finds in the held-out images, as numbers and figures."""
+    config = run.module.config
+    table.write()  # where the last sitting ended between its checkpoint and the table
+    network = load_network(best)
     held_out = [run.validation.sample(position) for position in range(len(run.validation))]
-    labels = predict(network, (s.image for s in held_out), device=run.accelerator, backend=config.backend)
+    labels = predict(network, (s.image for s in held_out), device=run.device.type, backend=config.backend)
     evaluation = evaluate(held_out, labels)
     facts = {
         "best_epoch": network.epoch,
-        "epochs": trainer.current_epoch,
+        "epochs": epochs,
         "data": config.data,
         "model": config.model,
         "parameters": network.parameters,
@@ -271,13 +295,12 @@ def _train(config: TrainConfig, processes: Processes, out: Path) -> Path | None:
         "seed": config.seed,
         "train_seconds": round(table.seconds, 1),
     }
-    write_metrics(out, evaluation, facts, packages=("lightning",))
+    write_metrics(out, evaluation, facts)
     plot_history(table.rows, out / "figures" / "loss.png")
     worst_to_best = evaluation.ranking()
     spread = np.linspace(0, len(held_out) - 1, min(_OVERLAYS, len(held_out))).round().astype(int)
     shown = [(held_out[i], evaluation.labels(i)) for i in (worst_to_best[place] for place in spread)]
     plot_overlays([(s.name, s.image, s.mask, found) for s, found in shown], out / "figures" / "overlays.png")
-    return out
 
 
 def _resumed(config: TrainConfig, processes: Processes) -> tuple[TrainConfig, Path | None]:
@@ -348,12 +371,3 @@ def _balanced(frequency: np.ndarray) -> list[float]:
     weights = np.ones(len(frequency))
     weights[present] = np.median(frequency[present]) / frequency[present]
     return weights.tolist()
-
-
-def _quiet() -> None:
-    """Lightning's hints about loggers, workers and hardware are not about this run."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", module="lightning")
-    warnings.filterwarnings("ignore", message=".*isinstance\\(treespec, LeafSpec\\).*")
-    # Of depthwise kernels (C, 1, k, k): their strides are written in two ways and mean the same memory.
-    warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")

@@ -22,7 +22,7 @@ from famseg_kernels.backends import native_module
 WANTED = {
     "peers": (peers.MAMBA, peers.MMCV),
     "network": ("segmentation_models_pytorch",),
-    "training": ("lightning", "albumentations", "jsonargparse", "cv2", "scipy", "matplotlib", "PIL", "rich", "yaml"),
+    "training": ("albumentations", "jsonargparse", "cv2", "scipy", "matplotlib", "PIL", "rich", "yaml"),
 }
 GIGABYTE = 1e9
 
