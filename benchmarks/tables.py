@@ -86,6 +86,24 @@ def against_best(one: Measured) -> tuple[str, str, str]:
     return digits(one.ms()), digits(one.best_peer), ratio(one.best_peer / one.ms())
 
 
+def ranges() -> str:
+    """docs/cpu.md, first of all: the least and the most that each kind of operation gains on the best peer."""
+    head = ("fp32, times faster than the best peer", "fwd, least", "fwd, most", "fwd+bwd, least", "fwd+bwd, most")
+    rows = []
+    for label, operations in {
+        "strip convolution": ("strip_conv2d",),
+        "scans": ("ssd_scan_2d", "ssd_scan"),
+        "reassembly": ("reassemble", "carafe"),
+    }.items():
+        cells = []
+        for kind in ("fwd", "fwd+bwd"):
+            mine = [Measured(shape, "fp32", kind) for shape in SHAPES if shape[0] in operations]
+            gains = [one.best_peer / one.ms() for one in mine]
+            cells += [ratio(min(gains)), ratio(max(gains))]
+        rows.append([label, *cells])
+    return markdown(head, rows)
+
+
 def passes(dtype: str, kind: str) -> Callable[[], str]:
     """All that a result file says of one pass."""
     peer = "best peer, ms" if dtype == "fp32" else "best eager peer, ms"
@@ -115,8 +133,8 @@ def passes(dtype: str, kind: str) -> Callable[[], str]:
     return table
 
 
-def gains() -> str:
-    """What bf16 and the second thread are worth: quotients of times in one run."""
+def bf16_and_threads() -> str:
+    """What bf16 and a second thread are worth: quotients of times in one run."""
     head = (
         "times faster",
         "bf16 over fp32, fwd",
@@ -189,11 +207,12 @@ def accelerated() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "summary": summary,
+    "ranges": ranges,
     "fp32 fwd": passes("fp32", "fwd"),
     "fp32 fwd+bwd": passes("fp32", "fwd+bwd"),
     "bf16 fwd": passes("bf16", "fwd"),
     "bf16 fwd+bwd": passes("bf16", "fwd+bwd"),
-    "gains": gains,
+    "bf16 and threads": bf16_and_threads,
     "network": network,
     "accelerate": accelerated,
 }
