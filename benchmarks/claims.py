@@ -185,9 +185,7 @@ def main() -> int:
             *times,
             "",
             f"Torch's best 7×7 takes {ratios['best torch 7×7 / fk strips']:.1f} times as long as our strips. "
-            "Measured on "
-            + ", ".join(f"{key} {value}" for key, value in where.items())
-            + ".",
+            "Measured on " + ", ".join(f"{key} {value}" for key, value in where.items()) + ".",
             "",
         ]
     )

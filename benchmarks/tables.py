@@ -173,17 +173,17 @@ def network() -> str:
     )
     rows: list[list[str]] = []
     measured: dict[tuple[str, str], dict[str, Row]] = {}
+    model = ""
     for row in read(NETWORKS):
         if row["model"].startswith("famseg_"):
             model = row["model"]
-        elif row["model"] != "unet_resnet34":
+        elif row["model"] != "unet_resnet34":  # which is measured beside each size of FAMSeg, and stands after it
             continue
-        # A U-Net is measured beside each size of FAMSeg: its row stands after theirs.
-        builds_of = measured.setdefault((model, row["kind"]), {})
         # Of standard parts the layout that is faster counts.
         build = "standard parts" if row["build"].startswith("standard parts") else row["build"]
-        if build not in builds_of or float(row["ms"]) < float(builds_of[build]["ms"]):
-            builds_of[build] = row
+        best = measured.setdefault((model, row["kind"]), {}).setdefault(build, row)
+        if float(row["ms"]) < float(best["ms"]):
+            measured[model, row["kind"]][build] = row
     for (model, kind), by in measured.items():
         ms = [float(by[build]["ms"]) for build in builds]
         memory = [f"{float(by[build]['peak_mb']):.0f}" for build in ("famseg", "reference backend")]
