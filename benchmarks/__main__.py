@@ -24,12 +24,14 @@ from rich.console import Console
 from rich.table import Table
 
 import famseg_kernels as fk
-from benchmarks import gate, measure
+from benchmarks import measure
 from benchmarks.compare import compare
 from benchmarks.rates import machine_rates
 from benchmarks.shapes import shapes_for
 from benchmarks.timing import DTYPES, PASSES, Settings, measure_case, name_of, threads, without_tf32
-from famseg_kernels.registry import Case, Operation
+from famseg_kernels.testing import gate
+from famseg_kernels.testing.case import Case
+from famseg_kernels.torch_op import Operation
 
 
 def main() -> int:

@@ -34,10 +34,12 @@ from unittest import mock
 import torch
 
 import famseg_kernels as fk
-from benchmarks import gate, tune
+from benchmarks import tune
 from benchmarks.shapes import GATE_SHAPES, TINY, network_shapes, shapes_for
 from famseg_kernels import launch
-from famseg_kernels.registry import Case, Operation
+from famseg_kernels.testing import gate
+from famseg_kernels.testing.case import Case
+from famseg_kernels.torch_op import Operation
 
 CHIPS = (80, 90)
 # Bytes a program may have: CUDA programming guide, table "compute capabilities".

@@ -1,6 +1,8 @@
 // Arithmetic that counts itself, and plain functions around the drivers of the CPU kernels, for
 // counted.py. Compiled after counted.h as the kernels are.
 
+#include <vector>
+
 #include "reassembly/cpu/kernels.h"
 #include "ssd_scan/cpu/kernels.h"
 #include "strip_conv/cpu/kernels.h"
@@ -43,21 +45,26 @@ void narrow(const Quad* from, Double* to, int64_t count) {
 
 // Each returns the multiplications that it made. The last address is that of the result.
 
-// sizes: n, c, h, w, square size, branches; addresses: x, square weight, square bias, y.
-int64_t strip_conv2d(const int64_t* sizes, const uint64_t* addresses,
-                     const famseg::strip_conv::Branch* branches) {
+// sizes: n, c, h, w, square size, branches; addresses: x, square weight, square bias, y; of each
+// branch weight, bias and size of the row, then of the column.
+int64_t strip_conv2d(const int64_t* sizes, const uint64_t* addresses, const uint64_t* sides) {
+  const auto convolution = [](const uint64_t* side) {
+    return famseg::strip_conv::Convolution{at(side[0]), at(side[1]), static_cast<int>(side[2])};
+  };
+  std::vector<famseg::strip_conv::Branch> branches;
+  for (int64_t i = 0; i < sizes[5]; ++i, sides += 6) {
+    branches.push_back({convolution(sides), convolution(sides + 3)});
+  }
   famseg::strip_conv::Problem problem{};
   problem.dtype = Dtype::float64;
   problem.n = sizes[0];
   problem.c = sizes[1];
   problem.h = sizes[2];
   problem.w = sizes[3];
-  problem.square_size = sizes[4];
-  problem.branch_count = sizes[5];
-  problem.branches = branches;
   problem.x = at(addresses[0]);
-  problem.square_weight = at(addresses[1]);
-  problem.square_bias = at(addresses[2]);
+  problem.square = {at(addresses[1]), at(addresses[2]), static_cast<int>(sizes[4])};
+  problem.branches = branches.data();
+  problem.branch_count = sizes[5];
   multiplications = 0;
   famseg::strip_conv::forward(Isa::baseline, problem, at(addresses[3]), 1);
   return multiplications;
@@ -81,7 +88,7 @@ int64_t carafe(const int64_t* sizes, const uint64_t* addresses) {
   return multiplications;
 }
 
-// sizes: batch, height, width, heads, headdim, groups, state, directions, matrices of B and C;
+// sizes: batch, height, width, heads, headdim, groups, d_state, directions, matrices of B and C;
 // addresses: x, dt, A, B, C, y.
 int64_t ssd_scan_2d(const int64_t* sizes, const uint64_t* addresses) {
   famseg::ssd_scan::Problem problem{};
@@ -92,7 +99,7 @@ int64_t ssd_scan_2d(const int64_t* sizes, const uint64_t* addresses) {
   problem.heads = sizes[3];
   problem.headdim = sizes[4];
   problem.groups = sizes[5];
-  problem.state = sizes[6];
+  problem.d_state = sizes[6];
   problem.directions = sizes[7];
   problem.matrices = sizes[8];
   problem.dt_max = HUGE_VAL;

@@ -28,7 +28,7 @@ from benchmarks import measure, peers
 from benchmarks.models import MSCAN, CarafeNeck, VMambaStage
 from benchmarks.timing import without_tf32
 from famseg.models import create_model
-from famseg_kernels.registry import Operation
+from famseg_kernels.torch_op import Operation
 
 CLASSES = 3
 ROUNDS = 3  # at least; a round of famseg_base takes a minute on two cores

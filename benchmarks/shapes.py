@@ -5,96 +5,54 @@ A GPU gets batches of 16: at batch 2 most of it would stand idle, and a launch w
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
 import torch
-from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from famseg.models import create_model
-from famseg_kernels.registry import Case, Operation
-
-
-def strip(name: str, n: int, c: int, h: int, w: int) -> Case:
-    def make(rand: Callable[..., Tensor]) -> tuple[Any, ...]:
-        rows = [rand(c, 1, 1, k) / k for k in (7, 11, 21)]
-        cols = [rand(c, 1, k, 1) / k for k in (7, 11, 21)]
-        biases = [[rand(c) for _ in range(3)] for _ in range(2)]
-        return rand(n, c, h, w), rand(c, 1, 5, 5) / 5, rand(c), rows, biases[0], cols, biases[1]
-
-    return Case(name, make)
+from famseg_kernels.reassembly.cases import carafe, reassemble
+from famseg_kernels.ssd_scan import cases as ssd_scan
+from famseg_kernels.ssd_scan.cases import scan_2d
+from famseg_kernels.strip_conv.cases import strip_conv2d
+from famseg_kernels.testing.case import Case
+from famseg_kernels.torch_op import Operation
 
 
 def depthwise(name: str, n: int, c: int, h: int, w: int) -> Case:
     """The 3×3 of SegNeXt's MLP: on 4 or 8 times the stage's channels, the largest tensors of a network."""
-
-    def make(rand: Callable[..., Tensor]) -> tuple[Any, ...]:
-        return rand(n, c, h, w), rand(c, 1, 3, 3) / 3, rand(c), [], [], [], []
-
-    return Case(name, make)
-
-
-def scan_2d(name: str, n: int, side: int, heads: int, headdim: int, state: int, shared: bool = False) -> Case:
-    def make(rand: Callable[..., Tensor]) -> tuple[Any, ...]:
-        k = 1 if shared else 4
-        x, dt = rand(n, side, side, heads, headdim), rand(n, side, side, 4, heads)
-        B, C = rand(n, side, side, k, 1, state), rand(n, side, side, k, 1, state)
-        return x, dt, -rand(4, heads).abs(), B, C, rand(heads), rand(4, heads), None, True, 0.0, float("inf")
-
-    return Case(name, make)
+    return strip_conv2d(name, (n, c, h, w), 3, ())
 
 
 def scan(name: str, b: int, length: int, heads: int, headdim: int, state: int) -> Case:
-    def make(rand: Callable[..., Tensor]) -> tuple[Any, ...]:
-        x, dt = rand(b, length, heads, headdim), rand(b, length, heads)
-        B, C = rand(b, length, 1, state), rand(b, length, 1, state)
-        nothing = (None, None, None, None, None)
-        return x, dt, -rand(heads).abs(), B, C, rand(heads), *nothing, None, True, 0.0, float("inf"), False, False
-
-    return Case(name, make)
-
-
-def reassembly(name: str, n: int, c: int, h: int, w: int, k: int = 5, s: int = 2) -> Case:
-    def make(rand: Callable[..., Tensor]) -> tuple[Any, ...]:
-        return rand(n, c, h, w), rand(n, k * k * s * s, h, w), k, s, 1
-
-    return Case(name, make)
-
-
-def carafe(name: str, n: int, c: int, h: int, w: int, k: int = 5, s: int = 2) -> Case:
-    def make(rand: Callable[..., Tensor]) -> tuple[Any, ...]:
-        return rand(n, c, h, w), rand(n, 1, k * k, s * h, s * w).softmax(2).flatten(1, 2), k, 1, s
-
-    return Case(name, make)
+    return ssd_scan.scan(name, (b, length, heads, headdim), state, options="softplus D")
 
 
 # The first case of each operation is the smoke test.
 SHAPES: dict[str, tuple[Case, ...]] = {
     "strip_conv2d": (
-        strip("small", 1, 4, 16, 16),
-        strip("mscan_s_stage1", 2, 64, 128, 128),
-        strip("mscan_s_stage2", 2, 128, 64, 64),
-        strip("mscan_s_stage3", 2, 320, 32, 32),
-        strip("mscan_s_stage4", 2, 512, 16, 16),
+        strip_conv2d("small", (1, 4, 16, 16)),
+        strip_conv2d("mscan_s_stage1", (2, 64, 128, 128)),
+        strip_conv2d("mscan_s_stage2", (2, 128, 64, 64)),
+        strip_conv2d("mscan_s_stage3", (2, 320, 32, 32)),
+        strip_conv2d("mscan_s_stage4", (2, 512, 16, 16)),
         depthwise("mscan_t_mlp_stage1", 2, 256, 128, 128),
         depthwise("mscan_t_mlp_stage3", 2, 640, 32, 32),
     ),
     "ssd_scan_2d": (
-        scan_2d("small", 1, 8, 2, 8, 8),
-        scan_2d("heads5_32x32", 2, 32, 5, 64, 64),
-        scan_2d("heads5_32x32_shared", 2, 32, 5, 64, 64, shared=True),
-        scan_2d("vmamba_56x56", 1, 56, 6, 16, 64),
+        scan_2d("small", (1, 8, 8), 2, 8, 8),
+        scan_2d("heads5_32x32", (2, 32, 32), 5, 64, 64),
+        scan_2d("heads5_32x32_shared", (2, 32, 32), 5, 64, 64, shared=True),
+        scan_2d("vmamba_56x56", (1, 56, 56), 6, 16, 64),
     ),
     "ssd_scan": (scan("small", 1, 32, 2, 8, 8), scan("mamba2_1024", 2, 1024, 8, 64, 64)),
     "reassemble": (
-        reassembly("small", 1, 8, 8, 8),
-        reassembly("carafe_64x64", 1, 64, 64, 64),
-        reassembly("famseg_32x32", 2, 128, 32, 32),
+        reassemble("small", (1, 8, 8, 8)),
+        reassemble("carafe_64x64", (1, 64, 64, 64)),
+        reassemble("famseg_32x32", (2, 128, 32, 32)),
     ),
-    "carafe": (carafe("small", 1, 8, 8, 8), carafe("carafe_64x64", 1, 64, 64, 64)),
+    "carafe": (carafe("small", (1, 8, 8, 8)), carafe("carafe_64x64", (1, 64, 64, 64))),
 }
 
 
@@ -103,27 +61,27 @@ def gpu_shapes(n: int) -> dict[str, tuple[Case, ...]]:
     return {
         "strip_conv2d": (
             SHAPES["strip_conv2d"][0],
-            strip(f"mscan_s_stage1_n{n}", n, 64, 128, 128),
-            strip(f"mscan_s_stage2_n{n}", n, 128, 64, 64),
-            strip(f"mscan_s_stage3_n{n}", n, 320, 32, 32),
-            strip(f"mscan_s_stage4_n{n}", n, 512, 16, 16),
+            strip_conv2d(f"mscan_s_stage1_n{n}", (n, 64, 128, 128)),
+            strip_conv2d(f"mscan_s_stage2_n{n}", (n, 128, 64, 64)),
+            strip_conv2d(f"mscan_s_stage3_n{n}", (n, 320, 32, 32)),
+            strip_conv2d(f"mscan_s_stage4_n{n}", (n, 512, 16, 16)),
             depthwise(f"mscan_t_mlp_stage1_n{n}", n, 256, 128, 128),
             depthwise(f"mscan_t_mlp_stage3_n{n}", n, 640, 32, 32),
         ),
         "ssd_scan_2d": (
             SHAPES["ssd_scan_2d"][0],
-            scan_2d(f"heads5_32x32_n{n}", n, 32, 5, 64, 64),
-            scan_2d(f"heads5_32x32_shared_n{n}", n, 32, 5, 64, 64, shared=True),
-            scan_2d(f"vmamba_56x56_n{n}", n, 56, 6, 16, 64),
-            scan_2d(f"heads8_16x16_n{n}", n, 16, 8, 64, 64),
+            scan_2d(f"heads5_32x32_n{n}", (n, 32, 32), 5, 64, 64),
+            scan_2d(f"heads5_32x32_shared_n{n}", (n, 32, 32), 5, 64, 64, shared=True),
+            scan_2d(f"vmamba_56x56_n{n}", (n, 56, 56), 6, 16, 64),
+            scan_2d(f"heads8_16x16_n{n}", (n, 16, 16), 8, 64, 64),
         ),
         "ssd_scan": (SHAPES["ssd_scan"][0], scan(f"mamba2_2048_n{-(-n // 2)}", -(-n // 2), 2048, 24, 64, 128)),
         "reassemble": (
             SHAPES["reassemble"][0],
-            reassembly(f"carafe_64x64_n{n}", n, 64, 64, 64),
-            reassembly(f"famseg_32x32_n{n}", n, 128, 32, 32),
+            reassemble(f"carafe_64x64_n{n}", (n, 64, 64, 64)),
+            reassemble(f"famseg_32x32_n{n}", (n, 128, 32, 32)),
         ),
-        "carafe": (SHAPES["carafe"][0], carafe(f"carafe_64x64_n{n}", n, 64, 64, 64)),
+        "carafe": (SHAPES["carafe"][0], carafe(f"carafe_64x64_n{n}", (n, 64, 64, 64))),
     }
 
 
@@ -137,10 +95,10 @@ GATE_SHAPES = gpu_shapes(GATE_IMAGES) | {name: GPU_SHAPES[name] for name in ("ss
 # Of every operation, for a dry run in Triton's interpreter, which takes seconds for the smoke test's.
 TINY: dict[str, Case] = {
     "strip_conv2d": depthwise("tiny", 1, 1, 3, 4),
-    "ssd_scan_2d": scan_2d("tiny", 1, 2, 1, 4, 4),
+    "ssd_scan_2d": scan_2d("tiny", (1, 2, 2), 1, 4, 4),
     "ssd_scan": scan("tiny", 1, 5, 1, 4, 4),
-    "reassemble": reassembly("tiny", 1, 2, 2, 3),
-    "carafe": carafe("tiny", 1, 2, 2, 3),
+    "reassemble": reassemble("tiny", (1, 2, 2, 3)),
+    "carafe": carafe("tiny", (1, 2, 2, 3)),
 }
 
 
@@ -164,13 +122,14 @@ def _like(name: str, args: tuple[Any, ...]) -> Case:
     n, *shape = args[0].shape
     label = f"network_n{n}_{'x'.join(map(str, shape))}"
     if name == "strip_conv2d":
-        return (strip if args[3] else depthwise)(label, n, *shape)
+        return strip_conv2d(label, (n, *shape)) if args[3] else depthwise(label, n, *shape)
     if name == "reassemble":
-        return reassembly(label, n, *shape, *args[2:4])
+        return reassemble(label, (n, *shape), *args[2:4])
     if name == "ssd_scan_2d":
         side, _, heads, headdim = shape
-        case = scan_2d(label, n, side, heads, headdim, args[3].shape[-1], shared=args[3].shape[3] == 1)
-        return dataclasses.replace(case, keep_fp32=(2, 5, 6))  # parameters A, D and dt_bias under autocast
+        shared = args[3].shape[3] == 1
+        # Under autocast the parameters A, D and dt_bias stay fp32.
+        return scan_2d(label, (n, side, side), heads, headdim, args[3].shape[-1], shared=shared, keep_fp32=(2, 5, 6))
     raise ValueError(f"{name}: no case is made from the network's calls of it")
 
 

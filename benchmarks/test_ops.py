@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import famseg_kernels as fk
-from benchmarks import gate
 from benchmarks.shapes import SHAPES
+from famseg_kernels.testing import gate
 
 ROWS = [
     pytest.param(op, backend, case, backward, id=f"{op.spec.name}-{backend}-{case.name}-{('fwd', 'fwd_bwd')[backward]}")

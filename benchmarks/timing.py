@@ -12,10 +12,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from benchmarks import gate, measure
+from benchmarks import measure
 from benchmarks.peers import PEERS
 from benchmarks.rates import Rates
-from famseg_kernels.registry import Case, Operation
+from famseg_kernels.testing import gate
+from famseg_kernels.testing.case import Case
+from famseg_kernels.torch_op import Operation
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PASSES = {"fwd": False, "fwd+bwd": True}

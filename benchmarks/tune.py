@@ -17,12 +17,14 @@ from typing import Any
 import torch
 
 import famseg_kernels as fk
-from benchmarks import gate, measure
+from benchmarks import measure
 from benchmarks.gpu.summary import best
 from benchmarks.shapes import GATE_SHAPES, shapes_for
 from benchmarks.timing import arguments, copied
 from famseg_kernels import launch
-from famseg_kernels.registry import Case, Operation
+from famseg_kernels.testing import gate
+from famseg_kernels.testing.case import Case
+from famseg_kernels.torch_op import Operation
 
 # Operation → the module that holds its table, and the values to try of every field of its Configuration.
 CANDIDATES: dict[str, tuple[str, dict[str, tuple[int, ...]]]] = {

@@ -32,7 +32,7 @@ def native_module(name: str) -> tuple[object | None, str]:
 
 
 def native(name: str) -> Any:
-    """The native module `famseg_kernels.<name>`, of which the registry has found out that it is there."""
+    """The native module `famseg_kernels.<name>`, which the choice of a backend has found to be there."""
     return native_module(name)[0]
 
 

@@ -50,9 +50,17 @@ def shape(name: str, value: Tensor, expected: Sequence[int], meaning: str) -> No
         raise ValueError(f"{name}: expected shape {tuple(expected)} {meaning}, got {tuple(value.shape)}")
 
 
-def companion(name: str, value: Tensor, x: Tensor, *, fp32_allowed: bool = False, x_name: str = "x") -> None:
-    """`value` goes with `x`: same device, same dtype (or float32 where the contract allows it beside any x)."""
-    _strided(name, value)
+def companion(
+    name: str, value: Any, x: Tensor, dims: int | None = None, *, fp32_allowed: bool = False, x_name: str = "x"
+) -> None:
+    """`value`, a tensor with `dims` dimensions (None: any), goes with `x`: same device, same dtype.
+
+    `fp32_allowed`: or float32, where the contract allows it beside any x.
+    """
+    if dims is None:
+        _strided(name, value)
+    else:
+        tensor(name, value, dims)
     if value.device != x.device:
         raise ValueError(f"{name}: expected device {x.device} like {x_name}, got {value.device}")
     if value.dtype == x.dtype or (fp32_allowed and value.dtype == torch.float32):

@@ -1,4 +1,4 @@
-"""What the tests of the native kernels (test_native_*.py) have in common."""
+"""--backend, and what the tests of the native kernels (test_native_*.py) have in common."""
 
 from __future__ import annotations
 
@@ -10,7 +10,28 @@ import pytest
 import torch
 from torch import Tensor
 
+from famseg_kernels.backends import BACKENDS
 from tests.native import ISAS, NATIVE
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--backend", choices=BACKENDS, help="of tests with a backend, run only this one's")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for tag in ("ordinary", "options"):
+        config.addinivalue_line("markers", f"{tag}: a tag of famseg_kernels.testing.case.Case")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if (backend := config.getoption("--backend")) is None:
+        return
+
+    def is_another(item: pytest.Item) -> bool:
+        return getattr(item, "callspec", None) is not None and item.callspec.params.get("backend", backend) != backend
+
+    config.hook.pytest_deselected(items=[item for item in items if is_another(item)])
+    items[:] = [item for item in items if not is_another(item)]
 
 
 @pytest.fixture(params=ISAS)

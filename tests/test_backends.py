@@ -13,9 +13,10 @@ import pytest
 import torch
 
 import famseg_kernels as fk
-from famseg_kernels import backends, registry
-from famseg_kernels.registry import Operation
+from famseg_kernels import backends, choice
+from famseg_kernels.spec import Backend
 from famseg_kernels.strip_conv import cuda
+from famseg_kernels.torch_op import Operation
 
 X = torch.randn(1, 4, 6, 6)
 LAYER = fk.StripConv2d(4)
@@ -106,7 +107,7 @@ def machine(monkeypatch):
         here = Machine(gpus, **versions)
         monkeypatch.setattr(backends, "native_module", lambda n: (here, "ok") if n == "_cuda" else modules(n))
         monkeypatch.setattr(backends, "TRITON_INTERPRETS", False)
-        monkeypatch.setitem(registry._DEVICE, "triton", "cuda")
+        monkeypatch.setitem(choice.DEVICE, "triton", "cuda")
         monkeypatch.setattr(torch.version, "cuda", "13.0")
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: len(gpus))
@@ -251,17 +252,14 @@ def test_a_compiled_model_follows_use_backend():
     operation = fk.OPERATIONS[0]
     original = operation.implementations["reference"].forward
 
-    class Spy:
-        unsupported = staticmethod(lambda *args: None)
-
-        @staticmethod
-        def forward(*args):
-            seen.append("reference")
-            return original(*args)
+    def forward(*args):
+        seen.append("reference")
+        return original(*args)
 
     torch._dynamo.reset()
     compiled = torch.compile(fk.StripConv2d(4), fullgraph=True, backend="aot_eager")
-    operation.implementations, kept = {**operation.implementations, "reference": Spy}, operation.implementations
+    spy = Backend(forward)
+    operation.implementations, kept = {**operation.implementations, "reference": spy}, operation.implementations
     try:
         with torch.no_grad():
             with fk.use_backend("reference"):

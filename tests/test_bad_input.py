@@ -98,6 +98,7 @@ BAD = [
     (scan2d, {"chunk_size": 0}, ValueError, "chunk_size: expected at least 1, got 0"),
     (scan2d, {"chunk_size": 2.0}, TypeError, "chunk_size: expected an int, got float"),
     (scan2d, {"dt_limit": (1.0, 0.5)}, ValueError, "dt_limit: expected (low, high)"),
+    (scan2d, {"dt_limit": (0.0, 10**400)}, ValueError, "dt_limit: expected numbers that a float can hold, got a larger one"),
     (scan, {"B": torch.randn(2, 7, 3, 4), "C": torch.randn(2, 7, 3, 4)}, ValueError, "groups of B and C: expected a divisor of heads = 2, got 3"),
     (scan, {"z": torch.randn(2, 7, 2, 4)}, ValueError, "z: expected shape (2, 7, 2, 3) like x"),
     (scan, {"seq_idx": torch.zeros(2, 7)}, TypeError, "seq_idx: expected int32 or int64, got torch.float32"),

@@ -1,4 +1,7 @@
-"""The contract every operation keeps on every backend, generated from the specs: op × backend × dtype × case."""
+"""The contract every operation keeps on every backend, generated from the specs: op × backend × dtype × case.
+
+`pytest tests/test_contract.py --backend cpu` runs one backend's. A case's tags are marks: -k finds them too.
+"""
 
 from __future__ import annotations
 
@@ -9,18 +12,14 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import famseg_kernels as fk
-from benchmarks import gate
-from benchmarks.gate import cotangents, with_gradients
-from famseg_kernels import backends, tolerance
-from famseg_kernels.registry import Case, Operation
+from famseg_kernels import backends
+from famseg_kernels.choice import DEVICE
+from famseg_kernels.testing import gate
+from famseg_kernels.testing.case import Case
+from famseg_kernels.testing.gate import call, cotangents, outcome, with_gradients
+from famseg_kernels.torch_op import Operation
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-DEVICES = {
-    "reference": "cpu",
-    "cpu": "cpu",
-    "triton": "cpu" if backends.TRITON_INTERPRETS else "cuda",
-    "cuda": "cuda",
-}
 
 
 def generated(dtypes=DTYPES, cases=None):
@@ -33,7 +32,8 @@ def generated(dtypes=DTYPES, cases=None):
                 backend,
                 dtype,
                 case,
-                id=f"{operation.spec.name}-{backend}-{str(dtype).removeprefix('torch.')}-{case.name}",
+                id=f"{operation.name}-{backend}-{str(dtype).removeprefix('torch.')}-{case.name}",
+                marks=[getattr(pytest.mark, tag) for tag in case.tags.split()],
             )
             for operation in fk.OPERATIONS
             for backend in operation.implementations
@@ -43,80 +43,50 @@ def generated(dtypes=DTYPES, cases=None):
     )
 
 
-def call(operation: Operation, args, backend: str):
-    """Results as a list; through the op itself, below the public function's defaults."""
-    result = operation.packet(*args, backend)
-    return list(result) if isinstance(result, (list, tuple)) else [result]
-
-
 @functools.lru_cache(maxsize=64)
-def truth_and_eager(operation: Operation, case: Case, dtype: torch.dtype):
-    """Results and gradients of the reference in fp64 and in `dtype`, from arguments rounded to `dtype`."""
-    args = case.arguments(dtype)
-    wide = operation.replace(
-        args, [t.double() if t is not None and t.is_floating_point() else t for t in operation.flatten(args)]
-    )
-    return [results_and_gradients(operation, a, "reference") for a in (wide, args)]
+def expected(operation: Operation, case: Case, dtype: torch.dtype):
+    """`gate.expected` on the CPU, once for all backends."""
+    return gate.expected(operation, case.arguments(dtype))
 
 
-def results_and_gradients(operation: Operation, args, backend: str):
-    args, leaves = with_gradients(operation, args)
-    results = call(operation, args, backend)
-    torch.autograd.backward(results, cotangents(results))
-    return [r.detach() for r in results], [leaf.grad for leaf in leaves]
-
-
-def arguments(case: Case, dtype: torch.dtype, backend: str):
-    """The case's arguments on the backend's device (on the CPU where there is none: `require` then skips)."""
-    return case.arguments(dtype, DEVICES[backend] if fk.available_backends()[backend] == "ok" else "cpu")
-
-
-def require(operation: Operation, backend: str, args, method: str = "forward") -> None:
-    """Skip, with the reason, where this machine or this backend cannot run the call."""
+def arguments(operation: Operation, case: Case, dtype: torch.dtype, backend: str, backward: bool = True):
+    """The case's arguments on the backend's device; skips, with the reason, where it cannot run the call."""
     if (reason := fk.available_backends()[backend]) != "ok":
         pytest.skip(reason)
-    if (reason := operation.refusal(backend, args, method)) is not None:
+    args = case.arguments(dtype, DEVICE.get(backend, "cpu"))
+    if (reason := gate.refusal(operation, backend, args, backward)) is not None:
         pytest.skip(reason)
+    return args
 
 
 @generated()
 def test_matches_the_reference(operation, backend, dtype, case):
-    args = arguments(case, dtype, backend)
-    require(operation, backend, args)
-    truth, eager = truth_and_eager(operation, case, dtype)
+    args = arguments(operation, case, dtype, backend, backward=False)
+    right = expected(operation, case, dtype)
     results = call(operation, args, backend)
-    for actual, mine, right in zip(results, eager[0], truth[0], strict=True):
-        assert tolerance.violation(actual, mine, right) is None, tolerance.violation(actual, mine, right)
-    require(operation, backend, args, "backward")
-    results, gradients = results_and_gradients(operation, args, backend)
-    for i, (actual, mine, right) in enumerate(zip(gradients, eager[1], truth[1], strict=True)):
-        assert actual.dtype == mine.dtype
-        wrong = tolerance.violation(actual, mine, right)
-        assert wrong is None, f"gradient {i}: {wrong}"
+    gate.compare(operation, backend, results, tuple(outputs[: len(results)] for outputs in right))
+    args = arguments(operation, case, dtype, backend)
+    gate.compare(operation, backend, outcome(operation, args, backend), right)
 
 
 @generated(dtypes=(torch.float32, torch.bfloat16))
 def test_is_bitwise_deterministic(operation, backend, dtype, case):
-    args = arguments(case, dtype, backend)
-    require(operation, backend, args)
-    require(operation, backend, args, "backward")
+    args = arguments(operation, case, dtype, backend)
     threads = torch.get_num_threads()
-    first = results_and_gradients(operation, args, backend)
+    first = outcome(operation, args, backend)
     if backend == "cpu":  # the CPU backend promises the same bits for any number of threads
         torch.set_num_threads(1 if threads > 1 else 2)
     try:
-        second = results_and_gradients(operation, args, backend)
+        second = outcome(operation, args, backend)
     finally:
         torch.set_num_threads(threads)
-    for a, b in zip(first[0] + first[1], second[0] + second[1], strict=True):
+    for a, b in zip(first, second, strict=True):
         assert torch.equal(a, b)
 
 
 @generated(dtypes=(torch.float64,))
 def test_gradcheck(operation, backend, dtype, case):
-    args = arguments(case, dtype, backend)
-    require(operation, backend, args)
-    require(operation, backend, args, "backward")
+    args = arguments(operation, case, dtype, backend)
     args, leaves = with_gradients(operation, args)
     if any(leaf.numel() == 0 for leaf in leaves):
         return  # nothing to perturb; test_matches_the_reference covers the gradients of an empty batch
@@ -134,16 +104,14 @@ def test_gradcheck(operation, backend, dtype, case):
 
 @generated(dtypes=(torch.float32,), cases=3)
 def test_opcheck(operation, backend, dtype, case):
-    args = arguments(case, dtype, backend)
-    require(operation, backend, args)
+    args = arguments(operation, case, dtype, backend, backward=False)
     args, _ = with_gradients(operation, args)
     torch.library.opcheck(operation.overload, (*args, backend))
 
 
 @generated(dtypes=(torch.float32, torch.bfloat16))
 def test_fake_results_have_the_real_layout(operation, backend, dtype, case):
-    args = arguments(case, dtype, backend)
-    require(operation, backend, args)
+    args = arguments(operation, case, dtype, backend, backward=False)
     for variant in (args, channels_last(operation, args)):
         real = call(operation, variant, backend)
         fake = operation.spec.fake(*variant)
@@ -153,25 +121,20 @@ def test_fake_results_have_the_real_layout(operation, backend, dtype, case):
 
 
 def channels_last(operation: Operation, args):
-    return operation.replace(args, [t if t is None else gate.channels_last(t) for t in operation.flatten(args)])
+    return with_gradients(operation, args, wanted=False, copy=gate.channels_last)[0]
 
 
 @generated(dtypes=(torch.float32, torch.bfloat16))
 def test_addresses_of_tensors_and_gradients_may_be_odd(operation, backend, dtype, case):
-    args = arguments(case, dtype, backend)
-    require(operation, backend, args)
-    require(operation, backend, args, "backward")
-    truth, eager = truth_and_eager(operation, case, dtype)
-    actual = gate.outcome(operation, args, backend, backward=True, copy=gate.shifted)
-    gate.compare(operation, backend, actual, ([*eager[0], *eager[1]], [*truth[0], *truth[1]]))
+    args = arguments(operation, case, dtype, backend)
+    actual = outcome(operation, args, backend, copy=gate.shifted)
+    gate.compare(operation, backend, actual, expected(operation, case, dtype))
 
 
 @generated(dtypes=(torch.float32,))
 def test_layout_of_the_arguments_does_not_matter(operation, backend, dtype, case):
-    args = arguments(case, dtype, backend)
-    require(operation, backend, args)
-    require(operation, backend, args, "backward")
-    expected = results_and_gradients(operation, args, backend)
+    args = arguments(operation, case, dtype, backend)
+    right = outcome(operation, args, backend)
 
     def strided(t):
         if t is None or not t.is_floating_point() or t.dim() == 0:
@@ -181,36 +144,29 @@ def test_layout_of_the_arguments_does_not_matter(operation, backend, dtype, case
         return view.copy_(t)
 
     views = operation.replace(args, [strided(t) for t in operation.flatten(args)])
-    results = call(operation, views, backend)
     for variant in (views, channels_last(operation, args)):
         results = call(operation, variant, backend)
-        for actual, right in zip(results, expected[0], strict=True):
-            torch.testing.assert_close(actual, right, rtol=1e-5, atol=1e-5)
-    _, gradients = results_and_gradients(operation, channels_last(operation, args), backend)
-    for actual, right in zip(gradients, expected[1], strict=True):
-        torch.testing.assert_close(actual, right, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(results, right[: len(results)], rtol=1e-5, atol=1e-5)
+    gradients = outcome(operation, channels_last(operation, args), backend)[len(results) :]
+    torch.testing.assert_close(gradients, right[len(results) :], rtol=1e-4, atol=1e-4)
 
 
 @generated(dtypes=(torch.float32,), cases=2)
 def test_flops_are_counted(operation, backend, dtype, case):
-    args = arguments(case, dtype, backend)
-    require(operation, backend, args)
-    require(operation, backend, args, "backward")
+    args = arguments(operation, case, dtype, backend)
     args, _ = with_gradients(operation, args)
-    expected = operation.spec.flops(*args)
+    flops = operation.spec.flops(*args)
     with FlopCounterMode(display=False) as counter:
         results = call(operation, args, backend)
-    assert counter.get_total_flops() == expected > 0
+    assert counter.get_total_flops() == flops > 0
     with FlopCounterMode(display=False) as counter:
         torch.autograd.backward(results, cotangents(results))
-    assert counter.get_total_flops() == 2 * expected
+    assert counter.get_total_flops() == 2 * flops
 
 
 @generated(dtypes=(torch.float32,), cases=1)
 def test_a_second_derivative_raises(operation, backend, dtype, case):
-    args = arguments(case, dtype, backend)
-    require(operation, backend, args)
-    require(operation, backend, args, "backward")
+    args = arguments(operation, case, dtype, backend)
     args, leaves = with_gradients(operation, args)
     result = call(operation, args, backend)[0]
     first = torch.autograd.grad(result.square().sum(), leaves, create_graph=True)
@@ -220,10 +176,8 @@ def test_a_second_derivative_raises(operation, backend, dtype, case):
 
 @generated(dtypes=(torch.float32,), cases=1)
 def test_compiles_without_graph_break(operation, backend, dtype, case):
-    args = arguments(case, dtype, backend)
-    require(operation, backend, args)
-    require(operation, backend, args, "backward")
-    expected = results_and_gradients(operation, args, backend)
+    args = arguments(operation, case, dtype, backend)
+    right = outcome(operation, args, backend)
     args, leaves = with_gradients(operation, args)
     torch._dynamo.reset()  # all cases share one code object, whose recompilations are limited
 
@@ -233,27 +187,22 @@ def test_compiles_without_graph_break(operation, backend, dtype, case):
 
     results = compiled(*args)
     torch.autograd.backward(results, cotangents(results))
-    for actual, right in zip(results, expected[0], strict=True):
-        torch.testing.assert_close(actual, 2 * right)
-    for leaf, right in zip(leaves, expected[1], strict=True):
-        torch.testing.assert_close(leaf.grad, 2 * right)
+    torch.testing.assert_close([*results, *(leaf.grad for leaf in leaves)], [2 * t for t in right])
 
 
 @generated(dtypes=(torch.float32,), cases=2)
 def test_only_wanted_gradients_are_computed(operation, backend, dtype, case):
-    args = arguments(case, dtype, backend)
-    require(operation, backend, args)
-    require(operation, backend, args, "backward")
-    _, expected = results_and_gradients(operation, args, backend)
+    args = arguments(operation, case, dtype, backend)
+    right = outcome(operation, args, backend)
     plain, _ = with_gradients(operation, args, wanted=False)
     flat = operation.flatten(plain)
     places = [i for i, t in enumerate(flat) if t is not None and t.is_floating_point()]
-    for place, right in zip(places, expected, strict=True):
+    for place, gradient in zip(places, right[len(right) - len(places) :], strict=True):
         leaf = flat[place].detach().requires_grad_()
         mine = [*flat[:place], leaf, *flat[place + 1 :]]
         results = call(operation, operation.replace(plain, mine), backend)
         torch.autograd.backward(results, cotangents(results))
-        torch.testing.assert_close(leaf.grad, right)
+        torch.testing.assert_close(leaf.grad, gradient)
 
 
 def test_every_backend_name_is_known():

@@ -16,14 +16,14 @@ import pytest
 import torch
 
 import famseg_kernels as fk
-from benchmarks.gate import channels_last, shifted
 from benchmarks.shapes import shapes_for
-from famseg_kernels import tolerance
-from famseg_kernels.registry import Operation
+from famseg_kernels.strip_conv.cases import strip_conv2d as strip_case
 from famseg_kernels.strip_conv.op import OPERATION as STRIP_CONV
-from famseg_kernels.strip_conv.spec import _case as strip_case
+from famseg_kernels.testing import gate
+from famseg_kernels.testing.gate import channels_last, cotangents, shifted
+from famseg_kernels.torch_op import Operation
 from tests import emulated_cuda
-from tests.test_contract import cotangents, truth_and_eager
+from tests.test_contract import expected
 
 ORDERS = pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
 OPERATIONS = [operation for operation in fk.OPERATIONS if "cuda" in operation.implementations]
@@ -59,21 +59,13 @@ def assert_right(
 ) -> None:
     """Forward and all gradients of the emulated backend obey the contract's tolerance, whatever comes in `laid_out`."""
     args = case.arguments(dtype)
-    truth, eager = truth_and_eager(operation, case, dtype)
     args = operation.replace(args, [t if t is None else laid_out(t) for t in operation.flatten(args)])
     backend = operation.implementations["cuda"]
     y = backend.forward(*args)
-    wrong = tolerance.violation(y, eager[0][0], truth[0][0])
-    assert wrong is None, wrong
-    expected = operation.spec.fake(*args)
-    assert y.stride() == expected.stride()
-    flat = operation.flatten(args)
-    grads, needs = [laid_out(grad) for grad in cotangents([y])], [t is not None for t in flat]
+    assert y.stride() == operation.spec.fake(*args).stride()
+    grads, needs = [laid_out(grad) for grad in cotangents([y])], [t is not None for t in operation.flatten(args)]
     gradients = operation.promised_gradients(backend.backward(grads[0], needs, *args), grads, needs, args)
-    for gradient, mine, right in zip(gradients, eager[1], truth[1], strict=True):
-        assert gradient.dtype == dtype
-        wrong = tolerance.violation(gradient, mine, right)
-        assert wrong is None, wrong
+    gate.compare(operation, "cuda", [y, *gradients], expected(operation, case, dtype))
 
 
 # float16 and bfloat16 are one text: one of them in both orders.

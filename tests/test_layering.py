@@ -1,33 +1,35 @@
-"""Imports point one way: spec → reference → kernels → op → layer, kernels → famseg, data → … → command line."""
+"""The shape of the tree: rooms that are alike, Python and native side; imports and includes point one way.
+
+spec → reference → kernels → op → layer, kernels → famseg, data → … → command line.
+"""
 
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
-BASE = (
-    "famseg_kernels.checks",
-    "famseg_kernels.backends",
-    "famseg_kernels.finite",
-    "famseg_kernels.launch",
-    "famseg_kernels.registry",
-    "famseg_kernels.tolerance",
-)
+KERNELS = ROOT / "famseg_kernels"
+# What all rooms stand on; each file may import the earlier ones.
+BASE = ("testing.case", "testing.tolerance", "backends", "checks", "finite", "launch", "spec", "choice", "torch_op")
 ROOMS = ("strip_conv", "ssd_scan", "reassembly")
-# A file of a room may import the base and these files of its own room.
+# A file of a room may import the base (`torch_op` only where it says so) and these files of its own room.
 ROOM_FILES = {
     "__init__": (),
-    "spec": (),
+    "cases": (),
+    "spec": ("cases",),
+    "problem": ("spec",),  # where backends share more than the spec
     "reference": ("spec",),
-    "cpu": ("spec",),
-    "triton": ("spec",),
-    "cuda": ("spec",),
-    "op": ("spec", "reference", "cpu", "triton", "cuda"),
+    "cpu": ("spec", "problem"),
+    "triton": ("spec", "problem", "triton"),  # a file or a folder
+    "cuda": ("spec", "problem"),
+    "op": ("spec", "reference", "cpu", "triton", "cuda", "torch_op"),
     "layer": ("spec", "op"),
 }
+OPTIONAL = {"problem", "cuda"}
 # Parts of famseg, each may import the earlier ones (and famseg_kernels).
 FAMSEG = (
     "files",
@@ -41,6 +43,8 @@ FAMSEG = (
     "training",
     "cli",
 )
+NATIVE = [path for suffix in ("h", "cpp", "cu", "cuh") for path in sorted((ROOT / "csrc").rglob(f"*.{suffix}"))]
+LONGEST = 500  # lines of a file
 
 
 def imports(path: Path) -> set[str]:
@@ -54,23 +58,54 @@ def imports(path: Path) -> set[str]:
     return {name for name in found if name.split(".")[0] in ("famseg", "famseg_kernels")}
 
 
+def is_in(name: str, module: str) -> bool:
+    return name == module or name.startswith(module + ".")
+
+
+def includes(path: Path) -> list[str]:
+    return re.findall(r'^#include "(.*)"', path.read_text(), re.MULTILINE)
+
+
+# --- Python -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_has_the_files_of_every_room(room):
+    found = {path.stem for path in (KERNELS / room).iterdir() if path.suffix == ".py" or path.name == "triton"}
+    assert set(ROOM_FILES) - OPTIONAL <= found <= set(ROOM_FILES)
+    assert ("cuda" in found) == (ROOT / "csrc" / room / "cuda").exists()
+
+
 @pytest.mark.parametrize("room", ROOMS)
 def test_a_room_needs_no_other_room(room):
-    for path in (ROOT / "famseg_kernels" / room).glob("*.py"):
-        allowed = [f"famseg_kernels.{room}.{name}" for name in ROOM_FILES[path.stem]]
-        allowed += [f"famseg_kernels.{room}", *BASE]
-        for name in imports(path) - {"famseg_kernels"}:
-            assert any(name == a or (name.startswith(a + ".") and a != f"famseg_kernels.{room}") for a in allowed), (
-                f"{path.relative_to(ROOT)} imports {name}"
-            )
+    home = f"famseg_kernels.{room}"
+    for path in (KERNELS / room).rglob("*.py"):
+        own = ROOM_FILES[path.relative_to(KERNELS / room).parts[0].removesuffix(".py")]
+        base = {f"famseg_kernels.{name}" for name in BASE if name not in ("choice", "torch_op") or name in own}
+        allowed = [*base, *(f"{home}.{name}" for name in own)]
+        packages = {"famseg_kernels", home, "famseg_kernels.testing"}
+        for name in imports(path) - packages:
+            assert any(is_in(name, module) for module in allowed), f"{path.relative_to(ROOT)} imports {name}"
 
 
-def test_the_base_knows_no_operation_and_kernels_know_no_famseg():
-    for name in BASE:
-        path = ROOT / (name.replace(".", "/") + ".py")
-        assert not any(room in other for other in imports(path) for room in ROOMS)
-    for path in (ROOT / "famseg_kernels").rglob("*.py"):
-        assert not any(other.split(".")[0] == "famseg" for other in imports(path)), path
+def test_the_base_knows_no_operation_and_points_one_way():
+    for place, name in enumerate(BASE):
+        earlier = [f"famseg_kernels.{other}" for other in BASE[:place]]
+        path = KERNELS / (name.replace(".", "/") + ".py")
+        for other in imports(path) - {"famseg_kernels", "famseg_kernels.testing"}:
+            assert any(is_in(other, module) for module in earlier), f"{path.relative_to(ROOT)} imports {other}"
+
+
+def test_kernels_know_neither_famseg_nor_benchmarks():
+    for path in KERNELS.rglob("*.py"):
+        assert not any(is_in(name, "famseg") for name in imports(path)), path
+        assert "import benchmarks" not in path.read_text() and "from benchmarks" not in path.read_text(), path
+
+
+def test_one_file_knows_torch_from_inside():
+    for path in KERNELS.rglob("*.py"):
+        inside = re.search(r"torch\._(C|decomp|functorch)\b|torch\.library\.|autograd\.Function\)", path.read_text())
+        assert path.name == "torch_op.py" or not inside, f"{path.relative_to(ROOT)}: {inside}"
 
 
 def test_famseg_imports_point_from_data_to_command_line():
@@ -84,15 +119,49 @@ def test_famseg_imports_point_from_data_to_command_line():
                 assert FAMSEG.index(other) <= FAMSEG.index(part), f"{path.relative_to(ROOT)} imports {name}"
 
 
+# --- C++ and CUDA -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_native_room_has_the_files_of_every_room(room):
+    folder = ROOT / "csrc" / room
+    found = {path.name for path in folder.iterdir()}
+    assert {"problem.h", "cpu"} <= found <= {"problem.h", "bind.h", "cpu", "cuda"}
+    cpu = {path.name for path in (folder / "cpu").iterdir()}
+    assert {"kernels.h", "driver.cpp", "bind.cpp", "forward.cpp", "backward.cpp"} <= cpu
+    if "cuda" in found:
+        assert {"launch.h", "launch.cu", "bind.cpp"} <= {path.name for path in (folder / "cuda").iterdir()}
+
+
+def test_native_files_include_their_own_room_and_what_is_common():
+    assert NATIVE
+    for path in NATIVE:
+        place = path.relative_to(ROOT / "csrc").parts[:-1]
+        allowed = ["common/"]
+        if place and place[0] != "common":
+            allowed += [f"{place[0]}/problem.h", f"{place[0]}/bind.h", f"{'/'.join(place)}/"]
+        for name in includes(path):
+            assert (ROOT / "csrc" / name).exists(), f"{path.relative_to(ROOT)} includes {name}, which is not in csrc"
+            assert name.startswith(tuple(allowed)), f"{path.relative_to(ROOT)} includes {name}"
+
+
+def test_a_problem_stands_for_cpu_and_cuda():
+    for room in ROOMS:
+        for name in includes(ROOT / "csrc" / room / "problem.h"):
+            assert name.startswith("common/"), f"csrc/{room}/problem.h includes {name}"
+
+
 def test_native_code_includes_no_torch():
-    sources = [path for suffix in ("h", "cpp", "cu", "cuh") for path in (ROOT / "csrc").rglob(f"*.{suffix}")]
-    assert sources
-    for path in sources:
+    for path in NATIVE:
         text = path.read_text()
         assert "torch/" not in text and "ATen/" not in text and "c10/" not in text, path
 
 
-def test_every_room_has_the_same_files():
-    for room in ROOMS:
-        files = {path.stem for path in (ROOT / "famseg_kernels" / room).glob("*.py")}
-        assert {"spec", "reference", "op", "layer"} <= files <= set(ROOM_FILES), room
+# --- both ---------------------------------------------------------------------------------------------
+
+
+def test_no_file_is_too_long_to_be_read_at_a_sitting():
+    python = [path for part in ("famseg_kernels", "famseg", "benchmarks") for path in (ROOT / part).rglob("*.py")]
+    native = [path for path in (ROOT / "benchmarks").iterdir() if path.suffix in (".cpp", ".cu", ".h")]
+    lines = {str(path.relative_to(ROOT)): path.read_text().count("\n") for path in (*python, *native, *NATIVE)}
+    assert {name: count for name, count in lines.items() if count > LONGEST} == {}

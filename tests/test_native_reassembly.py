@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.measure import peak_megabytes
-from famseg_kernels import backends, tolerance
+from famseg_kernels import backends
 from famseg_kernels.reassembly import cpu, reference
+from famseg_kernels.testing import tolerance
 from tests.native import DTYPES, NATIVE, needs_native
 
 pytestmark = [needs_native, pytest.mark.usefixtures("one_thread")]

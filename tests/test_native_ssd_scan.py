@@ -12,9 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.gate import cotangents
-from famseg_kernels import backends, tolerance
+from famseg_kernels import backends
 from famseg_kernels.ssd_scan import cpu, op, reference
+from famseg_kernels.testing import tolerance
+from famseg_kernels.testing.gate import cotangents
 from tests.native import DTYPES, NATIVE, needs_native
 
 pytestmark = [needs_native, pytest.mark.usefixtures("one_thread")]
@@ -116,7 +117,7 @@ def run_native(operation: Any, args: list[Any]) -> tuple[list[Tensor], list[Tens
 
 
 def assert_as_exact_as_torch(name: str, args: list[Any]) -> None:
-    """The rule of famseg_kernels.tolerance, for results and gradients of one call."""
+    """The rule of famseg_kernels.testing.tolerance, for results and gradients of one call."""
     native, torchs = getattr(cpu, name), getattr(reference, name)
     results, gradients = run_native(native, args)
     truth = run_reference(torchs, converted(args, torch.float64))

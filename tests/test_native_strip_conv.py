@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from famseg_kernels import backends, tolerance
+from famseg_kernels import backends
 from famseg_kernels.strip_conv import cpu
+from famseg_kernels.testing import tolerance
 from tests.native import DTYPES, NATIVE, needs_native
 
 pytestmark = needs_native

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import csv
 import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +13,7 @@ import famseg_kernels as fk
 from benchmarks import network, timing
 from benchmarks.rates import machine_rates
 from benchmarks.shapes import SHAPES, TINY, gpu_shapes, network_shapes
+from famseg_kernels.spec import Backend
 
 
 @contextlib.contextmanager
@@ -63,7 +63,7 @@ def test_a_failure_costs_no_figure_of_the_others(tmp_path, monkeypatch, capsys):
 def test_a_wrong_output_of_ours_is_a_failure(monkeypatch):
     operation = next(op for op in fk.OPERATIONS if op.spec.name == "strip_conv2d")
     right = operation.implementations["cpu"]
-    wrong = SimpleNamespace(forward=lambda *args: 1.1 * right.forward(*args), backward=right.backward)
+    wrong = Backend(lambda *args: 1.1 * right.forward(*args), right.backward)
     monkeypatch.setitem(operation.implementations, "cpu", wrong)
     contest = network.Contest(network.Setting("cpu", "famseg_nano", 2, 32, "fp32", 0.0))
     rows = []
@@ -76,7 +76,7 @@ def test_a_wrong_output_of_ours_is_a_failure(monkeypatch):
 def test_a_case_in_which_no_peer_agrees_with_ours_is_a_failure(monkeypatch):
     operation = next(op for op in fk.OPERATIONS if op.spec.name == "strip_conv2d")
     right = operation.implementations["cpu"]
-    wrong = SimpleNamespace(forward=lambda *args: 1.1 * right.forward(*args), backward=right.backward)
+    wrong = Backend(lambda *args: 1.1 * right.forward(*args), right.backward)
     settings = timing.Settings("cpu", 0.0, "eager", say=lambda _: None)
     speed = machine_rates("cpu", [torch.float32], 0.0)
     arguments = (operation, TINY["strip_conv2d"], torch.float32, False, settings, {None: speed, 1: speed})

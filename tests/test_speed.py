@@ -15,9 +15,9 @@ import pytest
 import torch
 
 import famseg_kernels as fk
-from benchmarks.gate import with_gradients
 from benchmarks.peers import PEERS
 from benchmarks.shapes import SHAPES
+from famseg_kernels.testing.gate import with_gradients
 
 # (forward, forward and backward)
 FLOORS = {

@@ -9,7 +9,6 @@ takes the first two shapes of an operation on two chips with one dtype each.
 
 from __future__ import annotations
 
-import functools
 import importlib
 import os
 import re
@@ -21,11 +20,14 @@ import pytest
 import torch
 
 import famseg_kernels as fk
-from benchmarks import ahead, gate, tune
+from benchmarks import ahead, tune
 from benchmarks.shapes import shapes_for
 from famseg_kernels import backends
-from famseg_kernels.registry import Case
+from famseg_kernels.reassembly import cases as reassembly
+from famseg_kernels.ssd_scan import cases as ssd_scan
 from famseg_kernels.ssd_scan.reference import recurrence, step_size
+from famseg_kernels.strip_conv import cases as strip_conv
+from famseg_kernels.testing import gate
 
 pytest.importorskip("triton")
 
@@ -35,13 +37,13 @@ ALL = os.environ.get("FAMSEG_COMPILE") == "all"
 # fp32 on the A100 has least room for its tiles, 16 bits on Hopper take another path (wgmma) through the compiler.
 CHIPS = [(c, d) for c in ahead.CHIPS for d in ahead.DTYPES] if ALL else [(80, torch.float32), (90, torch.bfloat16)]
 # What a kernel can get wrong. The interpreter takes seconds a case: so the second dtype, the layouts (which kernels see
-# as strides) and what torch asks of any operation take a few cases only, those that reach every branch of the glue.
+# as strides) and what torch asks of any operation take a few cases only: by their tags, `famseg_kernels.testing.case`.
 SELECTIONS = (
     "matches and {name}-triton-float32",
-    "matches and {name}-triton-float16 and not (longest or image or pixel or wider or unequal or no_ or one_ or three)",
+    "matches and {name}-triton-float16 and ordinary",
     "matches and ssd_scan_2d and {name}-triton-bfloat16 and not two_directions",
-    "layout and {name}-triton-float32 and (shared or two_directions or every_option or groups or unequal)",
-    "deterministic and {name}-triton-float32 and (two_directions or skip_matrix or smaller)",
+    "layout and {name}-triton-float32 and options",
+    "deterministic and {name}-triton-float32 and options",
     "opcheck and {name}-triton-float32 and skip_matrix",
     "compiles and (strip_conv2d or carafe) and {name}-triton-float32",
     "any_configuration and {name}",
@@ -66,41 +68,30 @@ def test_the_contract_holds_in_the_interpreter(name):
     )
 
 
-def strip_over_several_frames(rand):
-    """Higher than a frame of either configuration below, so that halos are at work, wider than a segment of one."""
-    rows, cols = [rand(2, 1, 1, 5), rand(2, 1, 1, 3)], [rand(2, 1, 9, 1), rand(2, 1, 3, 1)]
-    biases = [rand(2), rand(2)]
-    return rand(1, 2, 65, 20), rand(2, 1, 3, 3), rand(2), rows, biases, cols, biases
-
-
-def reassembly_over_several_blocks(rand):
-    return rand(1, 40, 3, 19), rand(1, 36, 3, 19), 3, 2, 1
-
-
-def scan_over_several_blocks(shared, rand):
-    """Several chunks, blocks of headdim and state, and heads of a group in one program and in several.
-
-    In bf16 heads of 32 and more make the image one matrix, if the configuration allows it.
-    """
-    n, h, w, heads, headdim, state = 1, 5, 13, 4, 33, 18
-    x, dt = rand(n, h, w, heads, headdim), rand(n, h, w, 4, heads).abs() * 0.3
-    B, C = (rand(n, h, w, 1 if shared else 4, 1, state) for _ in "BC")
-    return x, dt, -rand(4, heads).abs(), B, C, rand(heads), None, None, False, 0.0, float("inf")
-
-
 FP32, BF16 = torch.float32, torch.bfloat16
 CONFIGURATIONS = {
-    # Only bf16 has chunks of 64, and images that are one matrix: in tiles of 32, with B and C of their own or shared.
+    # Several chunks, blocks of headdim and state, and heads of a group in one program and in several. Only bf16 has
+    # chunks of 64, and images that are one matrix (heads of 32 and more): in tiles of 32, B and C their own or shared.
     "ssd_scan_2d": {
-        Case("blocks", functools.partial(scan_over_several_blocks, False)): (
+        ssd_scan.scan_2d("blocks", (1, 5, 13), 4, 33, 18, softplus=False): (
             (FP32, 16, 16, 16, 16, 0, 1),
             (BF16, 64, 32, 64, 64, 0, 1),
             (BF16, 64, 32, 64, 64, 600, 1),
         ),
-        Case("shared", functools.partial(scan_over_several_blocks, True)): ((BF16, 64, 32, 64, 64, 600, 1),),
+        ssd_scan.scan_2d("shared", (1, 5, 13), 4, 33, 18, softplus=False, shared=True): (
+            (BF16, 64, 32, 64, 64, 600, 1),
+        ),
     },
-    "strip_conv2d": {Case("frames", strip_over_several_frames): ((FP32, 32, 1, 16, 1), (FP32, 64, 3, 32, 2))},
-    "reassemble": {Case("blocks", reassembly_over_several_blocks): ((FP32, 64, 1, 4, 1), (FP32, 128, 2, 8, 2))},
+    # Higher than a frame of either configuration, so that halos are at work, wider than a segment of one.
+    "strip_conv2d": {
+        strip_conv.strip_conv2d("frames", (1, 2, 65, 20), 3, ((5, 9), (3, 3))): (
+            (FP32, 32, 1, 16, 1),
+            (FP32, 64, 3, 32, 2),
+        )
+    },
+    "reassemble": {
+        reassembly.reassemble("blocks", (1, 40, 3, 19), 3, 2): ((FP32, 64, 1, 4, 1), (FP32, 128, 2, 8, 2)),
+    },
 }
 # What the benchmarks' two smallest shapes leave out: images that are one matrix, and every option of a sequence.
 FURTHER_CASES = {
@@ -122,17 +113,14 @@ def test_results_are_right_with_any_configuration(name):
 @pytest.mark.skipif(not backends.TRITON_INTERPRETS, reason="runs in the interpreter's process")
 @pytest.mark.parametrize("name", ["strip_conv2d"])
 def test_gradients_asked_for_one_by_one_are_the_same(name):
-    def make(rand):
-        return rand(1, 1, 5, 6), rand(1, 1, 3, 3), rand(1), [rand(1, 1, 1, 3)], [rand(1)], [rand(1, 1, 5, 1)], [rand(1)]
-
-    args = Case("one_branch", make).arguments(torch.float32)
+    args = strip_conv.strip_conv2d("one_branch", (1, 1, 5, 6), 3, ((3, 5),)).arguments(torch.float32)
     operation = ahead.OPERATIONS[name]
     implementation = operation.implementations["triton"]
     together = implementation.backward(args[0], [True] * 7, *args)
     for i in range(7):
         needs = [place == i for place in range(7)]
         alone = implementation.backward(args[0], needs, *args)
-        # What a launch computes on the way, the registry leaves out.
+        # What a launch computes on the way is left out.
         (gradient,) = operation.promised_gradients(alone, [args[0]], needs, args)
         assert torch.equal(gradient, together[i])
 

@@ -34,7 +34,7 @@ def emulate(options: Options) -> None:
         return
     import pytest
 
-    from famseg_kernels import backends, registry
+    from famseg_kernels import backends, choice
     from tests import emulated_cuda
 
     if emulated_cuda.missing() is not None:
@@ -43,4 +43,4 @@ def emulate(options: Options) -> None:
     emulated_cuda.Emulation(build_emulation(options.out)).install(pytest.MonkeyPatch())  # for good: nothing undoes it
     backends.availability = lambda: found | {"cuda": "ok"}
     backends.installed = lambda name: "ok" if name == "cuda" else installed(name)
-    registry._DEVICE["cuda"] = "cpu"
+    choice.DEVICE["cuda"] = "cpu"

@@ -49,6 +49,16 @@ struct dim3 {
 
 inline thread_local dim3 threadIdx, blockIdx, blockDim, gridDim;
 
+// CUDA's own; of one type, which is stricter.
+template <typename T>
+constexpr T min(T a, T b) {
+  return b < a ? b : a;
+}
+template <typename T>
+constexpr T max(T a, T b) {
+  return a < b ? b : a;
+}
+
 namespace cuda_on_cpu {
 
 enum class Waits { no, for_warp, for_block };

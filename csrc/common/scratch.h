@@ -21,10 +21,11 @@ constexpr int64_t kAlignment = 64;
 constexpr int64_t round_up(int64_t value, int64_t unit) {
   return (value + unit - 1) / unit * unit;
 }
-constexpr int64_t smaller(int64_t a, int64_t b) {
+// Not those of the standard library: see simd.h.
+constexpr int64_t min(int64_t a, int64_t b) {
   return a < b ? a : b;
 }
-constexpr int64_t larger(int64_t a, int64_t b) {
+constexpr int64_t max(int64_t a, int64_t b) {
   return a > b ? a : b;
 }
 

@@ -1,12 +1,20 @@
-// reassemble and carafe on the CPU, on plain pointers.
+// reassemble and carafe: what they compute, and what their CPU and CUDA kernels are called with.
 //
-//   y[n, c, s i + dy, s j + dx] = sum_tap w[tap, dy, dx, i, j] x[n, c, i + ky - r, j + kx - r]
+//   y[n, c, s i + dy, s j + dx] = sum_tap w[tap, phase, i, j] x[n, c, i + ky - r, j + kx - r]
 //
-// with tap = ky k + kx, r = k / 2, x zero outside the image. Channel c takes the weights of group
-// c / (C / groups). The weights are the softmax over the taps of logits (N, groups k^2 s^2, H, W),
-// channel (group k^2 + tap) s^2 + dy s + dx, or finished masks (N, groups k^2, s H, s W), channel
-// group k^2 + tap. x, y and their gradients are NCHW or NHWC, all of them; so are the weights and
-// their gradient.
+// k is the kernel size, s the scale, r = k / 2 the radius. x is zero outside the image, where w
+// keeps its share. All code of this operation uses these names:
+//
+//   pixel    (i, j), of x
+//   tap      ky k + kx: one of the k^2 neighbours that a pixel of y is a sum over
+//   phase    dy s + dx: one of the s^2 pixels of y that lie above a pixel of x
+//   group    of channels, which share their weights: channel c is in group c / (C / groups)
+//   weights  reassemble's logits (N, groups k^2 s^2, H, W), channel (group k^2 + tap) s^2 + phase,
+//            with w their softmax over the taps; or carafe's masks (N, groups k^2, s H, s W),
+//            channel group k^2 + tap, with w the masks themselves
+//
+// The gradients of y, x and the weights are y_gradient, x_gradient and weights_gradient (dy and dx
+// are offsets here).
 #pragma once
 
 #include <cstdint>
@@ -16,23 +24,26 @@
 
 namespace famseg::reassembly {
 
+// Tensors are contiguous (N, C, H, W), or (N, H, W, C) where it says channels_last.
 struct Problem {
   Dtype dtype;
-  bool softmax;  // weights are logits (reassemble), not masks (carafe)
-  bool x_channels_last, weights_channels_last;
-  int64_t n, c, h, w;
+  bool softmax;        // weights are logits (reassemble), not masks (carafe)
+  int64_t n, c, h, w;  // of x
   int64_t kernel_size, scale, groups;
   const void* x;
   const void* weights;
+  bool x_channels_last;  // x, y and their gradients
+  bool weights_channels_last;
 };
 
-// Where the gradients go; null for those not wanted.
+// Where the gradients go, laid out as what they are the gradients of; null for those not wanted.
 struct Gradients {
-  const void* y;  // the incoming gradient
+  const void* y;  // the one that comes in
   void* x;
   void* weights;
 };
 
+// On the CPU; CUDA's are in cuda/launch.h.
 void forward(Isa isa, const Problem& problem, void* y, int threads);
 void backward(Isa isa, const Problem& problem, const Gradients& gradients, int threads);
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from famseg_kernels import backends, checks
 from famseg_kernels.reassembly import spec
+from famseg_kernels.spec import Backend
 
 
 def _forward(softmax: bool, x: Tensor, weights: Tensor, kernel_size: int, scale: int, groups: int) -> Tensor:
@@ -17,15 +18,9 @@ def _forward(softmax: bool, x: Tensor, weights: Tensor, kernel_size: int, scale:
     x, weights = _dense(x), _dense(weights)
     y = torch.empty((n, c, scale * h, scale * w), dtype=x.dtype, memory_format=checks.image_format(x))
     backends.native("_cpu").reassembly_forward(
-        checks.dtype_name(x),
-        softmax,
-        tuple(x.shape),
-        x.data_ptr(),
-        weights.data_ptr(),
-        (_channels_last(x), _channels_last(weights)),
-        (kernel_size, scale, groups),
-        y.data_ptr(),
-        torch.get_num_threads(),
+        **spec.native_problem(softmax, x, weights, kernel_size, scale, groups),
+        y=y.data_ptr(),
+        threads=torch.get_num_threads(),
     )
     return y
 
@@ -48,16 +43,11 @@ def _backward(
         for t, need in zip(sources, needs, strict=True)
     ]
     backends.native("_cpu").reassembly_backward(
-        checks.dtype_name(x),
-        softmax,
-        tuple(x.shape),
-        sources[0].data_ptr(),
-        sources[1].data_ptr(),
-        (_channels_last(sources[0]), _channels_last(sources[1])),
-        (kernel_size, scale, groups),
-        grad.data_ptr(),
-        *(backends.address(gradient) for gradient in gradients),
-        torch.get_num_threads(),
+        **spec.native_problem(softmax, *sources, kernel_size, scale, groups),
+        y_gradient=grad.data_ptr(),
+        x_gradient=backends.address(gradients[0]),
+        weights_gradient=backends.address(gradients[1]),
+        threads=torch.get_num_threads(),
     )
     return gradients
 
@@ -67,8 +57,5 @@ def _dense(t: Tensor) -> Tensor:
     return t.contiguous(memory_format=checks.image_format(t))
 
 
-def _channels_last(t: Tensor) -> bool:
-    return checks.image_format(t) == torch.channels_last
-
-
-reassemble, carafe = spec.operations(_forward, _backward)
+reassemble = Backend(spec.of_logits(_forward), spec.of_logits(_backward))
+carafe = Backend(spec.of_masks(_forward), spec.of_masks(_backward))

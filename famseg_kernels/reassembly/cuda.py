@@ -13,6 +13,7 @@ from torch import Tensor
 
 from famseg_kernels import backends, checks
 from famseg_kernels.reassembly import spec
+from famseg_kernels.spec import Backend
 
 
 def _unsupported(x: Tensor, *_: Any) -> str | None:
@@ -28,14 +29,9 @@ def _forward(softmax: bool, x: Tensor, weights: Tensor, kernel_size: int, scale:
     # The launch goes to the current device, which need not be x's.
     with torch.cuda.device(x.device):
         backends.native("_cuda").reassembly_forward(
-            checks.dtype_name(x),
-            softmax,
-            tuple(x.shape),
-            source.data_ptr(),
-            weights.data_ptr(),
-            (kernel_size, scale, groups),
-            y.data_ptr(),
-            torch.cuda.current_stream().cuda_stream,
+            **spec.native_problem(softmax, source, weights, kernel_size, scale, groups),
+            y=y.data_ptr(),
+            stream=torch.cuda.current_stream().cuda_stream,
         )
     return y.contiguous(memory_format=checks.image_format(x))
 
@@ -58,21 +54,18 @@ def _backward(
     if grad.data_ptr() % (2 * grad.element_size()) != 0:
         grad = grad.clone()
     gradients = [torch.empty_like(t) if need else None for t, need in zip(sources, needs, strict=True)]
-    sums = torch.empty(n * groups * scale**2 * h * w if softmax else 0, dtype=torch.float32, device=x.device)
+    log_sums = torch.empty(n * groups * scale**2 * h * w if softmax else 0, dtype=torch.float32, device=x.device)
     with torch.cuda.device(x.device):
         backends.native("_cuda").reassembly_backward(
-            checks.dtype_name(x),
-            softmax,
-            tuple(x.shape),
-            sources[0].data_ptr(),
-            sources[1].data_ptr(),
-            (kernel_size, scale, groups),
-            grad.data_ptr(),
-            *(backends.address(gradient) for gradient in gradients),
-            sums.data_ptr(),
-            torch.cuda.current_stream().cuda_stream,
+            **spec.native_problem(softmax, *sources, kernel_size, scale, groups),
+            y_gradient=grad.data_ptr(),
+            x_gradient=backends.address(gradients[0]),
+            weights_gradient=backends.address(gradients[1]),
+            log_sums=log_sums.data_ptr(),
+            stream=torch.cuda.current_stream().cuda_stream,
         )
     return gradients
 
 
-reassemble, carafe = spec.operations(_forward, _backward, _unsupported)
+reassemble = Backend(spec.of_logits(_forward), spec.of_logits(_backward), _unsupported)
+carafe = Backend(spec.of_masks(_forward), spec.of_masks(_backward), _unsupported)

@@ -7,7 +7,8 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from famseg_kernels.reassembly import cpu, cuda, reference
 from famseg_kernels.reassembly.spec import CARAFE, REASSEMBLE
-from famseg_kernels.registry import Later, Operation, autocast_dtype
+from famseg_kernels.spec import Later
+from famseg_kernels.torch_op import Operation, autocast
 
 REASSEMBLE_OPERATION = Operation(
     REASSEMBLE,
@@ -50,7 +51,7 @@ def reassemble(x: Tensor, logits: Tensor, kernel_size: int = 5, scale: int = 2, 
     """
     if has_torch_function_variadic(x, logits):
         return handle_torch_function(reassemble, (x, logits), x, logits, kernel_size, scale, groups)
-    x, logits = _autocast(x, logits)
+    x, logits = autocast((x, logits))
     REASSEMBLE.check(x, logits, kernel_size, scale, groups)
     return REASSEMBLE_OPERATION(x, logits, kernel_size, scale, groups)
 
@@ -73,12 +74,6 @@ def carafe(features: Tensor, masks: Tensor, kernel_size: int, group_size: int = 
     """
     if has_torch_function_variadic(features, masks):
         return handle_torch_function(carafe, (features, masks), features, masks, kernel_size, group_size, scale_factor)
-    features, masks = _autocast(features, masks)
+    features, masks = autocast((features, masks))
     CARAFE.check(features, masks, kernel_size, group_size, scale_factor)
     return CARAFE_OPERATION(features, masks, kernel_size, group_size, scale_factor)
-
-
-def _autocast(x: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    if isinstance(x, Tensor) and isinstance(weights, Tensor) and (dtype := autocast_dtype(x)) is not None:
-        return x.to(dtype), weights.to(dtype)
-    return x, weights

@@ -6,13 +6,12 @@ Both are one weighted sum over the taps of a window. With w as (N·g, k², s², 
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from famseg_kernels import checks
+from famseg_kernels.spec import Backend
 
 
 def _reassemble(x: Tensor, logits: Tensor, kernel_size: int, scale: int, groups: int) -> Tensor:
@@ -44,5 +43,5 @@ def _wide(t: Tensor) -> Tensor:
     return (t if t.dtype == torch.float64 else t.float()).contiguous()
 
 
-reassemble = SimpleNamespace(forward=_reassemble)
-carafe = SimpleNamespace(forward=_carafe)
+reassemble = Backend(_reassemble)
+carafe = Backend(_carafe)

@@ -37,6 +37,7 @@ from torch import Tensor
 from famseg_kernels import backends, checks, launch
 from famseg_kernels.finite import finite, nan_unless_finite
 from famseg_kernels.reassembly import spec
+from famseg_kernels.spec import Backend
 
 # --- the kernels -----------------------------------------------------------------------------------------------
 
@@ -425,7 +426,7 @@ class _Plan:
 # --- the backend -------------------------------------------------------------------------------------------------
 
 
-def _unsupported(x: Tensor, weights: Tensor, kernel_size: int, scale: int, groups: int) -> str | None:
+def _unsupported(softmax: bool, x: Tensor, weights: Tensor, kernel_size: int, scale: int, groups: int) -> str | None:
     if x.dtype == torch.float64:
         return "its kernels compute in fp32, x is float64"
     # Every tap's weight of a block's results is held in registers at once.
@@ -531,4 +532,5 @@ def _run_backward(
     return [dx, dw]
 
 
-reassemble, carafe = spec.operations(_run_forward, _run_backward, _unsupported)
+reassemble = Backend(spec.of_logits(_run_forward), spec.of_logits(_run_backward), spec.of_logits(_unsupported))
+carafe = Backend(spec.of_masks(_run_forward), spec.of_masks(_run_backward), spec.of_masks(_unsupported))

@@ -7,14 +7,13 @@ answer calls whose results are not all finite.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from famseg_kernels import backends, checks
-from famseg_kernels.registry import NotFinite
+from famseg_kernels.spec import Backend, NotFinite
 from famseg_kernels.ssd_scan import spec
 
 # --- the image ----------------------------------------------------------------------------------------
@@ -157,6 +156,9 @@ def _sequence(
 
 # --- both ---------------------------------------------------------------------------------------------
 
+_TENSORS = ("x", "dt", "A", "B", "C", "D", "z", "dt_bias", "initial_states")
+_GRADIENTS = tuple(f"{name}_gradient" for name in _TENSORS)
+
 
 class _Problem:
     """One call as the native module takes it, an image or a sequence.
@@ -209,7 +211,7 @@ class _Problem:
         y = torch.empty_like(self._x, memory_format=torch.contiguous_format)
         states = self._x.new_empty(self._state_shape, dtype=self._wide) if wants_states else None
         if not backends.native("_cpu").ssd_scan_forward(
-            *self._arguments(step), y.data_ptr(), backends.address(states), torch.get_num_threads()
+            **self._arguments(step, y=y.data_ptr(), final_states=backends.address(states))
         ):
             raise NotFinite
         return [y] if states is None else [y, states]
@@ -228,21 +230,53 @@ class _Problem:
         ]
         grad, states_grad = (None if g is None else g.contiguous() for g in (grad, states_grad))
         if not backends.native("_cpu").ssd_scan_backward(
-            *self._arguments(step),
-            backends.address(grad),
-            backends.address(states_grad),
-            tuple(backends.address(g) for g in found),
-            torch.get_num_threads(),
+            **self._arguments(
+                step,
+                y_gradient=backends.address(grad),
+                final_states_gradient=backends.address(states_grad),
+                **dict(zip(_GRADIENTS, map(backends.address, found), strict=True)),
+            )
         ):
             raise NotFinite
         if (of_skip := found[5]) is not None and self._skip_per_head:
             found[5] = of_skip.sum(1)
         return found
 
-    def _arguments(self, step: tuple[int | None, bool, float, float]) -> tuple[Any, ...]:
-        chunk, *rule = step
-        return self._dtype, self._shape, tuple(rule), chunk or 0, tuple(backends.address(t) for t in self._tensors)
+    def _arguments(self, step: tuple[int | None, bool, float, float], **results: int) -> dict[str, Any]:
+        chunk_size, dt_softplus, dt_min, dt_max = step
+        batch, height, width, heads, headdim, groups, d_state, directions, matrices = self._shape
+        x, dt, A, B, C, D, z, dt_bias, initial_states, resets = [
+            0 if t is None else t.data_ptr() for t in self._tensors
+        ]
+        return {
+            "dtype": self._dtype,
+            "batch": batch,
+            "height": height,
+            "width": width,
+            "heads": heads,
+            "headdim": headdim,
+            "groups": groups,
+            "d_state": d_state,
+            "directions": directions,
+            "matrices": matrices,
+            "chunk_size": chunk_size or 0,
+            "dt_softplus": dt_softplus,
+            "dt_min": dt_min,
+            "dt_max": dt_max,
+            "x": x,
+            "dt": dt,
+            "A": A,
+            "B": B,
+            "C": C,
+            "D": D,
+            "z": z,
+            "dt_bias": dt_bias,
+            "initial_states": initial_states,
+            "resets": resets,
+            "threads": torch.get_num_threads(),
+            **results,
+        }
 
 
-scan = SimpleNamespace(forward=_forward, backward=_backward)
-scan_2d = SimpleNamespace(forward=_forward_2d, backward=_backward_2d)
+scan = Backend(_forward, _backward)
+scan_2d = Backend(_forward_2d, _backward_2d)

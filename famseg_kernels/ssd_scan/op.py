@@ -10,12 +10,18 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
-from famseg_kernels.registry import Later, Operation, autocast_dtype
+from famseg_kernels.spec import Later
 from famseg_kernels.ssd_scan import cpu, reference
 from famseg_kernels.ssd_scan.spec import SCAN, SCAN_2D
+from famseg_kernels.torch_op import Operation, autocast
 
 SCAN_OPERATION = Operation(
-    SCAN, {"reference": reference.scan, "cpu": cpu.scan, "triton": Later("famseg_kernels.ssd_scan.triton", "scan")}
+    SCAN,
+    {
+        "reference": reference.scan,
+        "cpu": cpu.scan,
+        "triton": Later("famseg_kernels.ssd_scan.triton", "scan"),
+    },
 )
 SCAN_2D_OPERATION = Operation(
     SCAN_2D,
@@ -72,7 +78,7 @@ def ssd_scan_2d(
     if has_torch_function(tensors):
         options = {"dt_bias": dt_bias, "dt_softplus": dt_softplus, "dt_limit": dt_limit, "chunk_size": chunk_size}
         return handle_torch_function(ssd_scan_2d, tensors, x, dt, A, B, C, D, **options)
-    x, B, C = _autocast(x, B, C)
+    x, B, C = autocast((x, B, C))
     args = (x, dt, A, B, C, D, dt_bias, chunk_size, dt_softplus, *_limits(dt_limit))
     SCAN_2D.check(*args)
     return SCAN_2D_OPERATION(*args)
@@ -145,9 +151,7 @@ def ssd_scan(
         states = (z, dt_bias, initial_states, seq_idx, cu_seqlens)
         asked = (dt_softplus, dt_limit, return_final_states, return_varlen_states, state_dtype)
         return handle_torch_function(ssd_scan, tensors, x, dt, A, B, C, chunk_size, D, *states, *asked)
-    x, B, C = _autocast(x, B, C)
-    if isinstance(z, Tensor) and isinstance(x, Tensor) and (dtype := autocast_dtype(x)) is not None:
-        z = z.to(dtype)
+    x, B, C, z = autocast((x, B, C, z))
     options = (chunk_size, dt_softplus, *_limits(dt_limit), return_final_states, return_varlen_states)
     args = (x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx, cu_seqlens, *options)
     SCAN.check(*args)
@@ -165,11 +169,7 @@ def _limits(dt_limit: Any) -> tuple[float, float]:
     pair = dt_limit if isinstance(dt_limit, (tuple, list)) else ()
     if len(pair) != 2 or not all(isinstance(value, Real) and not isinstance(value, bool) for value in pair):
         raise TypeError(f"dt_limit: expected (low, high), two numbers, got {dt_limit!r}")
-    return float(pair[0]), float(pair[1])
-
-
-def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    x = tensors[0]
-    if isinstance(x, Tensor) and (dtype := autocast_dtype(x)) is not None:
-        return tuple(t.to(dtype) if isinstance(t, Tensor) else t for t in tensors)
-    return tensors
+    try:
+        return float(pair[0]), float(pair[1])
+    except OverflowError:
+        raise ValueError("dt_limit: expected numbers that a float can hold, got a larger one") from None

@@ -11,7 +11,6 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from famseg_kernels.spec import Backend
 from famseg_kernels.ssd_scan import spec
 
 # exp(-110) is 0 in fp32 (and 1e-48 in fp64): clamping a step's log-decay here changes nothing, but keeps one huge dt
@@ -268,5 +268,5 @@ def _wide(x: Tensor, *tensors: Tensor | None) -> list[Any]:
     return [t if t is None else t.to(spec.wide(x)) for t in (x, *tensors)]
 
 
-scan = SimpleNamespace(forward=_scan, exact=functools.partial(_scan, form=_by_token))
-scan_2d = SimpleNamespace(forward=_scan_2d, exact=functools.partial(_scan_2d, form=_by_token))
+scan = Backend(_scan, exact=functools.partial(_scan, form=_by_token))
+scan_2d = Backend(_scan_2d, exact=functools.partial(_scan_2d, form=_by_token))

@@ -1,4 +1,4 @@
-"""ssd_scan and ssd_scan_2d: what they take, what they cost, and the cases they are tested and timed on.
+"""ssd_scan and ssd_scan_2d: what they take and what they cost.
 
 Mamba-2's state space duality (arXiv 2405.21060, section 6) in 1D, with the meaning of mamba_ssm's
 mamba_chunk_scan_combined, and over an image in one, two or four directions (FAMSeg section 3.2.2).
@@ -7,8 +7,6 @@ mamba_chunk_scan_combined, and over an image in one, two or four directions (FAM
 from __future__ import annotations
 
 import itertools
-import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from famseg_kernels import checks
-from famseg_kernels.registry import Case, Spec
+from famseg_kernels.spec import Spec
+from famseg_kernels.ssd_scan import cases
 
 SCAN_SCHEMA = (
     "(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias, "
@@ -55,8 +54,7 @@ def check_scan(
     checks.tensor("B", B, 4)
     groups, state = B.shape[2:]
     for name, value in (("B", B), ("C", C)):
-        checks.tensor(name, value, 4)
-        checks.companion(name, value, x)
+        checks.companion(name, value, x, 4)
         checks.shape(name, value, (b, length, groups, state), "(batch, length, groups, state)")
     _check_groups(groups, heads)
     if D is not None:
@@ -111,8 +109,7 @@ def check_scan_2d(
     groups, state = B.shape[4:]
     shared = B.shape[3] if B.shape[3] in (1, directions) else directions
     for name, value in (("B", B), ("C", C)):
-        checks.tensor(name, value, 6)
-        checks.companion(name, value, x)
+        checks.companion(name, value, x, 6)
         meaning = "(N, H, W, directions or 1, groups, state), B and C alike"
         checks.shape(name, value, (n, h, w, shared, groups, state), meaning)
     _check_groups(groups, heads)
@@ -213,123 +210,5 @@ def moved_bytes(x: Tensor, *rest: Any) -> int:
     return 2 * x.numel() * x.element_size() + sum(t.numel() * t.element_size() for t in tensors)
 
 
-def _negative(t: Tensor) -> Tensor:
-    return -t.abs() - 0.2
-
-
-def _scan_case(
-    name: str,
-    shape: tuple[int, int, int, int],
-    state: int,
-    groups: int = 1,
-    *,
-    chunk_size: int | None = None,
-    options: str = "",
-    dt_limit: tuple[float, float] = (0.0, math.inf),
-    spike: bool = False,
-    keep_fp32: tuple[int, ...] = (),
-) -> Case:
-    b, length, heads, headdim = shape
-    wants = options.split()
-
-    def make(rand: Callable[..., Tensor]) -> tuple[Any, ...]:
-        softplus = "softplus" in wants
-        dt = rand(b, length, heads) if softplus else rand(b, length, heads).abs() * 0.3
-        if spike:
-            dt[:, length // 3] = 1000.0
-        thirds = torch.arange(length).mul(3).div(max(length, 1), rounding_mode="floor").expand(b, length)
-        bounds = torch.tensor([0, length // 3, length // 3, length], dtype=torch.int32)
-        return (
-            rand(*shape) * (0.05 if spike else 1.0),  # so that fp16 can hold the gradients
-            dt,
-            _negative(rand(heads)),
-            rand(b, length, groups, state),
-            rand(b, length, groups, state),
-            rand(heads, headdim) if "D2" in wants else rand(heads) if "D" in wants else None,
-            rand(*shape) if "z" in wants else None,
-            rand(heads) if "bias" in wants else None,
-            rand(b, heads, headdim, state) if "initial" in wants else None,
-            thirds.to(torch.int32).contiguous() if "seq_idx" in wants else None,
-            bounds if "varlen" in wants else None,
-            chunk_size,
-            softplus,
-            *dt_limit,
-            "final" in wants,
-            "varlen" in wants,
-        )
-
-    return Case(name, make, keep_fp32)
-
-
-SCAN_CASES = (
-    _scan_case("plain", (2, 37, 4, 8), 16),
-    _scan_case("every_option", (2, 70, 4, 6), 5, 2, chunk_size=16, options="softplus D z bias initial seq_idx final"),
-    _scan_case("skip_matrix", (1, 33, 2, 3), 4, options="D2 softplus final", keep_fp32=(1, 2, 5)),
-    _scan_case("limits", (1, 20, 3, 4), 8, 3, options="softplus bias", dt_limit=(0.4, 1.2)),
-    _scan_case("spike", (1, 64, 2, 4), 4, chunk_size=32, spike=True),
-    _scan_case("one_token", (2, 1, 2, 5), 3, options="D initial final"),
-    _scan_case("chunk_of_one", (1, 9, 1, 2), 2, chunk_size=1),
-    _scan_case("chunk_above_length", (1, 9, 2, 2), 2, chunk_size=1000, options="final"),
-    _scan_case("packed", (1, 45, 2, 4), 6, chunk_size=8, options="softplus varlen final initial"),
-    _scan_case("empty_batch", (0, 12, 2, 4), 4, options="D final"),
-    _scan_case("no_token", (2, 0, 2, 4), 4, options="D initial final"),
-)
-
-
-def _scan_2d_case(
-    name: str,
-    image: tuple[int, int, int],
-    heads: int,
-    headdim: int,
-    state: int,
-    groups: int = 1,
-    directions: int = 4,
-    *,
-    shared: bool = False,
-    skip: str = "heads",
-    chunk_size: int | None = None,
-    softplus: bool = True,
-    dt_limit: tuple[float, float] = (0.0, math.inf),
-    spike: bool = False,
-    keep_fp32: tuple[int, ...] = (),
-) -> Case:
-    def make(rand: Callable[..., Tensor]) -> tuple[Any, ...]:
-        n, h, w = image
-        dt = rand(n, h, w, directions, heads)
-        if not softplus:
-            dt = dt.abs() * 0.3
-        if spike:
-            dt[:, h // 2, w // 2] = 1000.0
-        k = 1 if shared else directions
-        return (
-            rand(n, h, w, heads, headdim) * (0.05 if spike else 1.0),  # so that fp16 can hold the gradients
-            dt,
-            _negative(rand(directions, heads)),
-            rand(n, h, w, k, groups, state),
-            rand(n, h, w, k, groups, state),
-            {"heads": rand(heads), "directions": rand(directions, heads), "none": None}[skip],
-            rand(directions, heads) if softplus else None,
-            chunk_size,
-            softplus,
-            *dt_limit,
-        )
-
-    return Case(name, make, keep_fp32)
-
-
-SCAN_2D_CASES = (
-    _scan_2d_case("four_directions", (2, 6, 7), 4, 8, 8),
-    _scan_2d_case("shared", (1, 8, 5), 2, 4, 16, shared=True, keep_fp32=(1, 2, 5, 6)),
-    _scan_2d_case("two_directions", (2, 5, 9), 2, 3, 4, 2, directions=2, skip="directions"),
-    _scan_2d_case("one_direction", (1, 4, 11), 3, 5, 6, 3, directions=1, skip="none"),
-    _scan_2d_case("ragged_chunks", (1, 13, 11), 2, 4, 4, chunk_size=32, dt_limit=(0.1, 1.5)),
-    _scan_2d_case("many_chunks", (1, 10, 15), 1, 2, 3, directions=2, chunk_size=1),
-    _scan_2d_case("spike", (1, 9, 9), 2, 4, 4, softplus=False, spike=True),
-    _scan_2d_case("one_pixel", (2, 1, 1), 2, 4, 3),
-    _scan_2d_case("one_row", (1, 1, 17), 1, 2, 3, chunk_size=5),
-    _scan_2d_case("empty_batch", (0, 4, 4), 2, 4, 4),
-    _scan_2d_case("empty_image", (2, 0, 4), 2, 4, 4),
-)
-
-SCAN = Spec("ssd_scan", SCAN_SCHEMA, check_scan, fake_scan, flops_scan, moved_bytes, SCAN_CASES)
-SCAN_2D = Spec("ssd_scan_2d", SCAN_2D_SCHEMA, check_scan_2d, fake_scan_2d, flops_scan_2d, moved_bytes, SCAN_2D_CASES)
+SCAN = Spec("ssd_scan", SCAN_SCHEMA, check_scan, fake_scan, flops_scan, moved_bytes, cases.SCAN)
+SCAN_2D = Spec("ssd_scan_2d", SCAN_2D_SCHEMA, check_scan_2d, fake_scan_2d, flops_scan_2d, moved_bytes, cases.SCAN_2D)

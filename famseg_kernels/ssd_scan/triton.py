@@ -40,7 +40,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -50,6 +49,7 @@ from torch import Tensor
 
 from famseg_kernels import backends, launch
 from famseg_kernels.finite import finite, nan_unless_finite
+from famseg_kernels.spec import Backend
 from famseg_kernels.ssd_scan import spec
 
 # --- steps and decays -----------------------------------------------------------------------------------
@@ -1218,5 +1218,5 @@ def _state_after(x: Tensor, B: Tensor, initial: Tensor | None) -> Tensor:
     return states if initial is None else states.copy_(initial)
 
 
-scan = SimpleNamespace(forward=_forward, backward=_backward, unsupported=unsupported)
-scan_2d = SimpleNamespace(forward=_forward_2d, backward=_backward_2d, unsupported=unsupported)
+scan = Backend(_forward, _backward, unsupported)
+scan_2d = Backend(_forward_2d, _backward_2d, unsupported)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from famseg_kernels import backends, checks
+from famseg_kernels.spec import Backend
 from famseg_kernels.strip_conv import spec
 
 
@@ -25,10 +26,8 @@ def forward(
     x = x.contiguous(memory_format=layout)
     args = spec.Arguments(x, square_weight, square_bias, row_weights, row_biases, col_weights, col_biases)
     y = torch.empty_like(x, memory_format=layout)
-    dtype, shape, *rest = args.native
-    channels_last = layout == torch.channels_last
     backends.native("_cpu").strip_conv2d_forward(
-        dtype, shape, channels_last, *rest, y.data_ptr(), torch.get_num_threads()
+        **args.native, channels_last=layout == torch.channels_last, y=y.data_ptr(), threads=torch.get_num_threads()
     )
     return y
 
@@ -52,17 +51,15 @@ def backward(
     grad_layout = layout if grad.is_contiguous(memory_format=layout) else checks.image_format(grad)
     grad = grad.contiguous(memory_format=grad_layout)
     gradients = args.gradients(needs)
-    of_x, of_square, of_bias, of_branches = args.grouped(gradients)
-    dtype, shape, *rest = args.native
     backends.native("_cpu").strip_conv2d_backward(
-        dtype,
-        shape,
-        (layout == torch.channels_last, grad_layout == torch.channels_last),
-        *rest,
-        grad.data_ptr(),
-        of_x,
-        (of_square, of_bias),
-        of_branches,
-        torch.get_num_threads(),
+        **args.native,
+        channels_last=layout == torch.channels_last,
+        y_gradient=grad.data_ptr(),
+        y_gradient_channels_last=grad_layout == torch.channels_last,
+        **args.native_gradients(gradients),
+        threads=torch.get_num_threads(),
     )
     return gradients
+
+
+strip_conv2d = Backend(forward, backward)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from famseg_kernels import backends, checks
+from famseg_kernels.spec import Backend
 from famseg_kernels.strip_conv import spec
 
 
@@ -73,7 +74,7 @@ def forward(
     # The launch goes to the current device, which need not be x's.
     with torch.cuda.device(x.device):
         backends.native("_cuda").strip_conv2d_forward(
-            *args.native, y.data_ptr(), torch.cuda.current_stream().cuda_stream
+            **args.native, channels_last=False, y=y.data_ptr(), stream=torch.cuda.current_stream().cuda_stream
         )
     return y.contiguous(memory_format=layout)
 
@@ -99,18 +100,22 @@ def backward(
     x_gradient = gradients[0]
     if x_gradient is None and weights and square_weight is not None:
         x_gradient = torch.empty_like(grad)  # the weights' gradients need what it is made from
-    *firsts, of_branches = args.grouped([x_gradient, *gradients[1:]])
+    native = backends.native("_cuda")
     with torch.cuda.device(x.device):
-        middle, partial = (
-            torch.empty(size, dtype=torch.float32, device=x.device) if size else None
-            for size in backends.native("_cuda").strip_conv2d_workspace(*args.native, weights)
-        )
-        backends.native("_cuda").strip_conv2d_backward(
-            *args.native,
-            grad.data_ptr(),
-            tuple(firsts),
-            of_branches,
-            (backends.address(middle), backends.address(partial)),
-            torch.cuda.current_stream().cuda_stream,
+        sizes = native.strip_conv2d_workspace(**args.native, channels_last=False, weights=weights)
+        workspace = {
+            name: torch.empty(size, dtype=torch.float32, device=x.device) if size else None
+            for name, size in sizes.items()
+        }
+        native.strip_conv2d_backward(
+            **args.native,
+            channels_last=False,
+            y_gradient=grad.data_ptr(),
+            **args.native_gradients([x_gradient, *gradients[1:]]),
+            **{name: backends.address(room) for name, room in workspace.items()},
+            stream=torch.cuda.current_stream().cuda_stream,
         )
     return gradients
+
+
+strip_conv2d = Backend(forward, backward, unsupported, faster)

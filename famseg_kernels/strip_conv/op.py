@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
 from famseg_kernels import checks
-from famseg_kernels.registry import Later, Operation, autocast_dtype
+from famseg_kernels.spec import Later
 from famseg_kernels.strip_conv import cpu, cuda, reference
 from famseg_kernels.strip_conv.spec import SPEC, packed
+from famseg_kernels.torch_op import Operation, autocast
 
 OPERATION = Operation(
     SPEC,
-    {"reference": reference, "cpu": cpu, "triton": Later("famseg_kernels.strip_conv.triton"), "cuda": cuda},
+    {
+        "reference": reference.strip_conv2d,
+        "cpu": cpu.strip_conv2d,
+        "triton": Later("famseg_kernels.strip_conv.triton", "strip_conv2d"),
+        "cuda": cuda.strip_conv2d,
+    },
 )
 
 
@@ -51,12 +58,12 @@ def strip_conv2d(
     rows, cols = checks.items("row_weights", row_weights), checks.items("col_weights", col_weights)
     of_rows = [None] * len(rows) if row_biases is None else checks.items("row_biases", row_biases)
     of_cols = [None] * len(cols) if col_biases is None else checks.items("col_biases", col_biases)
-    args = (x, square_weight, square_bias, rows, of_rows, cols, of_cols)
+    args: Sequence[Any] = (x, square_weight, square_bias, rows, of_rows, cols, of_cols)
     flat = (x, square_weight, square_bias, *rows, *of_rows, *cols, *of_cols)
     if has_torch_function(flat):
         return handle_torch_function(strip_conv2d, flat, *args)
-    if isinstance(x, Tensor) and (dtype := autocast_dtype(x)) is not None:
-        args = tuple(OPERATION.replace(args, [t.to(dtype) if isinstance(t, Tensor) else t for t in flat]))
+    if (cast := autocast(flat)) is not flat:
+        args = OPERATION.replace(args, cast)
     SPEC.check(*args)
     x, square_weight, square_bias, rows, of_rows, cols, of_cols = args
     return OPERATION(x, square_weight, square_bias, rows, packed(of_rows, x), cols, packed(of_cols, x))

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from famseg_kernels import checks
+from famseg_kernels.spec import Backend
 from famseg_kernels.strip_conv import spec
 
 
@@ -38,3 +39,6 @@ def _depthwise(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
 
 def _wide(t: Tensor) -> Tensor:
     return t if t.dtype == torch.float64 else t.float()
+
+
+strip_conv2d = Backend(forward)

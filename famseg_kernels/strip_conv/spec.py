@@ -1,4 +1,4 @@
-"""strip_conv2d: what it takes, what it costs, and the cases it is tested and timed on.
+"""strip_conv2d: what it takes and what it costs.
 
 SegNeXt's multi-scale strip convolution (arXiv 2209.08575, Eq. 1; FAMSeg section 3.2.1): a square depthwise
 convolution, then branches of a row and a column convolution that are added to it.
@@ -6,14 +6,15 @@ convolution, then branches of a row and a column convolution that are added to i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from famseg_kernels import backends, checks
-from famseg_kernels.registry import Case, Spec
+from famseg_kernels.spec import Spec
+from famseg_kernels.strip_conv import cases
 
 MAX_KERNEL = 63
 
@@ -65,8 +66,7 @@ def unpacked(biases: Sequence[Tensor], weights: Sequence[Tensor]) -> Sequence[Te
 
 
 def _weight(name: str, weight: Tensor, x: Tensor, *, square: bool = False, row: bool = False) -> None:
-    checks.tensor(name, weight, 4)
-    checks.companion(name, weight, x)
+    checks.companion(name, weight, x, 4)
     size = max(weight.shape[2], weight.shape[3])
     kernel = (size, size) if square else (1, size) if row else (size, 1)
     meaning = "(channels, 1, k, k)" if square else "(channels, 1, 1, k)" if row else "(channels, 1, k, 1)"
@@ -75,8 +75,7 @@ def _weight(name: str, weight: Tensor, x: Tensor, *, square: bool = False, row: 
 
 
 def _bias(name: str, bias: Tensor, x: Tensor, channels: int) -> None:
-    checks.tensor(name, bias, 1)
-    checks.companion(name, bias, x)
+    checks.companion(name, bias, x, 1)
     checks.shape(name, bias, (channels,), "(channels,)")
 
 
@@ -108,7 +107,7 @@ class Arguments:
     """A call's tensors as the native modules take them: weights and biases contiguous, x as it lies.
 
     Keep it until the native call is over (on a GPU: until its kernels are enqueued, since the caching allocator hands
-    memory on in the order of the stream): `native` holds addresses only.
+    memory on in the order of the stream): `native`, the arguments of a native call by name, holds addresses only.
     """
 
     def __init__(
@@ -124,20 +123,21 @@ class Arguments:
         given = [square_weight, square_bias, *row_weights, *row_biases, *col_weights, *col_biases]
         self._tensors = [x, *(None if t is None else t.contiguous() for t in given)]
         self._counts = (len(row_weights), len(row_biases), len(col_weights), len(col_biases))
-        square, bias, branches = self.grouped(self._tensors)[1:]
-        size = 0 if square_weight is None else square_weight.shape[-1]
-        self.native = (
-            checks.dtype_name(x),
-            tuple(x.shape),
-            x.data_ptr(),
-            (square, bias, size),
-            [
-                (row, row_bias, row_weight.shape[3], col, col_bias, col_weight.shape[2])
-                for (row, row_bias, col, col_bias), row_weight, col_weight in zip(
-                    branches, row_weights, col_weights, strict=True
-                )
-            ],
-        )
+        x_address, square, bias, *sides = self._addresses(self._tensors)
+        self.native = {
+            "dtype": checks.dtype_name(x),
+            "shape": x.shape,
+            "x": x_address,
+            "square_weight": square,
+            "square_bias": bias,
+            "square_size": 0 if square_weight is None else square_weight.shape[3],
+            "row_weights": sides[0],
+            "row_biases": sides[1],
+            "row_sizes": [weight.shape[3] for weight in row_weights],
+            "col_weights": sides[2],
+            "col_biases": sides[3],
+            "col_sizes": [weight.shape[2] for weight in col_weights],
+        }
 
     def gradients(self, needs: Sequence[bool]) -> list[Tensor | None]:
         """Room for the gradients of the flattened arguments that need one, laid out as these are."""
@@ -146,55 +146,28 @@ class Arguments:
             for t, need in zip(self._tensors, needs, strict=True)
         ]
 
-    def grouped(self, flat: Sequence[Tensor | None]) -> tuple[int, int, int, list[tuple[int, ...]]]:
-        """Addresses of x, square weight and bias, and of each branch's row weight and bias, column weight and bias."""
-        x, square, bias, *rest = (backends.address(t) for t in flat)
-        branches, start = self._counts[0], 0
-        sides = []
+    def native_gradients(self, gradients: Sequence[Tensor | None]) -> dict[str, Any]:
+        """Where the gradients of the flattened arguments go, as the native modules name them."""
+        x, square, bias, *sides = self._addresses(gradients)
+        return {
+            "x_gradient": x,
+            "square_weight_gradient": square,
+            "square_bias_gradient": bias,
+            "row_weight_gradients": sides[0],
+            "row_bias_gradients": sides[1],
+            "col_weight_gradients": sides[2],
+            "col_bias_gradients": sides[3],
+        }
+
+    def _addresses(self, flat: Sequence[Tensor | None]) -> list[Any]:
+        """Addresses of x, of the square's weight and bias, then a list for each of the four sides of the branches."""
+        rest = [backends.address(t) for t in flat]
+        grouped: list[Any] = rest[:3]
+        start = 3
         for count in self._counts:
-            sides.append(rest[start : start + count] or [0] * branches)  # a side without biases
+            grouped.append(rest[start : start + count])
             start += count
-        return x, square, bias, list(zip(*sides, strict=True))
+        return grouped
 
 
-def _case(
-    name: str,
-    shape: tuple[int, int, int, int],
-    square: int | None = 5,
-    strips: Sequence[tuple[int, int]] = ((7, 7), (11, 11), (21, 21)),
-    bias: bool = True,
-) -> Case:
-    channels = shape[1]
-
-    def make(rand: Callable[..., Tensor]) -> tuple[Any, ...]:
-        def biases() -> list[Tensor]:
-            return [rand(channels) for _ in strips] if bias else []
-
-        return (
-            rand(*shape),
-            None if square is None else rand(channels, 1, square, square) / square,
-            rand(channels) if bias and square is not None else None,
-            [rand(channels, 1, 1, k) / k**0.5 for k, _ in strips],
-            biases(),
-            [rand(channels, 1, k, 1) / k**0.5 for _, k in strips],
-            biases(),
-        )
-
-    return Case(name, make)
-
-
-CASES = (
-    _case("mscan", (2, 4, 24, 20)),
-    _case("wider_than_high", (1, 3, 5, 70)),
-    _case("image_smaller_than_kernel", (2, 3, 4, 3)),
-    _case("one_pixel", (3, 2, 1, 1)),
-    _case("no_bias", (1, 5, 17, 33), bias=False),
-    _case("no_square", (2, 3, 19, 16), square=None),
-    _case("no_branch", (1, 4, 9, 11), strips=()),
-    _case("unequal_strips", (1, 3, 15, 18), square=3, strips=((3, 9), (1, 5))),
-    _case("longest_kernels", (1, 2, 40, 34), square=63, strips=((63, 63),)),
-    _case("empty_batch", (0, 3, 8, 8)),
-    _case("empty_image", (2, 3, 0, 5)),
-)
-
-SPEC = Spec("strip_conv2d", SCHEMA, check, fake, flops, moved_bytes, CASES)
+SPEC = Spec("strip_conv2d", SCHEMA, check, fake, flops, moved_bytes, cases.CASES)

@@ -41,6 +41,7 @@ from torch import Tensor
 
 from famseg_kernels import backends, checks, launch
 from famseg_kernels.finite import finite, nan_unless_finite
+from famseg_kernels.spec import Backend
 from famseg_kernels.strip_conv import spec
 
 # --- the kernels -----------------------------------------------------------------------------------------------
@@ -651,3 +652,6 @@ def _sum_by_channel(t: Tensor) -> Tensor:
 
 def _dense(tensors: Sequence[Any]) -> tuple[Any, ...]:
     return tuple(None if t is None else t.contiguous() for t in tensors)
+
+
+strip_conv2d = Backend(forward, backward, unsupported)

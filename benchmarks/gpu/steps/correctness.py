@@ -16,13 +16,14 @@ import torch
 from torch import Tensor
 
 import famseg_kernels as fk
-from benchmarks import gate
 from benchmarks.ahead import ODD_CASES
 from benchmarks.gpu.dry import emulate
 from benchmarks.gpu.items import Item, Options, Row, Skipped
 from benchmarks.shapes import GATE_SHAPES, TINY, network_shapes
 from benchmarks.timing import DTYPES, name_of, without_tf32
-from famseg_kernels.registry import Case, Operation
+from famseg_kernels.testing import gate
+from famseg_kernels.testing.case import Case
+from famseg_kernels.torch_op import Operation
 
 BACKENDS = ("cuda", "triton")
 

@@ -18,12 +18,12 @@ from pathlib import Path
 import torch
 
 import famseg_kernels as fk
-from benchmarks import gate
 from benchmarks.gpu.dry import emulate
 from benchmarks.gpu.items import Item, Options, Row, Skipped
 from benchmarks.gpu.worker import program
 from benchmarks.shapes import SHAPES, TINY
 from benchmarks.timing import DTYPES
+from famseg_kernels.testing import gate
 
 TOOLS = ("memcheck", "racecheck", "synccheck")
 CASES = 3  # of the contract, beside the benchmarks' smallest

@@ -15,7 +15,8 @@ from benchmarks.gpu.items import Item, Options, Row
 from benchmarks.rates import Rates, machine_rates
 from benchmarks.shapes import TINY, shapes_for
 from benchmarks.timing import DTYPES, PASSES, Settings, measure_case, name_of, without_tf32
-from famseg_kernels.registry import Case, Operation
+from famseg_kernels.testing.case import Case
+from famseg_kernels.torch_op import Operation
 
 SECONDS = 0.25  # of measuring a case; ten to a thousand replays
 

@@ -20,7 +20,7 @@ from benchmarks.gpu.worker import die_with_parent
 from benchmarks.shapes import GATE_SHAPES, TINY, shapes_for
 from benchmarks.timing import without_tf32
 from famseg_kernels import launch
-from famseg_kernels.registry import Case
+from famseg_kernels.testing.case import Case
 
 SECONDS = 0.5
 

@@ -12,25 +12,31 @@ namespace famseg::reassembly {
 // them in the result (forward) or in the gradients (backward); no two blocks write the same
 // element. `scratch` is 64-byte aligned, of the stated size, and all zero before its first use; it
 // may go from block to block of one problem and direction, but no farther.
-struct Kernels {
-  int64_t (*forward_blocks)(const Problem&);
-  size_t (*forward_scratch)(const Problem&);
-  void (*forward_block)(const Problem&, void* y, int64_t block, void* scratch);
-  int64_t (*backward_blocks)(const Problem&, const Gradients&);
-  size_t (*backward_scratch)(const Problem&, const Gradients&);
-  void (*backward_block)(const Problem&, const Gradients&, int64_t block, void* scratch);
+struct ForwardKernels {
+  int64_t (*blocks)(const Problem&);
+  size_t (*scratch)(const Problem&);
+  void (*block)(const Problem&, void* y, int64_t block, void* scratch);
+};
+
+struct BackwardKernels {
+  int64_t (*blocks)(const Problem&, const Gradients&);
+  size_t (*scratch)(const Problem&, const Gradients&);
+  void (*block)(const Problem&, const Gradients&, int64_t block, void* scratch);
 };
 
 }  // namespace famseg::reassembly
 
 namespace famseg {
 namespace baseline {
-extern const reassembly::Kernels reassembly_kernels;
-}
+extern const reassembly::ForwardKernels reassembly_forward_kernels;
+extern const reassembly::BackwardKernels reassembly_backward_kernels;
+}  // namespace baseline
 namespace avx2 {
-extern const reassembly::Kernels reassembly_kernels;
-}
+extern const reassembly::ForwardKernels reassembly_forward_kernels;
+extern const reassembly::BackwardKernels reassembly_backward_kernels;
+}  // namespace avx2
 namespace avx512 {
-extern const reassembly::Kernels reassembly_kernels;
-}
+extern const reassembly::ForwardKernels reassembly_forward_kernels;
+extern const reassembly::BackwardKernels reassembly_backward_kernels;
+}  // namespace avx512
 }  // namespace famseg

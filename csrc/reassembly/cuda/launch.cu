@@ -1,19 +1,21 @@
+#include <algorithm>
+
 #include "common/cuda.h"
-// After the conversions of common/cuda.h: the kernels find them where their templates are defined.
-#include "reassembly/cuda/fma.cuh"
-//
 #include "reassembly/cuda/launch.h"
+// After the conversions of common/cuda.h: the kernels find them where their templates are defined.
+#include "reassembly/cuda/backward.cuh"
+#include "reassembly/cuda/forward.cuh"
 
 namespace famseg::reassembly {
 namespace {
 
-std::string describe(const CudaProblem& p) {
+std::string describe(const Problem& p) {
   return "x (" + std::to_string(p.n) + ", " + std::to_string(p.c) + ", " + std::to_string(p.h) +
          ", " + std::to_string(p.w) + "), kernel_size " + std::to_string(p.kernel_size) +
          ", scale " + std::to_string(p.scale) + ", groups " + std::to_string(p.groups);
 }
 
-const char* name(const CudaProblem& p) {
+const char* name(const Problem& p) {
   return p.softmax ? "reassemble" : "carafe";
 }
 
@@ -31,7 +33,7 @@ long long tiles(const Shape& s) {
 int splits(const Shape& s) {
   const long long chunks = (s.c / s.groups + kStaged - 1) / kStaged;
   const long long wanted = (2 * 132 + tiles(s) - 1) / tiles(s);
-  const long long some = wanted < chunks ? wanted : chunks;
+  const long long some = std::min(wanted, chunks);
   // So many that none of them has no channel.
   const long long share = (s.c / s.groups + some - 1) / some;
   return static_cast<int>((s.c / s.groups + share - 1) / share);
@@ -46,12 +48,12 @@ template <typename... Parameters, typename... Arguments>
 void launch_any(long long total, void* stream, void (*kernel)(Parameters...),
                 const Arguments&... arguments) {
   const long long blocks = (total + kPlainThreads - 1) / kPlainThreads;
-  const unsigned grid = static_cast<unsigned>(blocks < (1LL << 30) ? blocks : (1LL << 30));
+  const unsigned grid = static_cast<unsigned>(std::min(blocks, 1LL << 30));
   launch(dim3{grid, 1, 1}, kPlainThreads, 0, stream, kernel, arguments...);
 }
 
 template <typename T, bool SOFTMAX>
-void launch_forward(const CudaProblem& p, const Shape& shape, void* y, void* stream) {
+void launch_forward(const Problem& p, const Shape& shape, void* y, void* stream) {
   const auto* x = static_cast<const T*>(p.x);
   const auto* weights = static_cast<const T*>(p.weights);
   auto* to = static_cast<T*>(y);
@@ -67,31 +69,31 @@ void launch_forward(const CudaProblem& p, const Shape& shape, void* y, void* str
 }
 
 template <typename T, bool SOFTMAX>
-void launch_backward(const CudaProblem& p, const Shape& shape, const void* y_gradient,
-                     void* x_gradient, void* weights_gradient, float* sums, void* stream) {
+void launch_backward(const Problem& p, const Shape& shape, const Gradients& gradients,
+                     float* log_sums, void* stream) {
   const auto* x = static_cast<const T*>(p.x);
   const auto* weights = static_cast<const T*>(p.weights);
-  const auto* gradient = static_cast<const T*>(y_gradient);
-  auto* to_x = static_cast<T*>(x_gradient);
-  auto* to_weights = static_cast<T*>(weights_gradient);
+  const auto* y_gradient = static_cast<const T*>(gradients.y);
+  auto* x_gradient = static_cast<T*>(gradients.x);
+  auto* weights_gradient = static_cast<T*>(gradients.weights);
   const long long s2 = static_cast<long long>(p.scale) * p.scale;
-  if (to_weights != nullptr || SOFTMAX) {  // the gradient of x needs the softmaxes' sums
+  if (weights_gradient != nullptr || SOFTMAX) {  // the gradient of x needs the softmaxes' sums
     if (is_tuned(shape)) {
       launch(grid_of(tiles(shape)), kThreads, 0, stream, gradient_weights_tuned<T, SOFTMAX>, x,
-             weights, gradient, to_weights, sums, shape);
+             weights, y_gradient, weights_gradient, log_sums, shape);
     } else {
       launch_any(p.n * p.groups * s2 * p.h * p.w, stream, gradient_weights_any<T, SOFTMAX>, x,
-                 weights, gradient, to_weights, sums, shape);
+                 weights, y_gradient, weights_gradient, log_sums, shape);
     }
   }
-  if (to_x == nullptr) return;
+  if (x_gradient == nullptr) return;
   if (is_tuned(shape)) {
     const int parts = splits(shape);
     launch(grid_of(tiles(shape) * parts), kThreads, 0, stream, gradient_x_tuned<T, SOFTMAX>,
-           weights, sums, gradient, to_x, shape, parts);
+           weights, log_sums, y_gradient, x_gradient, shape, parts);
   } else {
     launch_any(p.n * p.groups * chunks(shape) * p.h * p.w, stream, gradient_x_any<T, SOFTMAX>,
-               weights, sums, gradient, to_x, shape);
+               weights, log_sums, y_gradient, x_gradient, shape);
   }
 }
 
@@ -102,7 +104,10 @@ struct Flag {
 };
 
 template <typename Body>
-void for_type(const CudaProblem& p, const Body& body) {
+void for_type(const Problem& p, const Body& body) {
+  if (p.x_channels_last || p.weights_channels_last) {
+    throw std::runtime_error("no kernel for channels_last");
+  }
   const auto with = [&](auto element) {
     return p.softmax ? body(element, Flag<true>()) : body(element, Flag<false>());
   };
@@ -119,17 +124,23 @@ void for_type(const CudaProblem& p, const Body& body) {
   throw std::runtime_error("no float64 kernel");
 }
 
-bool is_empty(const CudaProblem& p) {
+bool is_empty(const Problem& p) {
   return p.n == 0 || p.c == 0 || p.h == 0 || p.w == 0;
 }
 
-Shape shape_of(const CudaProblem& p) {
-  return {p.n, p.c, p.h, p.w, p.kernel_size, p.scale, p.groups};
+Shape shape_of(const Problem& p) {
+  return {p.n,
+          p.c,
+          p.h,
+          p.w,
+          static_cast<int>(p.kernel_size),
+          static_cast<int>(p.scale),
+          static_cast<int>(p.groups)};
 }
 
 }  // namespace
 
-void forward_cuda(const CudaProblem& problem, void* y, void* stream) {
+void forward_cuda(const Problem& problem, void* y, void* stream) {
   if (is_empty(problem)) return;
   explained(
       name(problem), [&] { return describe(problem); },
@@ -141,15 +152,15 @@ void forward_cuda(const CudaProblem& problem, void* y, void* stream) {
       });
 }
 
-void backward_cuda(const CudaProblem& problem, const void* y_gradient, void* x_gradient,
-                   void* weights_gradient, float* sums, void* stream) {
+void backward_cuda(const Problem& problem, const Gradients& gradients, float* log_sums,
+                   void* stream) {
   if (is_empty(problem)) return;
   explained(
       name(problem), [&] { return describe(problem); },
       [&] {
         for_type(problem, [&](auto element, auto softmax) {
-          launch_backward<decltype(element), decltype(softmax)::value>(
-              problem, shape_of(problem), y_gradient, x_gradient, weights_gradient, sums, stream);
+          launch_backward<decltype(element), decltype(softmax)::value>(problem, shape_of(problem),
+                                                                       gradients, log_sums, stream);
         });
       });
 }

@@ -1,35 +1,22 @@
 // Threads, memory, the division into blocks of heads, and the order of summation around the
-// kernels of passes.cpp.
-
-#include <omp.h>
+// kernels.
 
 #include <algorithm>
 #include <cstring>
 #include <vector>
 
-#include "common/buffer.h"
+#include "common/dispatch.h"
+#include "common/parallel.h"
 #include "ssd_scan/cpu/kernels.h"
 
 namespace famseg::ssd_scan {
 namespace {
 
-const Kernels& kernels_for(Isa isa) {
-#if defined(__x86_64__)
-  if (isa >= Isa::avx512) return avx512::ssd_scan_kernels;
-  if (isa == Isa::avx2) return avx2::ssd_scan_kernels;
-#endif
-  static_cast<void>(isa);
-  return baseline::ssd_scan_kernels;
-}
-
-const Forward& forward_for(Isa isa, const Problem& p, const Results& results) {
-#if defined(FAMSEG_AMX)
+const BlockKernel& block_kernel(Isa isa, const Problem& p, const Results& results) {
+  const BlockKernel* tiles = FAMSEG_AMX_KERNELS(isa, ssd_scan_bf16_block);
   const bool y_only = results.final_states == nullptr;
-  if (isa == Isa::amx && p.dtype == Dtype::bfloat16 && y_only) return amx::ssd_scan_bf16_forward;
-#endif
-  static_cast<void>(p);
-  static_cast<void>(results);
-  return kernels_for(isa).forward;
+  if (tiles != nullptr && p.dtype == Dtype::bfloat16 && y_only) return *tiles;
+  return FAMSEG_KERNELS(isa, ssd_scan_forward_kernels).block;
 }
 
 int64_t element_bytes(const Problem& p) {
@@ -59,56 +46,52 @@ std::vector<Block> divide(const Problem& p, int64_t most) {
 
 // Heads share the work that depends on B and C only, as long as their states fit into a cache. No
 // result depends on the division: two blocks a thread even out the load.
-std::vector<Block> divide_forward(const Problem& p, const Kernels& kernels, int threads) {
-  const int64_t states = p.headdim * p.state * element_bytes(p) * kernels.chunks(p);
+std::vector<Block> divide_forward(const Problem& p, int64_t chunks, int threads) {
+  const int64_t states = p.headdim * p.d_state * element_bytes(p) * chunks;
   const int64_t fitting = heads_per_block(p, states, 2 << 20);
   return divide(p, std::clamp<int64_t>(p.batch * p.heads / (2 * threads), 1, fitting));
 }
 
-// Calls work(block, scratch) for every block. Blocks go to whichever thread is free: results do not
-// depend on that, because no block reads what another wrote.
-template <typename Work>
-void for_each_block(const std::vector<Block>& blocks, size_t scratch_bytes, int threads,
-                    const Work& work) {
-  const int64_t count = static_cast<int64_t>(blocks.size());
-  if (threads > count) threads = static_cast<int>(count);
-  // Allocated here, because an exception must not leave a parallel region.
-  std::vector<Buffer> scratch;
-  for (int t = 0; t < threads; ++t) scratch.push_back(allocate(scratch_bytes));
-#pragma omp parallel for schedule(dynamic) num_threads(threads)
-  for (int64_t i = 0; i < count; ++i) work(blocks[i], scratch[omp_get_thread_num()].get());
-}
-
 // What any of the blocks needs. All have as many heads but the last of each group: with fewer heads
 // more chunks share a segment, so that it may need more than the others.
-size_t scratch_bytes(const Forward& kernel, const Problem& p, const std::vector<Block>& blocks) {
+size_t scratch_bytes(const BlockKernel& kernel, const Problem& p,
+                     const std::vector<Block>& blocks) {
   if (blocks.empty()) return 0;
   return std::max(kernel.scratch(p, blocks.front().heads), kernel.scratch(p, blocks.back().heads));
 }
 
-// All three steps of the backward pass for parts that do not depend on each other.
-void run_parts(const Kernels& kernels, const Problem& p, const Gradients& gradients,
-               const Sums& sums, const std::vector<Part>& parts, std::vector<Buffer>& scratch) {
-  const int64_t sides = p.directions == 1 ? 1 : 2, chunks = kernels.chunks(p);
+// Blocks go to whichever thread is free: results do not depend on that, because no block reads what
+// another wrote.
+void run_blocks(const BlockKernel& kernel, const Problem& p, const Destination& to, int64_t chunks,
+                int threads) {
+  const std::vector<Block> blocks = divide_forward(p, chunks, threads);
+  const int64_t count = static_cast<int64_t>(blocks.size());
+  run_parallel(
+      Scratch(useful_threads(threads, count), scratch_bytes(kernel, p, blocks), Fill::nothing),
+      Stage{count, [&](int64_t i, void* scratch) { kernel.run(p, to, blocks[i], scratch); }});
+}
+
+// All three stages of the backward pass for parts that do not depend on each other.
+void run_parts(const BackwardKernels& kernels, const Problem& p, const Gradients& gradients,
+               const Sums& sums, const std::vector<Part>& parts, int64_t chunks,
+               const Scratch& scratch) {
+  const int64_t sides = p.directions == 1 ? 1 : 2;
   const int64_t heads = parts[0].block.heads, count = static_cast<int64_t>(parts.size());
-#pragma omp parallel num_threads(static_cast<int>(scratch.size()))
-  {
-    void* mine = scratch[omp_get_thread_num()].get();
-#pragma omp for schedule(dynamic)
-    for (int64_t i = 0; i < count * heads * sides; ++i) {
-      const Part& part = parts[i / (heads * sides)];
-      kernels.backward_pass(p, gradients, part, i % sides, i / sides % heads, mine);
-    }
-#pragma omp for schedule(dynamic)
-    for (int64_t i = 0; i < count * chunks; ++i) {
-      kernels.backward_chunk(p, gradients, sums, parts[i / chunks], i % chunks, mine);
-    }
-#pragma omp for schedule(dynamic)
-    for (int64_t i = 0; i < count * heads * sides; ++i) {
-      const Part& part = parts[i / (heads * sides)];
-      kernels.backward_steps(p, gradients, sums, part, i % sides, i / sides % heads);
-    }
-  }
+  run_parallel(
+      scratch,
+      Stage{count * heads * sides,
+            [&](int64_t i, void* mine) {
+              const Part& part = parts[i / (heads * sides)];
+              kernels.scan_states(p, gradients, part, i % sides, i / sides % heads, mine);
+            }},
+      Stage{count * chunks,
+            [&](int64_t i, void* mine) {
+              kernels.chunk_gradients(p, gradients, sums, parts[i / chunks], i % chunks, mine);
+            }},
+      Stage{count * heads * sides, [&](int64_t i, void*) {
+              const Part& part = parts[i / (heads * sides)];
+              kernels.step_gradients(p, gradients, sums, part, i % sides, i / sides % heads);
+            }});
 }
 
 // A word's exponent is all ones in infinities and NaN only: its lowest bit, added, then carries
@@ -121,16 +104,17 @@ bool all_finite(const void* values, int64_t count, int mantissa_bits, int thread
   const Word one = static_cast<Word>(Word(1) << mantissa_bits);
   const Word exponent = static_cast<Word>(sign - one);
   const Bits* words = static_cast<const Bits*>(values);
-  int64_t bad = 0;
-#pragma omp parallel for reduction(+ : bad) num_threads(threads)
-  for (int64_t first = 0; first < count; first += block) {
-    Word seen = 0;
-    for (int64_t i = first; i < std::min(first + block, count); ++i) {
-      seen = static_cast<Word>(seen | ((words[i] & exponent) + one));
-    }
-    bad += (seen & sign) != 0;
-  }
-  return bad == 0;
+  const int64_t blocks = (count + block - 1) / block;
+  std::vector<uint8_t> bad(blocks);
+  run_parallel(Scratch(useful_threads(threads, blocks), 0, Fill::nothing),
+               Stage{blocks, [&](int64_t b, void*) {
+                       Word seen = 0;
+                       for (int64_t i = b * block; i < std::min((b + 1) * block, count); ++i) {
+                         seen = static_cast<Word>(seen | ((words[i] & exponent) + one));
+                       }
+                       bad[b] = (seen & sign) != 0;
+                     }});
+  return std::find(bad.begin(), bad.end(), 1) == bad.end();
 }
 
 // `wide`: a tensor in the type of the arithmetic. Null is finite.
@@ -144,28 +128,25 @@ bool all_finite(const Problem& p, const void* values, int64_t count, bool wide, 
 }  // namespace
 
 bool forward(Isa isa, const Problem& problem, const Results& results, int threads) {
-  const Kernels& kernels = kernels_for(isa);
-  const Forward& kernel = forward_for(isa, problem, results);
-  const std::vector<Block> blocks = divide_forward(problem, kernels, threads);
-  for_each_block(
-      blocks, scratch_bytes(kernel, problem, blocks), threads,
-      [&](const Block& block, void* scratch) { kernel.block(problem, results, block, scratch); });
+  const Destination to = {results.y, results.final_states, nullptr, nullptr};
+  const int64_t chunks = FAMSEG_KERNELS(isa, ssd_scan_forward_kernels).chunks(problem);
+  run_blocks(block_kernel(isa, problem, results), problem, to, chunks, threads);
   return all_finite(problem, results.y, problem.elements(), false, threads) &&
          all_finite(problem, results.final_states, problem.state_elements(), true, threads);
 }
 
 bool backward(Isa isa, const Problem& problem, const Gradients& gradients, int threads) {
-  const Kernels& kernels = kernels_for(isa);
+  const BackwardKernels& kernels = FAMSEG_KERNELS(isa, ssd_scan_backward_kernels);
+  const ForwardKernels& forward = FAMSEG_KERNELS(isa, ssd_scan_forward_kernels);
+  const int64_t chunks = forward.chunks(problem);
   if (gradients.z != nullptr) {
-    const std::vector<Block> blocks = divide_forward(problem, kernels, threads);
-    for_each_block(blocks, scratch_bytes(kernels.forward, problem, blocks), threads,
-                   [&](const Block& block, void* scratch) {
-                     kernels.gate_block(problem, gradients, block, scratch);
-                   });
+    // It needs y before the gate, the forward pass once more.
+    const Destination to = {nullptr, nullptr, gradients.y, gradients.z};
+    run_blocks(forward.block, problem, to, chunks, threads);
   }
   // The order of summation depends on this division, so it must not depend on the threads. 16 MB of
   // tape are still faster than a second block of heads with G and its gradients once more.
-  const int64_t most = heads_per_block(problem, kernels.backward_tape(problem, 1), 16 << 20);
+  const int64_t most = heads_per_block(problem, kernels.tape(problem, 1), 16 << 20);
   const std::vector<Block> blocks = divide(problem, most);
   const bool wide = problem.dtype == Dtype::float32 || problem.dtype == Dtype::float64;
   const int64_t axes = problem.directions == 4 ? 2 : 1;
@@ -199,14 +180,14 @@ bool backward(Isa isa, const Problem& problem, const Gradients& gradients, int t
   }
 
   // As many parts at once as keep the threads busy and their tapes in the cache.
-  const int64_t tape_bytes = static_cast<int64_t>(kernels.backward_tape(problem, most));
+  const int64_t tape_bytes = static_cast<int64_t>(kernels.tape(problem, most));
   const int64_t pairs = problem.batch * problem.groups;
   const int64_t wanted = std::max<int64_t>((8 << 20) / std::max<int64_t>(tape_bytes, 1),
                                            (threads + 2 * most - 1) / (2 * most));
   const int64_t at_once = std::clamp<int64_t>(wanted, 1, std::max<int64_t>(pairs, 1));
-  std::vector<Buffer> tapes, scratch;
+  std::vector<Buffer> tapes;
   for (int64_t i = 0; i < at_once; ++i) tapes.push_back(allocate(tape_bytes));
-  for (int t = 0; t < threads; ++t) scratch.push_back(allocate(kernels.backward_scratch(problem)));
+  const Scratch scratch(threads, kernels.scratch(problem), Fill::nothing);
   const int64_t group_blocks = (group_heads + most - 1) / most;
   for (int64_t k = 0; k < group_blocks; ++k) {
     for (int64_t axis = 0; axis < axes; ++axis) {
@@ -217,11 +198,11 @@ bool backward(Isa isa, const Problem& problem, const Gradients& gradients, int t
         for (int64_t i = pair; i < std::min(pair + at_once, pairs); ++i) {
           parts.push_back({blocks[i * group_blocks + k], axis, first, last, tapes[i - pair].get()});
         }
-        run_parts(kernels, problem, gradients, sums, parts, scratch);
+        run_parts(kernels, problem, gradients, sums, parts, chunks, scratch);
       }
     }
   }
-  kernels.reduce_parameters(problem, gradients, sums);
+  kernels.parameter_gradients(problem, gradients, sums);
 
   const auto finite = [&](const void* gradient, int64_t count) {
     return all_finite(problem, gradient, count, false, threads);

@@ -1,10 +1,9 @@
-// The forward pass of ssd_scan and ssd_scan_2d for bfloat16 on AMX tiles. It is passes.cpp's,
+// The forward pass of ssd_scan and ssd_scan_2d for bfloat16 on AMX tiles. It is forward.cpp's,
 // product for product; this file says how the factors get into tiles.
 //
-// Steps, decays, L, the sums in tiles and the running
-// states are floats; what enters a product is rounded to bfloat16: M, arrive * C, weight * X, and
-// the copy of a state that is read. As that puts the decays into the factors, all three products of
-// Y go into one sum, which stays in tiles.
+// Steps, decays, L, the sums in tiles and the running states are floats; what enters a product is
+// rounded to bfloat16: M, arrive * C, weight * X, and the copy of a state that is read. As that puts
+// the decays into the factors, all three products of Y go into one sum, which stays in tiles.
 //
 //   product                    left (rows of tokens or states)     right (pairs of rows, see amx.h)
 //   G = C B^T                  C                                   B^T
@@ -15,22 +14,21 @@
 // state is rounded into pairs of rows by the same loop that multiplies it by `through`.
 //
 // Final states are floats, and rounded factors would cost them their digits: calls that want them
-// go to passes.cpp.
+// go to forward.cpp.
 
 #include "common/amx.h"
 #include "common/scratch.h"
 #include "common/simd.h"
 #include "ssd_scan/cpu/chunk.h"
-#include "ssd_scan/cpu/kernels.h"
 #include "ssd_scan/cpu/matrix.h"
+#include "ssd_scan/cpu/output.h"
+#include "ssd_scan/cpu/steps.h"
 
 namespace famseg::FAMSEG_ISA {
 namespace {
 
-using ssd_scan::Results;
-
 // Tokens of a chunk: whole tiles of depth. Products are cheap in tiles and states dear around them,
-// so chunks are longer than in passes.cpp.
+// so chunks are longer than in forward.cpp.
 int64_t chunk_tokens(const Problem& p) {
   return p.tokens() > kTileDepth ? 2 * kTileDepth : kTileDepth;
 }
@@ -97,15 +95,15 @@ void multiply(const Term* terms, int count, int64_t rows, int64_t columns, float
 // ---- buffers ------------------------------------------------------------------------------------
 
 struct Side {
-  uint16_t* b;             // (chunk, state)
-  uint16_t* c;             // (chunk, state)
-  uint16_t* b_pairs;       // (state / 2, chunk) pairs: the right factor of G
-  uint16_t* b_transposed;  // (state, chunk): the left factor of S
+  uint16_t* b;             // (chunk, d_state)
+  uint16_t* c;             // (chunk, d_state)
+  uint16_t* b_pairs;       // (d_state / 2, chunk) pairs: the right factor of G
+  uint16_t* b_transposed;  // (d_state, chunk): the left factor of S
   float* gram;             // (chunk, chunk)
 };
 
-struct Space : Sizes<float> {
-  int64_t segment, segments;  // as in passes.cpp
+struct Workspace : Sizes<float> {
+  int64_t segment, segments;  // as in forward.cpp
   int64_t* pixels;            // (chunk)
   Steps<float> steps[2];
   Side side[2];
@@ -114,22 +112,22 @@ struct Space : Sizes<float> {
   float* x;           // (chunk, headdim)
   uint16_t* x_pairs;  // (chunk / 2, headdim) pairs
   uint16_t* x_weighted;
-  uint16_t* c_arriving[2];  // (chunk, state)
+  uint16_t* c_arriving[2];  // (chunk, d_state)
   float* mixing;            // (chunk, chunk)
   uint16_t* mixing_rounded;
-  float* added;           // (state, headdim) what a chunk adds to a state
-  float* state[2];        // (heads, state, headdim) at the chunk at hand
-  uint16_t* state_pairs;  // (heads, state / 2, headdim) pairs, side 0's
-  uint16_t* entering;     // (heads, chunks of a segment, state / 2, headdim) pairs, side 1's
-  float* handed;          // (heads, segments, state, headdim) side 1's at each segment's end
+  float* added;           // (d_state, headdim) what a chunk adds to a state
+  float* state[2];        // (heads, d_state, headdim) at the chunk at hand
+  uint16_t* state_pairs;  // (heads, d_state / 2, headdim) pairs, side 0's
+  uint16_t* entering;     // (heads, chunks of a segment, d_state / 2, headdim) pairs, side 1's
+  float* handed;          // (heads, segments, d_state, headdim) side 1's at each segment's end
 
   int64_t state_size() const { return n * p; }
 };
 
-Space lay_out(const Problem& p, int64_t heads, Arena& arena) {
-  Space w{};
+Workspace lay_out(const Problem& p, int64_t heads, Arena& arena) {
+  Workspace w{};
   static_cast<Sizes<float>&>(w) = sizes_of<float>(p, chunk_tokens(p));
-  w.n = round_up(p.state, kTileDepth);
+  w.n = round_up(p.d_state, kTileDepth);
   w.pixels = arena.take<int64_t>(w.chunk);
   for (int64_t s = 0; s < w.sides; ++s) {
     w.steps[s] = take_steps<float>(heads * w.padded_tokens, arena);
@@ -178,7 +176,7 @@ void pack_rows(const void* tensor, int64_t offset, int64_t pixel_stride, int64_t
                const int64_t* pixels, int64_t count, int64_t rows, uint16_t* to, int64_t stride) {
   const uint16_t* from = static_cast<const uint16_t*>(tensor) + offset;
   for (int64_t i = 0; i < stride; i += 16) {
-    const int64_t rest = larger(width - i, 0);
+    const int64_t rest = max(width - i, 0);
     const __mmask16 mask = static_cast<__mmask16>(rest >= 16 ? 0xffff : (1 << rest) - 1);
     for (int64_t t = 0; t < count; ++t) {
       _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + t * stride + i),
@@ -188,14 +186,14 @@ void pack_rows(const void* tensor, int64_t offset, int64_t pixel_stride, int64_t
   clear(to + count * stride, (rows - count) * stride);
 }
 
-void pack_matrix(const Problem& p, const Space& w, const void* matrix, const Block& block,
+void pack_matrix(const Problem& p, const Workspace& w, const void* matrix, const Block& block,
                  int64_t direction, int64_t count, uint16_t* to) {
-  pack_rows(matrix, matrix_offset(p, block, direction), p.matrices * p.groups * p.state, p.state,
-            w.pixels, count, w.chunk, to, w.n);
+  pack_rows(matrix, matrix_offset(p, block, direction), p.matrices * p.groups * p.d_state,
+            p.d_state, w.pixels, count, w.chunk, to, w.n);
 }
 
 // B^T of a chunk, as pairs and as rows.
-void transpose_b(const Space& w, const Side& side) {
+void transpose_b(const Workspace& w, const Side& side) {
   transpose(reinterpret_cast<const float*>(side.b), w.n / 2, w.chunk, w.n / 2,
             reinterpret_cast<float*>(side.b_pairs), w.chunk);
   // Element 2k of all tokens is the lower half of pair k, element 2k + 1 the upper one.
@@ -217,7 +215,7 @@ void transpose_b(const Space& w, const Side& side) {
   }
 }
 
-void load_matrices(const Problem& p, const Space& w, const Block& block, int64_t axis,
+void load_matrices(const Problem& p, const Workspace& w, const Block& block, int64_t axis,
                    int64_t count) {
   for (int64_t s = 0; s < (w.shared ? 1 : w.sides); ++s) {
     const Side& side = w.side[s];
@@ -229,13 +227,13 @@ void load_matrices(const Problem& p, const Space& w, const Block& block, int64_t
   }
 }
 
-void load_x(const Problem& p, const Space& w, const Block& block, int64_t h, int64_t count) {
+void load_x(const Problem& p, const Workspace& w, const Block& block, int64_t h, int64_t count) {
   pack_rows(p.x, (block.batch * p.tokens() * p.heads + block.head + h) * p.headdim,
             p.heads * p.headdim, p.headdim, w.pixels, count, w.chunk, w.x_rows, w.p);
 }
 
 // Pairs of rows of X; `floats`: also as floats.
-void pair_x(const Space& w, bool floats) {
+void pair_x(const Workspace& w, bool floats) {
   for (int64_t t = 0; t < w.chunk; t += 2) {
     for (int64_t i = 0; i < w.p; i += 16) {
       const Vector<float> even = widen_row(w.x_rows + t * w.p + i);
@@ -249,7 +247,7 @@ void pair_x(const Space& w, bool floats) {
 }
 
 // Pairs of rows of weight * X.
-void weight_x(const Space& w, const float* weight) {
+void weight_x(const Workspace& w, const float* weight) {
   for (int64_t t = 0; t < w.chunk; t += 2) {
     for (int64_t i = 0; i < w.p; i += 16) {
       store(w.x_weighted + t * w.p + 2 * i,
@@ -260,7 +258,7 @@ void weight_x(const Space& w, const float* weight) {
 }
 
 // arrive * C.
-void arrive_c(const Space& w, const uint16_t* c, const float* arrive, uint16_t* to) {
+void arrive_c(const Workspace& w, const uint16_t* c, const float* arrive, uint16_t* to) {
   for (int64_t t = 0; t < w.chunk; ++t) {
     for (int64_t n = 0; n < w.n; n += 32) {
       const __m512i both = _mm512_loadu_si512(c + t * w.n + n);
@@ -273,7 +271,7 @@ void arrive_c(const Space& w, const uint16_t* c, const float* arrive, uint16_t* 
 }
 
 // M, rounded.
-void mix_rounded(const Space& w, int64_t at, int64_t count) {
+void mix_rounded(const Workspace& w, int64_t at, int64_t count) {
   float* const no_decays = nullptr;
   mix<false>(w, w.side[0].gram, w.steps[0], at, count, no_decays, w.mixing);
   if (w.sides == 2) mix<true>(w, w.side[1].gram, w.steps[1], at, count, no_decays, w.mixing);
@@ -283,14 +281,14 @@ void mix_rounded(const Space& w, int64_t at, int64_t count) {
 }
 
 // added = (weight * B)^T X: what a chunk adds to a state.
-void add_tokens(const Space& w, int64_t s, int64_t at) {
+void add_tokens(const Workspace& w, int64_t s, int64_t at) {
   weight_x(w, w.steps[s].weight + at);
   const Term update{w.side[s].b_transposed, w.chunk, w.x_weighted, 2 * w.p, w.chunk / kTileDepth};
   multiply(&update, 1, w.n, w.p, w.added, w.p);
 }
 
 // state = keep * state + added, and the same rounded as pairs of rows.
-void pass_state(const Space& w, float keep, float* state, uint16_t* pairs) {
+void pass_state(const Workspace& w, float keep, float* state, uint16_t* pairs) {
   for (int64_t n = 0; n < w.n; n += 2) {
     for (int64_t i = n * w.p; i < (n + 1) * w.p; i += 16) {
       const Vector<float> even = load(state + i) * keep + load(w.added + i);
@@ -302,7 +300,7 @@ void pass_state(const Space& w, float keep, float* state, uint16_t* pairs) {
   }
 }
 
-void round_state(const Space& w, const float* state, uint16_t* pairs) {
+void round_state(const Workspace& w, const float* state, uint16_t* pairs) {
   for (int64_t n = 0; n < w.n; n += 2) {
     for (int64_t i = n * w.p; i < (n + 1) * w.p; i += 16) {
       store(pairs + 2 * i - n * w.p,
@@ -313,11 +311,11 @@ void round_state(const Space& w, const float* state, uint16_t* pairs) {
 
 // ---- the pass -----------------------------------------------------------------------------------
 
-// Side 1 through segment g, as in passes.cpp.
-void go_backward(const Problem& p, Space& w, const Block& block, int64_t axis, int64_t g,
-                 bool hand_on) {
+// Side 1 through segment g, as in forward.cpp.
+void scan_reverse(const Problem& p, Workspace& w, const Block& block, int64_t axis, int64_t g,
+                  bool hand_on) {
   const int64_t size = w.state_size(), first = g * w.segment;
-  const int64_t last = smaller(first + w.segment, w.chunks) - 1;
+  const int64_t last = min(first + w.segment, w.chunks) - 1;
   const auto entering = [&](int64_t h, int64_t c) {
     return w.entering + (h * w.segment + c - first) * size;
   };
@@ -341,7 +339,7 @@ void go_backward(const Problem& p, Space& w, const Block& block, int64_t axis, i
       load_x(p, w, block, h, count);
       add_tokens(w, 1, at);
       pass_state(w, through(w, w.steps[1], 1, at), w.state[1] + h * size,
-                 entering(h, larger(c - 1, first)));
+                 entering(h, max(c - 1, first)));
     }
   }
   for (int64_t h = 0; hand_on && h < block.heads; ++h) {
@@ -349,8 +347,8 @@ void go_backward(const Problem& p, Space& w, const Block& block, int64_t axis, i
   }
 }
 
-void forward_chunk(const Problem& p, Space& w, const Block& block, int64_t axis, int64_t c,
-                   const Destination<Bfloat16>& to) {
+void scan_chunk(const Problem& p, Workspace& w, const Block& block, int64_t axis, int64_t c,
+                const Destination& to) {
   const int64_t count = w.count(c), last = w.chunks - 1, size = w.state_size();
   locate(w, axis_of(p, axis), c, w.pixels);
   load_matrices(p, w, block, axis, count);
@@ -367,10 +365,10 @@ void forward_chunk(const Problem& p, Space& w, const Block& block, int64_t axis,
       arrive_c(w, w.side[s].c, w.steps[s].arrive + at, w.c_arriving[s]);
       terms[used++] = {w.c_arriving[s], w.n, state, 2 * w.p, w.n / kTileDepth};
     };
-    if (c > 0 || p.initial != nullptr) read(0, pairs);
+    if (c > 0 || p.initial_states != nullptr) read(0, pairs);
     if (w.sides == 2 && c < last) read(1, w.entering + (h * w.segment + c % w.segment) * size);
-    multiply(terms, used, w.chunk, w.p, w.out.part, w.p);
-    finish_rows(p, w, w.out, block, h, axis, w.pixels, count, w.x, to);
+    multiply(terms, used, w.chunk, w.p, w.out.y, w.p);
+    finish_rows<Bfloat16>(p, w, w.out, block, h, axis, w.pixels, count, w.x, to);
     if (c == last) continue;
     add_tokens(w, 0, at);
     pass_state(w, through(w, w.steps[0], 0, at), w.state[0] + h * size, pairs);
@@ -383,18 +381,17 @@ size_t scratch(const Problem& p, int64_t heads) {
   return static_cast<size_t>(counting.used);
 }
 
-void forward_block(const Problem& p, const Results& results, const Block& block, void* scratch) {
+void run(const Problem& p, const Destination& to, const Block& block, void* scratch) {
   const FlushToZero guard;
   const TileScope tiles;
   Arena arena{static_cast<char*>(scratch)};
-  Space w = lay_out(p, block.heads, arena);
-  const Destination<Bfloat16> to{static_cast<Bfloat16*>(results.y), nullptr, nullptr};
+  Workspace w = lay_out(p, block.heads, arena);
   const int64_t size = w.state_size();
   for (int64_t h = 0; h < block.heads; ++h) load_skip(p, block.head + h, w.p, w.out.skip + h * w.p);
   for (int64_t axis = 0; axis < w.axes; ++axis) {
     for (int64_t h = 0; h < block.heads; ++h) {
       clear(w.state[0] + h * size, size);
-      if (p.initial != nullptr) {
+      if (p.initial_states != nullptr) {
         load_state(p, w, block.batch, block.head + h, w.state[0] + h * size);
         round_state(w, w.state[0] + h * size, w.state_pairs + h * size);
       }
@@ -403,13 +400,13 @@ void forward_block(const Problem& p, const Results& results, const Block& block,
       }
     }
     for (int64_t g = w.segments - 1; w.sides == 2 && g > 0; --g) {
-      go_backward(p, w, block, axis, g, true);
+      scan_reverse(p, w, block, axis, g, true);
     }
     for (int64_t c = 0; c < w.chunks; ++c) {
       if (w.sides == 2 && c % w.segment == 0) {
-        go_backward(p, w, block, axis, c / w.segment, false);
+        scan_reverse(p, w, block, axis, c / w.segment, false);
       }
-      forward_chunk(p, w, block, axis, c, to);
+      scan_chunk(p, w, block, axis, c, to);
     }
   }
 }
@@ -417,7 +414,7 @@ void forward_block(const Problem& p, const Results& results, const Block& block,
 }  // namespace
 
 // `extern` because a const object is otherwise local to its file.
-extern const ssd_scan::Forward ssd_scan_bf16_forward;
-const ssd_scan::Forward ssd_scan_bf16_forward = {scratch, forward_block};
+extern const ssd_scan::BlockKernel ssd_scan_bf16_block;
+const ssd_scan::BlockKernel ssd_scan_bf16_block = {scratch, run};
 
 }  // namespace famseg::FAMSEG_ISA

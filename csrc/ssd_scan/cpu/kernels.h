@@ -1,4 +1,7 @@
 // The CPU kernels of ssd_scan and ssd_scan_2d, one instruction set's to a table.
+//
+// `scratch` and tapes are 64-byte aligned and of the stated size; what they hold before does not
+// matter. Calls of the same function pointer may run at once.
 #pragma once
 
 #include <cstddef>
@@ -13,12 +16,31 @@ struct Block {
   int64_t batch, group, head, heads;
 };
 
-// A block's backward pass on one axis, row-major or column-major.
+// Where the rows of y go; with `z_gradient` they go there instead, times y_gradient and the slope
+// of the gate.
+struct Destination {
+  void* y;
+  void* final_states;
+  const void* y_gradient;
+  void* z_gradient;
+};
+
+struct BlockKernel {
+  size_t (*scratch)(const Problem&, int64_t heads);
+  void (*run)(const Problem&, const Destination&, const Block&, void* scratch);
+};
+
+struct ForwardKernels {
+  int64_t (*chunks)(const Problem&);  // also those of the backward pass
+  BlockKernel block;
+};
+
+// A block's backward pass on one axis.
 struct Part {
   Block block;
   int64_t axis;
   bool first, last;  // of those that add to the same gradients of B and C
-  void* tape;        // what its steps hand on
+  void* tape;        // what one stage hands on to the next
 };
 
 // What is left to be added up, or to be rounded only when it is.
@@ -34,46 +56,38 @@ struct Sums {
   double* D;        // (batch, heads, headdim)
 };
 
-// One instruction set's kernels. `scratch` and tapes are 64-byte aligned and of the stated size;
-// what they hold before does not matter. Calls of the same line may run at once.
-struct Forward {
-  size_t (*scratch)(const Problem&, int64_t heads);
-  void (*block)(const Problem&, const Results&, const Block&, void* scratch);
-};
-
-struct Kernels {
-  Forward forward;
-  // The gradient of z needs y before the gate, the forward pass once more; with its scratch.
-  void (*gate_block)(const Problem&, const Gradients&, const Block&, void* scratch);
-  int64_t (*chunks)(const Problem&);
-  size_t (*backward_tape)(const Problem&, int64_t heads);
-  size_t (*backward_scratch)(const Problem&);
-  // Backward goes first over the sides (directions of the axis) and heads of a part,
-  void (*backward_pass)(const Problem&, const Gradients&, const Part&, int64_t side, int64_t head,
-                        void* scratch);
+struct BackwardKernels {
+  size_t (*tape)(const Problem&, int64_t heads);
+  size_t (*scratch)(const Problem&);
+  // First over the sides and heads of a part,
+  void (*scan_states)(const Problem&, const Gradients&, const Part&, int64_t side, int64_t head,
+                      void* scratch);
   // then over its chunks,
-  void (*backward_chunk)(const Problem&, const Gradients&, const Sums&, const Part&, int64_t chunk,
-                         void* scratch);
+  void (*chunk_gradients)(const Problem&, const Gradients&, const Sums&, const Part&, int64_t chunk,
+                          void* scratch);
   // then over its sides and heads again,
-  void (*backward_steps)(const Problem&, const Gradients&, const Sums&, const Part&, int64_t side,
+  void (*step_gradients)(const Problem&, const Gradients&, const Sums&, const Part&, int64_t side,
                          int64_t head);
-  // and at last to the gradients of A, dt_bias and D.
-  void (*reduce_parameters)(const Problem&, const Gradients&, const Sums&);
+  // and when all parts are done, once.
+  void (*parameter_gradients)(const Problem&, const Gradients&, const Sums&);
 };
 
 }  // namespace famseg::ssd_scan
 
 namespace famseg {
 namespace baseline {
-extern const ssd_scan::Kernels ssd_scan_kernels;
-}
+extern const ssd_scan::ForwardKernels ssd_scan_forward_kernels;
+extern const ssd_scan::BackwardKernels ssd_scan_backward_kernels;
+}  // namespace baseline
 namespace avx2 {
-extern const ssd_scan::Kernels ssd_scan_kernels;
-}
+extern const ssd_scan::ForwardKernels ssd_scan_forward_kernels;
+extern const ssd_scan::BackwardKernels ssd_scan_backward_kernels;
+}  // namespace avx2
 namespace avx512 {
-extern const ssd_scan::Kernels ssd_scan_kernels;
-}
+extern const ssd_scan::ForwardKernels ssd_scan_forward_kernels;
+extern const ssd_scan::BackwardKernels ssd_scan_backward_kernels;
+}  // namespace avx512
 namespace amx {
-extern const ssd_scan::Forward ssd_scan_bf16_forward;
+extern const ssd_scan::BlockKernel ssd_scan_bf16_block;
 }
 }  // namespace famseg

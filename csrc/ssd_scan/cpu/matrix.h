@@ -15,15 +15,21 @@ enum class Left { full, lower, upper };
 // out = row_scale * (a b) + keep * init, with a (rows, depth) and b (depth, columns).
 template <typename T>
 struct Product {
-  const T* a;  // element (r, k) at a[r * a_row + k * a_step]
-  int64_t a_row, a_step;
-  const T* b;
-  int64_t b_stride;
-  T* out;
-  int64_t out_stride;
+  struct {
+    const T* at;
+    int64_t row, column;  // from one to the next
+  } a;
+  struct {
+    const T* at;
+    int64_t row;
+  } b;
+  struct {
+    T* at;
+    int64_t row;
+  } out;
   int64_t rows, columns, depth;  // columns: whole vectors
   const T* row_scale = nullptr;  // one for each row; null: 1
-  const T* init = nullptr;       // as `out`, which it may be; null: 0
+  const T* init = nullptr;       // laid out as `out`, which it may be; null: 0
   T keep = 1;
   Left left = Left::full;  // which half of a is not zero
 };
@@ -41,32 +47,32 @@ void product_tile(const Product<T>& m, int64_t row, int64_t column) {
   const T* a[(ROWS + 2) / 3];
 #pragma GCC unroll 4
   for (int g = 0; g < (ROWS + 2) / 3; ++g) {
-    a[g] = m.a + (row + 3 * g) * m.a_row + first * m.a_step;
+    a[g] = m.a.at + (row + 3 * g) * m.a.row + first * m.a.column;
   }
-  const T* b = m.b + first * m.b_stride + column;
+  const T* b = m.b.at + first * m.b.row + column;
   for (int64_t k = first; k < last; ++k) {
     Vector<T> v[VECTORS];
 #pragma GCC unroll 8
     for (int c = 0; c < VECTORS; ++c) v[c] = load(b + c * lanes);
 #pragma GCC unroll 16
     for (int q = 0; q < ROWS; ++q) {
-      const Vector<T> factor = broadcast(a[q / 3][q % 3 * m.a_row]);
+      const Vector<T> factor = broadcast(a[q / 3][q % 3 * m.a.row]);
 #pragma GCC unroll 8
       for (int c = 0; c < VECTORS; ++c) sum[q][c] += factor * v[c];
     }
 #pragma GCC unroll 4
-    for (int g = 0; g < (ROWS + 2) / 3; ++g) a[g] += m.a_step;
-    b += m.b_stride;
+    for (int g = 0; g < (ROWS + 2) / 3; ++g) a[g] += m.a.column;
+    b += m.b.row;
   }
 #pragma GCC unroll 16
   for (int q = 0; q < ROWS; ++q) {
     const Vector<T> scale = broadcast(m.row_scale == nullptr ? T(1) : m.row_scale[row + q]);
-    const int64_t at = (row + q) * m.out_stride + column;
+    const int64_t at = (row + q) * m.out.row + column;
 #pragma GCC unroll 8
     for (int c = 0; c < VECTORS; ++c) {
       Vector<T> value = sum[q][c] * scale;
       if (m.init != nullptr) value += load(m.init + at + c * lanes) * m.keep;
-      store(m.out + at + c * lanes, value);
+      store(m.out.at + at + c * lanes, value);
     }
   }
 }

@@ -34,12 +34,10 @@
 #include "strip_conv/cpu/correlation.h"
 #include "strip_conv/cpu/kernels.h"
 #include "strip_conv/cpu/layout.h"
+#include "strip_conv/cpu/small_square.h"
 
 namespace famseg::FAMSEG_ISA {
 namespace {
-
-using strip_conv::Branch;
-using strip_conv::Problem;
 
 // Columns of a block; the border that a block computes beside it is a sixth of that.
 constexpr int64_t kBlockWidth = 128;
@@ -48,26 +46,24 @@ constexpr int64_t kPitch = kStripWidth + 1;  // vectors from row to row of r_i a
 constexpr int64_t kXRows = 8;                // of x at a time
 constexpr int64_t kRows = 8;                 // of r_i at a time
 constexpr int64_t kBandBytes = 1 << 20;      // of a and r_i: half of an L2 cache of 2 MB
-constexpr int64_t kSmallSquare = 7;          // size of a square kernel that memory binds
-constexpr int64_t kLeastPixels = 512;        // that share the loading of its weights
 
 template <typename T>
-struct Strip {
-  Taps<T> row, column;
+struct ForwardStrip {
+  Taps<T> row, col;
   T* row_bias;
-  T* rows;  // r_i of a strip from row -reach of the band on
+  T* r;  // r_i of 16 pixels' columns, from row -reach of the band on
 };
 
 template <typename T>
-struct Space {
+struct ForwardSpace {
   int64_t band;   // rows of output at a time
   int64_t width;  // of the widest block
   int64_t branch_count;
-  int64_t reach_row, reach_column, reach_square;  // farthest
+  int64_t reach_row, reach_col, reach_square;  // of the largest kernels
   Taps<T> square;
   T* square_bias;
-  T* bias;  // of all columns together
-  Strip<T>* strips;
+  T* col_bias;  // of all branches together
+  ForwardStrip<T>* strips;
   T* x;  // null without a square kernel
   T* a;
   T* y;
@@ -81,128 +77,110 @@ int64_t odd_stride(int64_t vectors) {
 }
 
 template <typename T>
-Space<T> lay_out(const Problem& p, Arena& arena) {
+ForwardSpace<T> lay_out(const Problem& p, Arena& arena) {
   constexpr int64_t lanes = kLanes<T>;
-  Space<T> s{};
-  s.width = smaller(p.w, kBlockWidth);
+  ForwardSpace<T> s{};
+  s.width = min(p.w, kBlockWidth);
   s.branch_count = p.branch_count;
-  s.strips = arena.take<Strip<T>>(p.branch_count);
+  s.strips = arena.take<ForwardStrip<T>>(p.branch_count);
   const auto take_taps = [&](int64_t height, int64_t width) {
     return Taps<T>{arena.take<T>(height * width * lanes), height, width};
   };
-  if (p.square_weight != nullptr) {
-    const int64_t height = cropped(p.square_size, p.h);
-    s.square = take_taps(height, cropped(p.square_size, p.w));
-    s.reach_square = larger(height, s.square.width) / 2;
+  if (p.square.weight != nullptr) {
+    const int64_t height = cropped(p.square.size, p.h);
+    s.square = take_taps(height, cropped(p.square.size, p.w));
+    s.reach_square = max(height, s.square.width) / 2;
   }
-  int64_t columns = 0;
   for (int64_t i = 0; i < p.branch_count; ++i) {
-    const Taps<T> row = take_taps(1, cropped(p.branches[i].row_size, p.w));
-    const Taps<T> column = take_taps(cropped(p.branches[i].column_size, p.h), 1);
+    const Taps<T> row = take_taps(1, cropped(p.branches[i].row.size, p.w));
+    const Taps<T> col = take_taps(cropped(p.branches[i].col.size, p.h), 1);
     T* bias = arena.take<T>(lanes);
-    s.reach_row = larger(s.reach_row, row.width / 2);
-    s.reach_column = larger(s.reach_column, column.height / 2);
-    columns += column.height;
-    if (arena.base != nullptr) s.strips[i] = {row, column, bias, nullptr};
+    s.reach_row = max(s.reach_row, row.width / 2);
+    s.reach_col = max(s.reach_col, col.height / 2);
+    if (arena.base != nullptr) s.strips[i] = {row, col, bias, nullptr};
   }
   s.square_bias = arena.take<T>(lanes);
-  s.bias = arena.take<T>(lanes);
+  s.col_bias = arena.take<T>(lanes);
   s.a_stride = odd_stride<T>(s.width + 2 * s.reach_row);
   // As many rows as the budget allows, in whole columns of sums; without columns, which would
   // compute a band's edge again, as few as possible.
   const int64_t row = (s.a_stride / lanes + p.branch_count * kPitch) * kVectorBytes;
-  const int64_t affordable = p.branch_count == 0 ? 0 : kBandBytes / row - 2 * s.reach_column;
-  s.band = smaller(larger(affordable / kSums, 1) * kSums, p.h);
-  s.a = arena.take<T>(smaller(s.band + 2 * s.reach_column, p.h) * s.a_stride);
-  if (p.square_weight != nullptr) {
+  const int64_t affordable = p.branch_count == 0 ? 0 : kBandBytes / row - 2 * s.reach_col;
+  s.band = min(max(affordable / kSums, 1) * kSums, p.h);
+  s.a = arena.take<T>(min(s.band + 2 * s.reach_col, p.h) * s.a_stride);
+  if (p.square.weight != nullptr) {
     s.x_stride = odd_stride<T>(s.width + 2 * (s.reach_row + s.reach_square));
     s.x = arena.take<T>((kXRows + 2 * s.reach_square) * s.x_stride);
   }
   for (int64_t i = 0; i < p.branch_count; ++i) {
-    const int64_t column = cropped(p.branches[i].column_size, p.h);
-    T* rows = arena.take<T>((s.band + column - 1) * kPitch * lanes);
-    if (arena.base != nullptr) s.strips[i].rows = rows;
+    const int64_t size = cropped(p.branches[i].col.size, p.h);
+    T* r = arena.take<T>((s.band + size - 1) * kPitch * lanes);
+    if (arena.base != nullptr) s.strips[i].r = r;
   }
   s.y = arena.take<T>(kSums * kPitch * lanes);
   return s;
 }
 
 template <typename S, typename T>
-void load_weights(const Problem& p, const Group& group, const Space<T>& s) {
-  if (p.square_weight != nullptr) {
-    load_taps<S>(p.square_weight, group, p.square_size, p.square_size, s.square);
+void load_weights(const Problem& p, const Group& group, const ForwardSpace<T>& s) {
+  if (p.square.weight != nullptr) {
+    load_taps<S>(p.square.weight, group, p.square.size, p.square.size, s.square);
   }
-  store(s.square_bias, bias_of<S, T>(p.square_bias, group));
+  store(s.square_bias, bias_of<S, T>(p.square.bias, group));
   Vector<T> bias{};
   for (int64_t i = 0; i < p.branch_count; ++i) {
     const Branch& branch = p.branches[i];
-    const Strip<T>& strip = s.strips[i];
-    load_taps<S>(branch.row_weight, group, 1, branch.row_size, strip.row);
-    load_taps<S>(branch.column_weight, group, branch.column_size, 1, strip.column);
-    store(strip.row_bias, bias_of<S, T>(branch.row_bias, group));
-    bias += bias_of<S, T>(branch.column_bias, group);
+    const ForwardStrip<T>& strip = s.strips[i];
+    load_taps<S>(branch.row.weight, group, 1, branch.row.size, strip.row);
+    load_taps<S>(branch.col.weight, group, branch.col.size, 1, strip.col);
+    store(strip.row_bias, bias_of<S, T>(branch.row.bias, group));
+    bias += bias_of<S, T>(branch.col.bias, group);
   }
-  store(s.bias, bias);
+  store(s.col_bias, bias);
 }
 
 // ---- stages ---------------------------------------------------------------------------------
 
-// Where a block of work lies in the image.
-struct Place {
-  Group channels;
-  int64_t n, left, width;
-};
-
-// Pixels [begin, first) and [last, end) of a row, which lie outside the image. In an image that is
-// one block nothing else is ever written there.
+// Clears those pixels of a row that lie outside the image; it reaches `reach` pixels beyond the
+// block. In an image that is one block nothing else is ever written there.
 template <typename T>
-void clear_sides(const Problem& p, T* row, int64_t begin, int64_t first, int64_t last,
-                 int64_t end) {
+void clear_sides(const Problem& p, const Block& block, int64_t reach, T* row) {
   if (p.w <= kBlockWidth) return;
-  clear(row, row + (first - begin) * kLanes<T>);
-  clear(row + (last - begin) * kLanes<T>, row + (end - begin) * kLanes<T>);
+  clear(row, row + (block.begin(reach) + reach) * kLanes<T>);
+  clear(row + (block.end(reach) + reach) * kLanes<T>, row + (block.width + 2 * reach) * kLanes<T>);
 }
 
 // `width` pixels of each line of an image, from (row, column) on.
 template <typename S>
-Fetch fetch_of(const Problem& p, const Place& place, int64_t row, int64_t column, int64_t width,
+Fetch fetch_of(const Problem& p, const Block& block, int64_t row, int64_t column, int64_t width,
                const void* image) {
-  const Group& channels = place.channels;
-  const S* first = static_cast<const S*>(image);
-  if (p.channels_last) {
-    first += ((place.n * p.h + row) * p.w + column) * p.c + channels.first;
-  } else {
-    first += ((place.n * p.c + channels.first) * p.h + row) * p.w + column;
-  }
+  const S* first = static_cast<const S*>(image) + block.offset(p, p.channels_last, row, column);
   const int64_t step = p.channels_last ? p.c : p.h * p.w;
   const int64_t line = p.channels_last ? p.w * p.c : p.w;
   constexpr int64_t size = sizeof(S);
   return {reinterpret_cast<const char*>(first), step * size, line * size,
-          p.channels_last ? width : channels.count};
+          p.channels_last ? width : block.channels.count};
 }
 
 // Rows [from, to) of the image, and zeros beyond it; `row` is where row `from` of the buffer
 // begins, `reach` pixels left of the block.
 template <typename S, typename T>
-void load_image(const Problem& p, const Place& place, int64_t from, int64_t to, int64_t reach,
+void load_image(const Problem& p, const Block& block, int64_t from, int64_t to, int64_t reach,
                 int64_t stride, T* row) {
   constexpr int64_t lanes = kLanes<T>;
-  const int64_t begin = place.left - reach, end = place.left + place.width + reach;
-  const int64_t first = larger(begin, 0), last = smaller(end, p.w);
-  const S* image = static_cast<const S*>(p.x);
+  const int64_t begin = block.begin(reach), count = block.end(reach) - begin;
   for (int64_t i = from; i < to; ++i, row += stride) {
     if (i < 0 || i >= p.h) {
-      clear(row, row + (end - begin) * lanes);
+      clear(row, row + (block.width + 2 * reach) * lanes);
       continue;
     }
-    clear_sides(p, row, begin, first, last, end);
-    T* inside = row + (first - begin) * lanes;
+    clear_sides(p, block, reach, row);
+    const S* image = static_cast<const S*>(p.x) + block.offset(p, p.channels_last, i, begin);
+    T* inside = row + (begin + reach) * lanes;
     if (p.channels_last) {
-      load_channels_last(image + ((place.n * p.h + i) * p.w + first) * p.c + place.channels.first,
-                         p.c, place.channels.count, last - first, inside);
+      load_channels_last(image, p.c, block.channels.count, count, inside);
     } else {
-      load_channels_first(image + ((place.n * p.c + place.channels.first) * p.h + i) * p.w + first,
-                          p.h * p.w, place.channels.count, last - first, inside);
+      load_channels_first(image, p.h * p.w, block.channels.count, count, inside);
     }
   }
 }
@@ -211,70 +189,67 @@ void load_image(const Problem& p, const Place& place, int64_t from, int64_t to, 
 // next rows will need is fetched meanwhile, and what of y these rows will be stored to, if they are
 // the result.
 template <typename S, typename T>
-void square_stage(const Problem& p, const Space<T>& s, const Place& place, int64_t from, int64_t to,
-                  T* row, const void* y) {
+void square_stage(const Problem& p, const ForwardSpace<T>& s, const Block& block, int64_t from,
+                  int64_t to, T* row, const void* y) {
   constexpr int64_t lanes = kLanes<T>;
-  const int64_t begin = place.left - s.reach_row, end = place.left + place.width + s.reach_row;
-  const int64_t first = larger(begin, 0), last = smaller(end, p.w);
-  for (int64_t i = 0; i < to - from; ++i) {
-    clear_sides(p, row + i * s.a_stride, begin, first, last, end);
-  }
+  const int64_t reach = s.reach_row, end = block.end(reach);
+  for (int64_t i = 0; i < to - from; ++i) clear_sides(p, block, reach, row + i * s.a_stride);
   const T* x = s.x + (s.reach_square - s.square.height / 2) * s.x_stride +
                (s.reach_square - s.square.width / 2) * lanes;
   const int64_t next = to + s.reach_square;
-  for (int64_t j = first; j < last; j += kSums) {
-    const int64_t width = smaller(kSums, last - j);
+  for (int64_t j = block.begin(reach); j < end; j += kSums) {
+    const int64_t width = min(kSums, end - j);
     Correlation<T> c{};
-    c.in = x + (j - begin) * lanes;
+    c.in = x + (j + reach) * lanes;
     c.in_line = s.x_stride;
     c.weight = s.square.weight;
     c.taps = s.square.width;
     c.kernel_lines = s.square.height;
     c.start = s.square_bias;
-    c.out = row + (j - begin) * lanes;
+    c.out = row + (j + reach) * lanes;
     c.out_line = s.a_stride;
     c.lines = to - from;
-    if (next + c.lines <= p.h) c.fetch[0] = fetch_of<S>(p, place, next, j, width, p.x);
-    if (p.branch_count == 0) c.fetch[1] = fetch_of<S>(p, place, from, j, width, y);
+    if (next + c.lines <= p.h) c.fetch[0] = fetch_of<S>(p, block, next, j, width, p.x);
+    if (p.branch_count == 0) c.fetch[1] = fetch_of<S>(p, block, from, j, width, y);
     correlate<1, true>(c, width);
   }
 }
 
-// Rows [from, to) of all r_i for `width` pixels from pixel `column` of the image on, in a band that
+// Rows [from, to) of all r_i for `width` pixels from pixel `column` of the block on, in a band that
 // begins at row `band`; a's row `from` at the first of these pixels is `a`. What of y these pixels
 // will be stored to is fetched meanwhile.
 template <typename S, typename T>
-void row_stage(const Problem& p, const Space<T>& s, const Place& place, int64_t band, int64_t from,
-               int64_t to, int64_t column, int64_t width, const T* a, const void* y) {
+void row_stage(const Problem& p, const ForwardSpace<T>& s, const Block& block, int64_t band,
+               int64_t from, int64_t to, int64_t column, int64_t width, const T* a, const void* y) {
   constexpr int64_t lanes = kLanes<T>;
   for (int64_t i = from; i < to; i += kRows, a += kRows * s.a_stride) {
-    const Fetch fetch = fetch_of<S>(p, place, i, column, width, y);
-    const int64_t share = (fetch.count + s.branch_count - 1) / larger(s.branch_count, 1);
+    const Fetch fetch = fetch_of<S>(p, block, i, column, width, y);
+    const int64_t share = (fetch.count + s.branch_count - 1) / max(s.branch_count, 1);
     for (int64_t k = 0; k < s.branch_count; ++k) {
-      const Strip<T>& strip = s.strips[k];
-      const int64_t reach = strip.column.height / 2;
-      const int64_t first = larger(i, band - reach);
+      const ForwardStrip<T>& strip = s.strips[k];
+      const int64_t reach = strip.col.height / 2;
+      const int64_t first = max(i, band - reach);
       Correlation<T> c{};
       c.in = a + (first - i) * s.a_stride + (s.reach_row - strip.row.width / 2) * lanes;
       c.in_line = s.a_stride;
       c.weight = strip.row.weight;
       c.taps = strip.row.width;
       c.start = strip.row_bias;
-      c.out = strip.rows + (first - band + reach) * kPitch * lanes;
+      c.out = strip.r + (first - band + reach) * kPitch * lanes;
       c.out_line = kPitch * lanes;
-      c.lines = smaller(smaller(i + kRows, to), band + s.band + reach) - first;
+      c.lines = min(min(i + kRows, to), band + s.band + reach) - first;
       c.fetch[0] = fetch;
       c.fetch[0].from += k * share * fetch.step;
-      c.fetch[0].count = smaller(share, fetch.count - k * share);
+      c.fetch[0].count = min(share, fetch.count - k * share);
       if (c.lines > 0) correlate<1>(c, width);
     }
   }
 }
 
-// y, biases of columns not included, of `rows` rows from row `row` of the band on and `width`
+// y, biases of col_i not included, of `rows` rows from row `row` of the band on and `width`
 // pixels; a's is `a`.
 template <typename T>
-void column_stage(const Space<T>& s, int64_t row, int64_t rows, int64_t width, const T* a) {
+void col_stage(const ForwardSpace<T>& s, int64_t row, int64_t rows, int64_t width, const T* a) {
   constexpr int64_t lanes = kLanes<T>;
   Correlation<T> c{};
   c.in_line = lanes;
@@ -285,10 +260,10 @@ void column_stage(const Space<T>& s, int64_t row, int64_t rows, int64_t width, c
   c.out_line = lanes;
   c.lines = width;
   for (int64_t k = 0; k < s.branch_count; ++k) {
-    const Strip<T>& strip = s.strips[k];
-    c.in = strip.rows + row * kPitch * lanes;
-    c.weight = strip.column.weight;
-    c.taps = strip.column.height;
+    const ForwardStrip<T>& strip = s.strips[k];
+    c.in = strip.r + row * kPitch * lanes;
+    c.weight = strip.col.weight;
+    c.taps = strip.col.height;
     correlate<kPitch>(c, rows);
     c.start = s.y;
     c.start_step = kPitch * lanes;
@@ -296,23 +271,18 @@ void column_stage(const Space<T>& s, int64_t row, int64_t rows, int64_t width, c
 }
 
 // Stores `rows` rows of `width` pixels, `stride` elements apart, at (row, column) of the image, and
-// adds the biases of columns.
+// adds the biases of all col_i.
 template <typename S, typename T>
-void store_image(const Problem& p, const Space<T>& s, const Place& place, int64_t row,
+void store_image(const Problem& p, const ForwardSpace<T>& s, const Block& block, int64_t row,
                  int64_t column, int64_t rows, int64_t width, const T* from, int64_t stride,
                  S* image) {
-  constexpr int64_t lanes = kLanes<T>;
-  const Group& channels = place.channels;
-  const Vector<T> bias = load(s.bias);
+  const Vector<T> bias = load(s.col_bias);
   for (int64_t i = row; i < row + rows; ++i, from += stride) {
+    S* to = image + block.offset(p, p.channels_last, i, column);
     if (p.channels_last) {
-      store_channels_last(from, lanes, p.c, channels.count, width,
-                          image + ((place.n * p.h + i) * p.w + column) * p.c + channels.first,
-                          bias);
+      store_channels_last(from, kLanes<T>, p.c, block.channels.count, width, to, bias);
     } else {
-      store_channels_first(from, lanes, p.h * p.w, channels.count, width,
-                           image + ((place.n * p.c + channels.first) * p.h + i) * p.w + column,
-                           bias);
+      store_channels_first(from, kLanes<T>, p.h * p.w, block.channels.count, width, to, bias);
     }
   }
 }
@@ -328,179 +298,70 @@ int64_t columns_of(const Problem& p) {
 // Clears what the strips' r_i hold of rows outside the image, in the band that begins at `row`. In
 // an image that is one band nothing else is ever written there.
 template <typename T>
-void clear_beyond(const Problem& p, const Space<T>& s, int64_t row) {
+void clear_beyond(const Problem& p, const ForwardSpace<T>& s, int64_t row) {
   constexpr int64_t line = kPitch * kLanes<T>;
   for (int64_t k = 0; k < s.branch_count; ++k) {
-    const Strip<T>& strip = s.strips[k];
-    const int64_t reach = strip.column.height / 2, rows = s.band + 2 * reach;
-    clear(strip.rows, strip.rows + larger(reach - row, 0) * line);
-    clear(strip.rows + smaller(p.h - row + reach, rows) * line, strip.rows + rows * line);
+    const ForwardStrip<T>& strip = s.strips[k];
+    const int64_t reach = strip.col.height / 2, rows = s.band + 2 * reach;
+    clear(strip.r, strip.r + max(reach - row, 0) * line);
+    clear(strip.r + min(p.h - row + reach, rows) * line, strip.r + rows * line);
   }
 }
 
 template <typename S, typename T>
-void forward_block(const Problem& p, void* y, int64_t block, void* scratch) {
+void forward_block(const Problem& p, void* y, int64_t index, void* scratch) {
   constexpr int64_t lanes = kLanes<T>;
   Arena arena{static_cast<char*>(scratch)};
-  const Space<T> s = lay_out<T>(p, arena);
-  const int64_t left = block % columns_of(p) * kBlockWidth;
-  block /= columns_of(p);
-  const int64_t channel = block % groups_of(p, lanes) * lanes;
-  const Place place = {{channel, smaller(lanes, p.c - channel)},
-                       block / groups_of(p, lanes),
+  const ForwardSpace<T> s = lay_out<T>(p, arena);
+  const int64_t left = index % columns_of(p) * kBlockWidth;
+  index /= columns_of(p);
+  const int64_t channel = index % groups_of(p, lanes) * lanes;
+  const Block block = {{channel, min(lanes, p.c - channel)},
+                       index / groups_of(p, lanes),
                        left,
-                       smaller(kBlockWidth, p.w - left)};
-  load_weights<S>(p, place.channels, s);
+                       min(kBlockWidth, p.w - left),
+                       p.w};
+  load_weights<S>(p, block.channels, s);
   // a holds the rows [top, ready) of the image.
   int64_t ready = 0;
   for (int64_t row = 0; row < p.h; row += s.band) {
-    const int64_t top = larger(row - s.reach_column, 0);
-    const int64_t end = smaller(row + s.band + s.reach_column, p.h);
+    const int64_t top = max(row - s.reach_col, 0);
+    const int64_t end = min(row + s.band + s.reach_col, p.h);
     while (ready < end) {
       T* a = s.a + (ready - top) * s.a_stride;
-      if (p.square_weight == nullptr) {
-        load_image<S>(p, place, ready, end, s.reach_row, s.a_stride, a);
+      if (p.square.weight == nullptr) {
+        load_image<S>(p, block, ready, end, s.reach_row, s.a_stride, a);
         ready = end;
       } else {
         const int64_t reach = s.reach_square;
-        const int64_t next = smaller(ready + kXRows, end);
+        const int64_t next = min(ready + kXRows, end);
         const int64_t first = ready == 0 ? -reach : ready + reach;
-        load_image<S>(p, place, first, next + reach, s.reach_row + reach, s.x_stride,
+        load_image<S>(p, block, first, next + reach, s.reach_row + reach, s.x_stride,
                       s.x + (first - (ready - reach)) * s.x_stride);
-        square_stage<S>(p, s, place, ready, next, a, y);
+        square_stage<S>(p, s, block, ready, next, a, y);
         move_down(s.x + (next - ready) * s.x_stride, 2 * reach * s.x_stride, s.x);
         ready = next;
       }
     }
-    const int64_t bottom = smaller(row + s.band, p.h);
+    const int64_t bottom = min(row + s.band, p.h);
     if (s.band < p.h) clear_beyond(p, s, row);
-    for (int64_t j = 0; j < place.width; j += kStripWidth) {
-      const int64_t width = smaller(kStripWidth, place.width - j);
+    for (int64_t j = 0; j < block.width; j += kStripWidth) {
+      const int64_t width = min(kStripWidth, block.width - j);
       const T* a = s.a + j * lanes;
-      row_stage<S>(p, s, place, row, top, end, place.left + j, width, a, y);
+      row_stage<S>(p, s, block, row, top, end, j, width, a, y);
       a += (row - top) * s.a_stride + s.reach_row * lanes;
       for (int64_t i = row; i < bottom; i += kSums, a += kSums * s.a_stride) {
-        const int64_t rows = smaller(kSums, bottom - i);
-        column_stage(s, i - row, rows, width, a);
+        const int64_t rows = min(kSums, bottom - i);
+        col_stage(s, i - row, rows, width, a);
         const bool any = p.branch_count > 0;
-        store_image<S>(p, s, place, i, place.left + j, rows, width, any ? s.y : a,
+        store_image<S>(p, s, block, i, j, rows, width, any ? s.y : a,
                        any ? kPitch * lanes : s.a_stride, static_cast<S*>(y));
       }
     }
     if (bottom == p.h) break;
-    const int64_t next = larger(bottom - s.reach_column, 0);
+    const int64_t next = max(bottom - s.reach_col, 0);
     move_down(s.a + (next - top) * s.a_stride, (ready - next) * s.a_stride, s.a);
   }
-}
-
-// ---- a small square kernel of a channels-last image ---------------------------------------------
-
-// Memory binds it, so that it is read and written as it lies: row by row, some pixels of all
-// channels after the other. Nothing is copied; a line of x is found in the caches by the rows
-// after. Only the weights of all channels must fit there too.
-bool is_small_square(const Problem& p) {
-  if (!p.channels_last || p.branch_count > 0 || p.square_weight == nullptr) return false;
-  const int64_t lanes =
-      by_dtype(p.dtype, [](auto element) -> int64_t { return kLanes<Compute<decltype(element)>>; });
-  const int64_t taps = p.square_size * p.square_size;
-  return p.square_size % 2 == 1 && p.square_size <= kSmallSquare && p.c % lanes == 0 &&
-         p.c / lanes * (taps + 1) * kVectorBytes <= kBandBytes;
-}
-
-// Rows of a block.
-int64_t rows_of_small_square(const Problem& p) {
-  return smaller(round_up(kLeastPixels, p.w) / p.w, p.h);
-}
-
-// For each vector of channels the taps (TAPS, TAPS), then the bias.
-template <typename T>
-T* small_square_weights(const Problem& p, Arena& arena) {
-  return arena.take<T>(p.c * (p.square_size * p.square_size + 1));
-}
-
-// Sums of PIXELS neighbouring pixels over `lines` lines of the kernel and its taps [first, last).
-// `x` is where the first of these taps meets the first pixel; `weight` its line of taps.
-template <int PIXELS, int TAPS, typename S, typename T>
-void sum_pixels(const S* x, int64_t line, int64_t channels, const T* weight, int64_t lines,
-                int64_t first, int64_t last, const T* bias, S* y) {
-  constexpr int64_t lanes = kLanes<T>, set = (TAPS * TAPS + 1) * lanes;
-  for (int64_t c = 0; c < channels; c += lanes, weight += set, bias += set) {
-    Vector<T> sum[PIXELS];
-#pragma GCC unroll 8
-    for (int q = 0; q < PIXELS; ++q) sum[q] = load(bias);
-    const S* in = x + c;
-    const T* taps = weight;
-    for (int64_t i = 0; i < lines; ++i, in += line, taps += TAPS * lanes) {
-      if constexpr (PIXELS == 1) {
-        for (int64_t t = first; t < last; ++t) {
-          sum[0] += load(taps + t * lanes) * load_wide(in + (t - first) * channels);
-        }
-      } else {
-        Vector<T> tap[TAPS];
-#pragma GCC unroll 8
-        for (int t = 0; t < TAPS; ++t) tap[t] = load(taps + t * lanes);
-#pragma GCC unroll 16
-        for (int v = 0; v < PIXELS + TAPS - 1; ++v) {
-          const Vector<T> value = load_wide(in + v * channels);
-#pragma GCC unroll 8
-          for (int t = 0; t < TAPS; ++t) {
-            if (v - t >= 0 && v - t < PIXELS) sum[v - t] += tap[t] * value;
-          }
-        }
-      }
-    }
-#pragma GCC unroll 8
-    for (int q = 0; q < PIXELS; ++q) store_narrow(y + q * channels + c, sum[q]);
-  }
-}
-
-template <int TAPS, typename S, typename T>
-void small_square_rows(const Problem& p, S* y, int64_t n, int64_t begin, int64_t end,
-                       const T* weights) {
-  constexpr int64_t lanes = kLanes<T>, reach = TAPS / 2;
-  constexpr int pixels = 4;
-  const int64_t line = p.w * p.c;
-  const T* bias = weights + TAPS * TAPS * lanes;
-  for (int64_t i = begin; i < end; ++i) {
-    // Lines of the kernel that lie in the image.
-    const int64_t first = larger(reach - i, 0), last = smaller(p.h + reach - i, TAPS);
-    const S* x = static_cast<const S*>(p.x) + (n * p.h + i - reach + first) * line;
-    S* out = y + (n * p.h + i) * line;
-    const T* weight = weights + first * TAPS * lanes;
-    int64_t j = 0;
-    while (j < p.w) {
-      if (j >= reach && j + pixels + reach <= p.w) {
-        sum_pixels<pixels, TAPS>(x + (j - reach) * p.c, line, p.c, weight, last - first, 0, TAPS,
-                                 bias, out + j * p.c);
-        j += pixels;
-      } else {
-        const int64_t from = larger(reach - j, 0), to = smaller(p.w + reach - j, TAPS);
-        sum_pixels<1, TAPS>(x + (j - reach + from) * p.c, line, p.c, weight, last - first, from, to,
-                            bias, out + j * p.c);
-        ++j;
-      }
-    }
-  }
-}
-
-template <typename S, typename T>
-void small_square_block(const Problem& p, void* y, int64_t block, void* scratch) {
-  constexpr int64_t lanes = kLanes<T>;
-  Arena arena{static_cast<char*>(scratch)};
-  T* const weights = small_square_weights<T>(p, arena);
-  const int64_t size = p.square_size, set = (size * size + 1) * lanes;
-  for (int64_t c = 0; c < p.c; c += lanes) {
-    T* to = weights + c / lanes * set;
-    load_taps<S>(p.square_weight, {c, lanes}, size, size, Taps<T>{to, size, size});
-    store(to + size * size * lanes, bias_of<S, T>(p.square_bias, {c, lanes}));
-  }
-  const int64_t rows = rows_of_small_square(p), pieces = round_up(p.h, rows) / rows;
-  const int64_t begin = block % pieces * rows, end = smaller(begin + rows, p.h);
-  const auto run = size == 1   ? small_square_rows<1, S, T>
-                   : size == 3 ? small_square_rows<3, S, T>
-                   : size == 5 ? small_square_rows<5, S, T>
-                               : small_square_rows<7, S, T>;
-  run(p, static_cast<S*>(y), block / pieces, begin, end, weights);
 }
 
 // ---- by element type ------------------------------------------------------------------------

@@ -19,7 +19,7 @@
 //    T       built once a channel, for the whole batch, in memory: a load of T beside one of a
 //            window still fits under a product.
 //
-// Sums are fp32; a and the row results are rounded to bfloat16 in between, as torch's own chain of
+// Sums are fp32; a and r_i are rounded to bfloat16 in between, as torch's own chain of
 // bfloat16 convolutions does. Outside the image they are zero: buffers have margins, and what a
 // tile computes beyond the image's edge is masked.
 //
@@ -60,24 +60,24 @@ struct Toeplitz {
   }
 };
 
-struct Strip {
-  Toeplitz row, column;
+struct MatrixStrip {
+  Toeplitz row, col;
   float row_bias;
-  Bits* pairs;  // the row result, moved to image row 0
+  Bits* r;  // r_i in pairs of rows, moved to image row 0
 };
 
-struct Space {
+struct MatrixSpace {
   int64_t height, width;
   int64_t tiles_y, tiles_x;
   int64_t shift;   // windows left of window 0, even
   int64_t copy;    // elements of one copy of a plane's row
   int64_t stride;  // of a plane
-  int64_t pair_stride;
+  int64_t r_stride;
   int64_t branch_count;
 
   Toeplitz square;
-  float square_bias, bias;  // bias: of all columns together
-  Strip* strips;
+  float square_bias, col_bias;  // col_bias: of all branches together
+  MatrixStrip* strips;
   Bits* x;  // moved to image row 0; null without a square kernel
   Bits* a;
   float* sums;
@@ -88,44 +88,44 @@ struct Space {
 constexpr int64_t kTapMargin = 64;
 constexpr int64_t kMostTaps = 63;
 
-Space lay_out(const Problem& p, Arena& arena) {
-  Space s{};
+MatrixSpace lay_out(const Problem& p, Arena& arena) {
+  MatrixSpace s{};
   s.height = p.h;
   s.width = p.w;
   s.tiles_y = round_up(p.h, kPixels) / kPixels;
   s.tiles_x = round_up(p.w, kPixels) / kPixels;
   s.branch_count = p.branch_count;
-  s.strips = arena.take<Strip>(p.branch_count);
+  s.strips = arena.take<MatrixStrip>(p.branch_count);
   s.taps = arena.take<Bits>(2 * kTapMargin + kMostTaps);
   s.sums = arena.take<float>(2 * kPixels * kPixels);
   int64_t windows_x = 1, windows_y = 1;
-  if (p.square_weight != nullptr) {
-    s.square = Toeplitz::take(arena, p.square_size, p.square_size);
+  if (p.square.weight != nullptr) {
+    s.square = Toeplitz::take(arena, p.square.size, p.square.size);
     windows_x = s.square.windows;
   }
   for (int64_t i = 0; i < p.branch_count; ++i) {
-    const Toeplitz row = Toeplitz::take(arena, 1, p.branches[i].row_size);
-    const Toeplitz column = Toeplitz::take(arena, 1, p.branches[i].column_size);
-    windows_x = larger(windows_x, row.windows);
-    windows_y = larger(windows_y, column.windows);
-    if (arena.base != nullptr) s.strips[i] = {row, column, 0, nullptr};
+    const Toeplitz row = Toeplitz::take(arena, 1, p.branches[i].row.size);
+    const Toeplitz col = Toeplitz::take(arena, 1, p.branches[i].col.size);
+    windows_x = max(windows_x, row.windows);
+    windows_y = max(windows_y, col.windows);
+    if (arena.base != nullptr) s.strips[i] = {row, col, 0, nullptr};
   }
   // At least 2: a copy also takes the pixels beside its windows, which must not land in the other.
   s.shift = round_up(windows_x, 2);
   s.copy = round_up(s.tiles_x + 2 * s.shift, 2) / 2 * kWindow;
   s.stride = 2 * s.copy;
   const int64_t rows = s.tiles_y * kPixels;
-  if (p.square_weight != nullptr) {
-    const int64_t reach = p.square_size / 2;
+  if (p.square.weight != nullptr) {
+    const int64_t reach = p.square.size / 2;
     Bits* x = arena.take<Bits>((rows + 2 * reach) * s.stride);
     s.x = x == nullptr ? nullptr : x + reach * s.stride;
   }
   s.a = arena.take<Bits>(rows * s.stride);
-  s.pair_stride = s.tiles_x * kWindow;
+  s.r_stride = s.tiles_x * kWindow;
   const int64_t margin = kPixels / 2 + (windows_y - 1) * kPixels;
   for (int64_t i = 0; i < p.branch_count; ++i) {
-    Bits* pairs = arena.take<Bits>((rows / 2 + margin) * s.pair_stride);
-    if (arena.base != nullptr) s.strips[i].pairs = pairs + margin / 2 * s.pair_stride;
+    Bits* r = arena.take<Bits>((rows / 2 + margin) * s.r_stride);
+    if (arena.base != nullptr) s.strips[i].r = r + margin / 2 * s.r_stride;
   }
   return s;
 }
@@ -162,46 +162,46 @@ float bias_of(const void* bias, int64_t c) {
   return bias == nullptr ? 0.0f : to_float(static_cast<const Bfloat16*>(bias)[c]);
 }
 
-void load_weights(const Problem& p, int64_t c, Space& s) {
+void load_weights(const Problem& p, int64_t c, MatrixSpace& s) {
   const auto row = [&](const void* weight, int64_t index, int64_t taps) {
     return static_cast<const Bits*>(weight) + index * taps;
   };
   for (int64_t i = 0; i < s.square.rows; ++i) {
-    build<false>(row(p.square_weight, c * p.square_size + i, p.square_size), p.square_size,
+    build<false>(row(p.square.weight, c * p.square.size + i, p.square.size), p.square.size,
                  s.square.windows, s.taps, s.square.tiles + i * s.square.windows * kTileSize);
   }
-  s.square_bias = bias_of(p.square_bias, c);
-  s.bias = 0;
+  s.square_bias = bias_of(p.square.bias, c);
+  s.col_bias = 0;
   for (int64_t i = 0; i < p.branch_count; ++i) {
     const Branch& b = p.branches[i];
-    Strip& strip = s.strips[i];
-    build<false>(row(b.row_weight, c, b.row_size), b.row_size, strip.row.windows, s.taps,
+    MatrixStrip& strip = s.strips[i];
+    build<false>(row(b.row.weight, c, b.row.size), b.row.size, strip.row.windows, s.taps,
                  strip.row.tiles);
-    build<true>(row(b.column_weight, c, b.column_size), b.column_size, strip.column.windows, s.taps,
-                strip.column.tiles);
-    strip.row_bias = bias_of(b.row_bias, c);
-    s.bias += bias_of(b.column_bias, c);
+    build<true>(row(b.col.weight, c, b.col.size), b.col.size, strip.col.windows, s.taps,
+                strip.col.tiles);
+    strip.row_bias = bias_of(b.row.bias, c);
+    s.col_bias += bias_of(b.col.bias, c);
   }
 }
 
 // ---- planes ---------------------------------------------------------------------------------
 
 // Pixel 0 of copy 0 or 1 in a row of a plane.
-int64_t pixel_offset(const Space& s, int64_t copy) {
+int64_t pixel_offset(const MatrixSpace& s, int64_t copy) {
   return copy * s.copy + kPixels / 2 + (s.shift - copy) * kPixels;
 }
 
 // Window v of a row of a plane.
-int64_t window_offset(const Space& s, int64_t v) {
+int64_t window_offset(const MatrixSpace& s, int64_t v) {
   v += s.shift;
   return (v & 1) * s.copy + (v >> 1) * kWindow;
 }
 
 // Copies the image's rows of output tiles y into a plane. Returns the largest magnitude in each
 // lane.
-Bfloat16x16 load_rows(const Space& s, const Bits* from, int64_t y, Bits* to) {
+Bfloat16x16 load_rows(const MatrixSpace& s, const Bits* from, int64_t y, Bits* to) {
   const int64_t whole = s.width / kPixels * kPixels, rest = s.width - whole;
-  const int64_t rows = smaller(kPixels, s.height - y * kPixels);
+  const int64_t rows = min(kPixels, s.height - y * kPixels);
   const int64_t width = s.width, stride = s.stride, other = pixel_offset(s, 1) - pixel_offset(s, 0);
   from += y * kPixels * width;
   to += y * kPixels * stride + pixel_offset(s, 0);
@@ -243,9 +243,9 @@ template <bool DATA_FIRST>
 }
 
 // All ones in the lanes of a tile that lie in the image.
-Vector<int32_t> lanes_inside(const Space& s, int64_t tile) {
+Vector<int32_t> lanes_inside(const MatrixSpace& s, int64_t tile) {
   const Vector<int32_t> lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-  return lane < static_cast<int32_t>(smaller(s.width - tile * kPixels, kPixels));
+  return lane < static_cast<int32_t>(min(s.width - tile * kPixels, kPixels));
 }
 
 [[gnu::always_inline]] inline Vector<float> select(Vector<int32_t> mask, Vector<float> value) {
@@ -258,13 +258,13 @@ Vector<int32_t> lanes_inside(const Space& s, int64_t tile) {
 // the sums.
 
 // a = square(x) + bias
-void square_products(const Space& s, int64_t y, int64_t x) {
+void square_products(const MatrixSpace& s, int64_t y, int64_t x) {
   const int64_t top = y * kPixels - s.square.rows / 2;
   add_products<true>(s.square, s.x + top * s.stride + window_offset(s, x - (s.square.windows - 1)),
                      s.stride, kWindow, s.stride);
 }
 
-void take_square(const Space& s, int64_t y, int64_t x, const float* sums) {
+void take_square(const MatrixSpace& s, int64_t y, int64_t x, const float* sums) {
   const int64_t stride = s.stride, other = pixel_offset(s, 1) - pixel_offset(s, 0);
   const Vector<float> bias = broadcast(s.square_bias);
   const Vector<int32_t> inside = lanes_inside(s, x);
@@ -277,18 +277,19 @@ void take_square(const Space& s, int64_t y, int64_t x, const float* sums) {
   }
 }
 
-// pairs = row(a) + bias
-void row_products(const Space& s, const Strip& strip, int64_t y, int64_t x) {
+// r_i = row_i(a) + bias
+void row_products(const MatrixSpace& s, const MatrixStrip& strip, int64_t y, int64_t x) {
   add_products<true>(strip.row,
                      s.a + y * kPixels * s.stride + window_offset(s, x - (strip.row.windows - 1)),
                      0, kWindow, s.stride);
 }
 
-void take_rows(const Space& s, const Strip& strip, int64_t y, int64_t x, const float* sums) {
-  const int64_t rows = smaller(s.height - y * kPixels, kPixels), stride = s.pair_stride;
+void take_row(const MatrixSpace& s, const MatrixStrip& strip, int64_t y, int64_t x,
+              const float* sums) {
+  const int64_t rows = min(s.height - y * kPixels, kPixels), stride = s.r_stride;
   const Vector<float> bias = broadcast(strip.row_bias);
   const Vector<int32_t> inside = lanes_inside(s, x);
-  Bits* to = strip.pairs + y * (kPixels / 2) * stride + x * kWindow;
+  Bits* to = strip.r + y * (kPixels / 2) * stride + x * kWindow;
 #pragma GCC unroll 1
   for (int64_t i = 0; i + 2 <= rows; i += 2, to += stride, sums += 2 * kPixels) {
     store(to, round_to_bfloat16_pairs(select(inside, load(sums) + bias),
@@ -299,21 +300,20 @@ void take_rows(const Space& s, const Strip& strip, int64_t y, int64_t x, const f
   }
 }
 
-// y = a + sum of columns + biases
-void column_products(const Space& s, int64_t y, int64_t x) {
+// y = a + sum_i (col_i(r_i) + bias)
+void col_products(const MatrixSpace& s, int64_t y, int64_t x) {
   for (int64_t i = 0; i < s.branch_count; ++i) {
-    const Strip& strip = s.strips[i];
-    const int64_t above = kPixels / 2 + (strip.column.windows - 1) * kPixels;
-    add_products<false>(strip.column,
-                        strip.pairs + (y * kPixels - above) / 2 * s.pair_stride + x * kWindow, 0,
-                        kWindow / 2 * s.pair_stride, s.pair_stride);
+    const MatrixStrip& strip = s.strips[i];
+    const int64_t above = kPixels / 2 + (strip.col.windows - 1) * kPixels;
+    add_products<false>(strip.col, strip.r + (y * kPixels - above) / 2 * s.r_stride + x * kWindow,
+                        0, kWindow / 2 * s.r_stride, s.r_stride);
   }
 }
 
-void take_columns(const Space& s, int64_t y, int64_t x, const float* sums, Bits* out) {
-  const int64_t rows = smaller(s.height - y * kPixels, kPixels);
+void take_col(const MatrixSpace& s, int64_t y, int64_t x, const float* sums, Bits* out) {
+  const int64_t rows = min(s.height - y * kPixels, kPixels);
   const int64_t stride = s.stride, width = s.width, pixel = x * kPixels;
-  const Vector<float> bias = broadcast(s.bias);
+  const Vector<float> bias = broadcast(s.col_bias);
   const Bits* a = s.a + y * kPixels * stride + pixel_offset(s, 0) + pixel;
   Bits* to = out + y * kPixels * width + pixel;
   const auto value = [&] {
@@ -336,7 +336,7 @@ void take_columns(const Space& s, int64_t y, int64_t x, const float* sums, Bits*
 // of the one before: instructions that wait for a tile fill the scheduler, and the matrix unit
 // would idle while they are worked off.
 template <typename Products, typename Take>
-[[gnu::always_inline]] inline void for_tiles(const Space& s, int64_t count,
+[[gnu::always_inline]] inline void for_tiles(const MatrixSpace& s, int64_t count,
                                              const Products& products, const Take& take) {
   for (int64_t i = 0; i <= count; ++i) {
     if (i < count) {
@@ -351,9 +351,9 @@ template <typename Products, typename Take>
 // One image, row by row of output tiles; the columns follow as far behind as they reach. What a
 // stage writes is still in the L1 cache when the next one reads it. Returns whether the image is
 // finite.
-bool forward_plane(const Space& s, const Bits* from, Bits* out) {
+bool forward_plane(const MatrixSpace& s, const Bits* from, Bits* out) {
   int64_t lag = 0;  // windows of 1, 2, 3 tiles reach less than 1, 2, 3 tiles down
-  for (int64_t i = 0; i < s.branch_count; ++i) lag = larger(lag, s.strips[i].column.windows);
+  for (int64_t i = 0; i < s.branch_count; ++i) lag = max(lag, s.strips[i].col.windows);
   const int64_t ahead = s.x != nullptr ? (s.square.rows / 2 + kPixels - 1) / kPixels : 0;
   Bfloat16x16 largest{};
   for (int64_t step = 0; step < ahead + s.tiles_y + lag; ++step) {
@@ -372,13 +372,13 @@ bool forward_plane(const Space& s, const Bits* from, Bits* out) {
           s, s.branch_count * s.tiles_x,
           [&](int64_t i) { row_products(s, s.strips[i / s.tiles_x], y, i % s.tiles_x); },
           [&](int64_t i, const float* sums) {
-            take_rows(s, s.strips[i / s.tiles_x], y, i % s.tiles_x, sums);
+            take_row(s, s.strips[i / s.tiles_x], y, i % s.tiles_x, sums);
           });
     }
     if (y >= lag) {
       for_tiles(
-          s, s.tiles_x, [&](int64_t x) { column_products(s, y - lag, x); },
-          [&](int64_t x, const float* sums) { take_columns(s, y - lag, x, sums, out); });
+          s, s.tiles_x, [&](int64_t x) { col_products(s, y - lag, x); },
+          [&](int64_t x, const float* sums) { take_col(s, y - lag, x, sums, out); });
     }
   }
   constexpr Bits infinity = 0x7f80;
@@ -388,9 +388,9 @@ bool forward_plane(const Space& s, const Bits* from, Bits* out) {
 }
 
 bool reaches_neighbours(const Problem& p) {
-  bool any = p.square_size > 1;
+  bool any = p.square.size > 1;
   for (int64_t i = 0; i < p.branch_count; ++i) {
-    any = any || p.branches[i].row_size > 1 || p.branches[i].column_size > 1;
+    any = any || p.branches[i].row.size > 1 || p.branches[i].col.size > 1;
   }
   return any;
 }
@@ -407,7 +407,7 @@ size_t forward_scratch(const Problem& p) {
 
 bool forward_channel(const Problem& p, void* y, int64_t channel, void* scratch) {
   Arena arena{static_cast<char*>(scratch)};
-  Space s = lay_out(p, arena);
+  MatrixSpace s = lay_out(p, arena);
   load_weights(p, channel, s);
   const TileScope tiles;
   for (int64_t n = 0; n < p.n; ++n) {

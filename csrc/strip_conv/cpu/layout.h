@@ -8,8 +8,12 @@
 #include "common/scratch.h"
 #include "common/simd.h"
 #include "common/transpose.h"
+#include "strip_conv/problem.h"
 
 namespace famseg::FAMSEG_ISA {
+
+using strip_conv::Branch;
+using strip_conv::Problem;
 
 template <typename T>
 struct Taps {
@@ -17,10 +21,34 @@ struct Taps {
   int64_t height = 0, width = 0;
 };
 
+// Channels of a block of work, one to a lane.
+struct Group {
+  int64_t first, count;
+};
+
+// A block of work: some channels and some columns of an image. Pixels are counted from the block's
+// first column.
+struct Block {
+  Group channels;
+  int64_t n, left, width;  // the image, and the columns of it
+  int64_t image_width;
+
+  // The first pixel, and the one after the last, of what reaches `reach` beyond the block and lies
+  // in the image.
+  int64_t begin(int64_t reach) const { return max(-reach, -left); }
+  int64_t end(int64_t reach) const { return min(width + reach, image_width - left); }
+
+  // Where pixel `column` of row `row` and the first channel lie in a tensor, in elements.
+  int64_t offset(const Problem& p, bool channels_last, int64_t row, int64_t column) const {
+    if (channels_last) return ((n * p.h + row) * p.w + left + column) * p.c + channels.first;
+    return ((n * p.c + channels.first) * p.h + row) * p.w + left + column;
+  }
+};
+
 // A kernel cropped to the taps that can reach the image: on a 16 x 16 plane 21 taps are as 31, and
 // on a single pixel as 1. Cropped taps only ever meet zeros.
 inline int64_t cropped(int64_t size, int64_t extent) {
-  return smaller(size, 2 * extent - 1);
+  return min(size, 2 * extent - 1);
 }
 
 // `count` pixels of `channels` channels, a vector for each pixel, missing channels zero.
@@ -31,7 +59,7 @@ void load_channels_first(const S* from, int64_t stride, int64_t channels, int64_
                          int64_t pixel = kLanes<T>) {
   constexpr int lanes = kLanes<T>;
   if (channels == lanes && count >= lanes) {
-    for (int64_t j = 0;; j = smaller(j + lanes, count - lanes)) {
+    for (int64_t j = 0;; j = min(j + lanes, count - lanes)) {
       Vector<T> block[lanes];
 #pragma GCC unroll 16
       for (int l = 0; l < lanes; ++l) block[l] = load_wide(from + l * stride + j);
@@ -54,7 +82,7 @@ void store_channels_first(const T* from, int64_t pixel, int64_t stride, int64_t 
                           int64_t count, S* to, Vector<T> bias = Vector<T>{}) {
   constexpr int lanes = kLanes<T>;
   if (channels == lanes && count >= lanes) {
-    for (int64_t j = 0;; j = smaller(j + lanes, count - lanes)) {
+    for (int64_t j = 0;; j = min(j + lanes, count - lanes)) {
       Vector<T> block[lanes];
 #pragma GCC unroll 16
       for (int k = 0; k < lanes; ++k) block[k] = load(from + (j + k) * pixel) + bias;
@@ -106,11 +134,6 @@ template <typename T>
 void move_down(const T* from, int64_t elements, T* to) {
   for (int64_t k = 0; k < elements; k += kLanes<T>) store(to + k, load(from + k));
 }
-
-// The channels of a block of work.
-struct Group {
-  int64_t first, count;
-};
 
 // (C, height, width) weights, cropped to the middle.
 template <typename S, typename T>

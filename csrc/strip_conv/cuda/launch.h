@@ -6,59 +6,26 @@
 #pragma once
 
 #include <cstdint>
-#include <vector>
 
-#include "common/dtype.h"
+#include "strip_conv/problem.h"
 
 namespace famseg::strip_conv {
 
-struct CudaBranch {
-  const void* row_weight;
-  const void* row_bias;  // or null
-  int row_size;
-  const void* column_weight;
-  const void* column_bias;  // or null
-  int column_size;
-};
-
-struct CudaProblem {
-  Dtype dtype;  // not float64
-  int64_t n, c, h, w;
-  const void* x;
-  const void* square_weight;  // or null
-  const void* square_bias;    // or null
-  int square_size;            // 0: none
-  std::vector<CudaBranch> branches;
-};
-
-// null where not wanted
-struct CudaGradients {
-  void* x;
-  void* square_weight;
-  void* square_bias;
-  struct Side {
-    void* row_weight;
-    void* row_bias;
-    void* column_weight;
-    void* column_bias;
-  };
-  std::vector<Side> branches;
-};
-
 int max_branches();
 
-void forward_cuda(const CudaProblem& problem, void* y, void* stream);
+// Not in float64, and not channels_last.
+void forward_cuda(const Problem& problem, void* y, void* stream);
 
-// Scratch memory of backward_cuda in floats: the gradient of the square's result (0 without weight
-// gradients), and the partial sums.
-struct CudaWorkspace {
-  int64_t middle, partial;
+// Scratch memory of backward_cuda in floats: da (0 without weight gradients or without a square),
+// and the partial sums.
+struct Workspace {
+  int64_t da, partials;
 };
-CudaWorkspace backward_workspace_cuda(const CudaProblem& problem, bool weights);
+Workspace backward_workspace_cuda(const Problem& problem, bool weights);
 
-// gradients.x must be there where `middle` is: the gradient of x passes through it. `partial` is
-// null when no gradient of weights or biases is wanted.
-void backward_cuda(const CudaProblem& problem, const void* y_gradient,
-                   const CudaGradients& gradients, float* middle, float* partial, void* stream);
+// gradients.dx must be there where `da` is: the gradient of x passes through it. `partials` is null
+// when no gradient of weights or biases is wanted.
+void backward_cuda(const Problem& problem, const Gradients& gradients, float* da, float* partials,
+                   void* stream);
 
 }  // namespace famseg::strip_conv

@@ -1,6 +1,11 @@
 // How a strip convolution is cut into blocks, and where a block keeps what in shared memory: what
-// the kernels read and the launcher computes. No include, like the kernel texts.
+// the kernels read and the launcher computes.
+//
+// (u, v): row and column of a plane as it lies in shared memory, where the gradient of x has it
+// transposed.
 #pragma once
+
+#include "strip_conv/problem.h"
 
 namespace famseg::strip_conv {
 
@@ -26,6 +31,17 @@ struct Constant {
   static constexpr int value = VALUE;
 };
 
+// Of the host too, which the toolkit's are not.
+template <typename T>
+__host__ __device__ constexpr T max(T a, T b) {
+  return a > b ? a : b;
+}
+
+template <typename T>
+__host__ __device__ constexpr T min(T a, T b) {
+  return a < b ? a : b;
+}
+
 __host__ __device__ constexpr int round4(int value) {
   return (value + 3) / 4 * 4;
 }
@@ -43,35 +59,29 @@ __host__ __device__ constexpr int surrounded(int size) {
   return round4(2 * kOutputs + size);
 }
 
-struct Taps {
-  const void* weight;  // (C, size), or (C, size, size) for the square
-  const void* bias;    // (C) or null
-  int size;            // 0: no square convolution
-};
-
-struct Branch {
-  Taps first, second;  // rows, columns; the other way round for the gradient of x
-};
-
+// A problem as the kernels take it. Which of x, dy, y, dx and da a kernel uses, and what it does
+// with da, depends on its Kind.
 struct Arguments {
-  const void* in;  // (planes, rows, columns): x; for the gradient of x dy
-  void* out;       // y; for the gradient of x dx; for weight gradients dy, which is read
-  float* middle;   // the gradient of a: the gradient of x writes it, weight gradients read it
+  const void* x;  // (planes, h, w), as all of these
+  const void* dy;
+  void* y;
+  void* dx;
+  float* da;  // the gradient of x writes it, weight gradients read it; null: not wanted
   long long planes;
-  int channels, rows, columns;
-  Taps square;
-  Branch branches[kMaxBranches];
+  int c, h, w;
+  Convolution square;
+  Branch branches[kMaxBranches];  // rows and columns exchanged for the gradient of x
   int branch_count;
 };
 
 struct Plan {
   int tile_u, tile_v, tiles_u, tiles_v;
-  int threads, planes;            // threads of a plane's tile, planes of a block
-  int first_reach, second_reach;  // of the widest kernels
+  int threads, planes;       // threads of a plane's tile, planes of a block
+  int row_reach, col_reach;  // of the widest kernels
   // In floats, from the start of a slot.
-  int square_at, first_at[kMaxBranches], second_at[kMaxBranches];
-  int z_at, z_pitch, x_at, x_pitch, t_pitch, t_rows, d_at, scratch_at, slot_floats;
-  int partials, branch_partials;  // sums of a weight gradient, those before the branches'
+  int square_at, row_at[kMaxBranches], col_at[kMaxBranches];
+  int a_at, a_pitch, x_at, x_pitch, r_pitch, r_rows, dy_at, scratch_at, slot_floats;
+  int sums, branch_sums;  // sums of a weight gradient, those before the branches'
 };
 
 // A gradient (C, size) and its place among the partial sums.
@@ -87,14 +97,6 @@ struct Outputs {
 
 enum class Kind { forward, x_gradient, weight_gradients };
 
-inline int larger(int a, int b) {
-  return a > b ? a : b;
-}
-
-inline int smaller(int a, int b) {
-  return a < b ? a : b;
-}
-
 inline int round16(int value) {
   return (value + 15) / 16 * 16;
 }
@@ -108,8 +110,8 @@ inline int odd_pitch(int width) {
 // The plan for tiles of a given size.
 inline Plan plan_of_tile(Kind kind, const Arguments& args, int tile_u, int tile_v) {
   const bool transposed = kind == Kind::x_gradient;
-  const int height = transposed ? args.columns : args.rows;
-  const int width = transposed ? args.rows : args.columns;
+  const int height = transposed ? args.w : args.h;
+  const int width = transposed ? args.h : args.w;
   const int k = args.square.size, reach = k / 2, reach4 = round4(reach);
 
   Plan plan = {};
@@ -117,87 +119,86 @@ inline Plan plan_of_tile(Kind kind, const Arguments& args, int tile_u, int tile_
   plan.tile_v = tile_v;
   plan.tiles_u = (height + tile_u - 1) / tile_u;
   plan.tiles_v = (width + tile_v - 1) / tile_v;
-  plan.branch_partials = k > 0 ? k * k + 1 : 0;
-  plan.partials = plan.branch_partials + 1;
+  plan.branch_sums = k > 0 ? k * k + 1 : 0;
+  plan.sums = plan.branch_sums + 1;
   int at = k * padded(k);
   for (int b = 0; b < args.branch_count; ++b) {
-    const int first = args.branches[b].first.size, second = args.branches[b].second.size;
-    plan.first_reach = larger(plan.first_reach, first / 2);
-    plan.second_reach = larger(plan.second_reach, second / 2);
-    plan.first_at[b] = at;
-    plan.second_at[b] = at + padded(first);
-    at += padded(first) + surrounded(second);
-    plan.partials += first + second + 1;
+    const int row = args.branches[b].row.size, col = args.branches[b].col.size;
+    plan.row_reach = max(plan.row_reach, row / 2);
+    plan.col_reach = max(plan.col_reach, col / 2);
+    plan.row_at[b] = at;
+    plan.col_at[b] = at + padded(row);
+    at += padded(row) + surrounded(col);
+    plan.sums += row + col + 1;
   }
 
-  const int core_u = transposed ? smaller(height, tile_u + 2 * reach) : smaller(height, tile_u);
-  const int core_v = transposed ? smaller(width, tile_v + 2 * reach4) : smaller(width, tile_v);
-  const int z_rows = smaller(height, core_u + 2 * plan.second_reach);
-  const int z_width = round4(plan.first_reach) + round16(core_v) + round4(plan.first_reach + 1);
-  plan.z_pitch = odd_pitch(z_width);
-  plan.t_pitch = odd_pitch(round16(core_v));
-  const int x_rows = transposed ? core_u : smaller(height, z_rows + 2 * reach);
-  plan.x_pitch = (transposed ? round4(tile_v) : z_width) + reach4 + round4(reach + 1);
-  const int x_floats = k > 0 ? x_rows * plan.x_pitch : 0, t_floats = z_rows * plan.t_pitch;
+  const int core_u = transposed ? min(height, tile_u + 2 * reach) : min(height, tile_u);
+  const int core_v = transposed ? min(width, tile_v + 2 * reach4) : min(width, tile_v);
+  const int a_rows = min(height, core_u + 2 * plan.col_reach);
+  const int a_width = round4(plan.row_reach) + round16(core_v) + round4(plan.row_reach + 1);
+  plan.a_pitch = odd_pitch(a_width);
+  plan.r_pitch = odd_pitch(round16(core_v));
+  const int x_rows = transposed ? core_u : min(height, a_rows + 2 * reach);
+  plan.x_pitch = (transposed ? round4(tile_v) : a_width) + reach4 + round4(reach + 1);
+  const int x_floats = k > 0 ? x_rows * plan.x_pitch : 0, r_floats = a_rows * plan.r_pitch;
   const int patches = (core_v + 3) / 4 * ((core_u + kOutputs - 1) / kOutputs);
 
   plan.planes = 1;
   plan.threads = patches;
   if (kind == Kind::weight_gradients) {
-    plan.threads = smaller(kThreads, (patches + 31) / 32 * 32);
+    plan.threads = min(kThreads, (patches + 31) / 32 * 32);
     plan.scratch_at = at;
     at += kThreads / 32 * kScratch;
   }
-  plan.z_at = at;
-  at += z_rows * plan.z_pitch;
+  plan.a_at = at;
+  at += a_rows * plan.a_pitch;
   if (kind == Kind::weight_gradients) {
-    plan.d_at = at;
-    at += z_rows * plan.t_pitch;
+    plan.dy_at = at;
+    at += a_rows * plan.r_pitch;
   }
   plan.x_at = at;
   // The last chunk of a correlation may read beyond the last row.
-  plan.slot_floats = round4(at + larger(x_floats, t_floats)) + kChunk;
+  plan.slot_floats = round4(at + max(x_floats, r_floats)) + kChunk;
   return plan;
 }
 
-// The same for the Toeplitz form, all but slot_floats in 16-bit numbers from z on. z, x and t are
+// The same for the Toeplitz form, all but slot_floats in 16-bit numbers from a on. a, x and r_i are
 // as wide as the fragments that are read of them, pitches are odd multiples of 8.
 inline Plan plan_of_toeplitz_tile(Kind kind, const Arguments& args, int tile_u, int tile_v) {
   const bool transposed = kind == Kind::x_gradient;
-  const int height = transposed ? args.columns : args.rows;
-  const int width = transposed ? args.rows : args.columns;
+  const int height = transposed ? args.w : args.h;
+  const int width = transposed ? args.h : args.w;
   const int around = transposed ? 4 : 0;
-  const int core_u = round16(smaller(height, tile_u + 2 * around));
-  const int core_v = round16(smaller(width, tile_v + 2 * around));
-  const int z_rows = round16(smaller(height, core_u + 2 * kBandLead));
+  const int core_u = round16(min(height, tile_u + 2 * around));
+  const int core_v = round16(min(width, tile_v + 2 * around));
+  const int a_rows = round16(min(height, core_u + 2 * kBandLead));
 
   Plan plan = {};
   plan.tile_u = tile_u;
   plan.tile_v = tile_v;
   plan.tiles_u = (height + tile_u - 1) / tile_u;
   plan.tiles_v = (width + tile_v - 1) / tile_v;
-  plan.first_reach = plan.second_reach = kStrips[2] / 2;
+  plan.row_reach = plan.col_reach = kStrips[2] / 2;
   plan.planes = 1;
-  plan.t_pitch = core_v + 8;
-  plan.t_rows = core_u + 32;
+  plan.r_pitch = core_v + 8;
+  plan.r_rows = core_u + 32;
   int x_size;
   if (transposed) {
-    plan.z_pitch = z_rows + 8;
-    plan.x_at = (core_v + 32) * plan.z_pitch;
-    plan.x_pitch = round16(smaller(height, tile_u)) + 24;
-    x_size = (round16(smaller(width, tile_v)) + 4) * plan.x_pitch;
+    plan.a_pitch = a_rows + 8;
+    plan.x_at = (core_v + 32) * plan.a_pitch;
+    plan.x_pitch = round16(min(height, tile_u)) + 24;
+    x_size = (round16(min(width, tile_v)) + 4) * plan.x_pitch;
   } else {
-    plan.z_pitch = core_v + 40;
-    plan.x_at = z_rows * plan.z_pitch;
+    plan.a_pitch = core_v + 40;
+    plan.x_at = a_rows * plan.a_pitch;
     plan.x_pitch = core_v + 56;
-    x_size = (z_rows + 4) * plan.x_pitch;
+    x_size = (a_rows + 4) * plan.x_pitch;
   }
-  plan.slot_floats =
-      64 * kMatrices + (plan.x_at + larger(x_size, 3 * plan.t_rows * plan.t_pitch)) / 2;
+  plan.slot_floats = 64 * kMatrices + (plan.x_at + max(x_size, 3 * plan.r_rows * plan.r_pitch)) / 2;
   const int segments_u = (core_u / 16 + kSegment - 1) / kSegment;
   const int segments_v = (core_v / 16 + kSegment - 1) / kSegment;
-  const int tasks = larger(z_rows / 16 * segments_v, core_v / 16 * segments_u);
-  plan.threads = 32 * smaller(kThreads / 32, tasks);
+  const int tasks = max(a_rows / 16 * segments_v, core_v / 16 * segments_u);
+  plan.threads = 32 * min(kThreads / 32, tasks);
   return plan;
 }
 
@@ -208,18 +209,18 @@ inline Plan plan_of_toeplitz_tile(Kind kind, const Arguments& args, int tile_u, 
 // none fits.
 inline bool make_plan(Kind kind, bool toeplitz, const Arguments& args, int floats, int half_floats,
                       Plan& best) {
-  const int height = kind == Kind::x_gradient ? args.columns : args.rows;
-  const int width = kind == Kind::x_gradient ? args.rows : args.columns;
+  const int height = kind == Kind::x_gradient ? args.w : args.h;
+  const int width = kind == Kind::x_gradient ? args.h : args.w;
   double lowest = 0.0;
   const auto consider = [&](int tile_u, int tile_v) {
     const Plan plan = toeplitz ? plan_of_toeplitz_tile(kind, args, tile_u, tile_v)
                                : plan_of_tile(kind, args, tile_u, tile_v);
     if (plan.slot_floats > floats || plan.threads > kThreads) return;
     const double k = args.square.size;
-    const double rows = smaller(height, tile_u + 2 * plan.second_reach);
-    const double columns = smaller(width, tile_v + 2 * plan.first_reach);
-    const double tile = k * k * rows * columns + 2.0 * plan.first_reach * rows * tile_v +
-                        2.0 * plan.second_reach * tile_u * tile_v;
+    const double rows = min(height, tile_u + 2 * plan.col_reach);
+    const double columns = min(width, tile_v + 2 * plan.row_reach);
+    const double tile = k * k * rows * columns + 2.0 * plan.row_reach * rows * tile_v +
+                        2.0 * plan.col_reach * tile_u * tile_v;
     const bool alone = plan.slot_floats > half_floats || (!toeplitz && plan.threads > kThreads / 2);
     const double cost = (tile + 1.0) * plan.tiles_u * plan.tiles_v * (alone ? 1.25 : 1.0);
     if (lowest != 0.0 && cost >= lowest) return;
@@ -244,9 +245,9 @@ inline bool make_plan(Kind kind, bool toeplitz, const Arguments& args, int float
     best.planes = blocks >= 4096 ? 4 : blocks >= 2048 ? 2 : 1;
   } else if (kind != Kind::weight_gradients && best.tiles_u * best.tiles_v == 1) {
     // Small planes share a block of some four warps.
-    const int room = larger(1, half_floats / best.slot_floats);
-    best.planes = larger(1, smaller(smaller(room, 128 / best.threads),
-                                    args.planes < 128 ? static_cast<int>(args.planes) : 128));
+    const int room = max(1, half_floats / best.slot_floats);
+    best.planes = max(1, min(min(room, 128 / best.threads),
+                             args.planes < 128 ? static_cast<int>(args.planes) : 128));
   }
   return true;
 }

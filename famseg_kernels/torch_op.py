@@ -1,4 +1,4 @@
-"""One operation = one `Operation`: its spec, its backends, and how torch sees it.
+"""How torch sees an operation: the only place that knows torch's dispatcher, autograd and transforms from inside.
 
 An operation is a torch.library op `famseg::<name>` with a backward op `famseg::<name>_backward` beside it. Both
 take the backend's name as their last argument: the choice made by the caller's thread reaches autograd's threads
@@ -15,12 +15,8 @@ What a call costs before any arithmetic: `python -m benchmarks.overhead`.
 from __future__ import annotations
 
 import functools
-import importlib
-import itertools
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -33,95 +29,18 @@ from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import register_flop_formula
 
 from famseg_kernels import backends
-
-log = logging.getLogger("famseg_kernels")
+from famseg_kernels.choice import Choice
+from famseg_kernels.spec import Backend, Later, NotFinite, Spec
 
 _library = torch.library.Library("famseg", "DEF")
 
 
-@dataclass(frozen=True)
-class Case:
-    """Arguments of one call, made from a seed: the unit of the contract tests and of the benchmarks.
-
-    `make(rand)` returns the op's arguments in fp64 on the CPU; `rand(*shape)` draws standard normal numbers.
-    `keep_fp32` are the places (among the flattened tensor arguments) of what stays fp32 beside a lower-precision x.
-    """
-
-    name: str
-    make: Callable[[Callable[..., Tensor]], tuple[Any, ...]]
-    keep_fp32: tuple[int, ...] = ()
-    seed: int = 0
-
-    def arguments(self, dtype: torch.dtype, device: str = "cpu") -> tuple[Any, ...]:
-        """The arguments, rounded to `dtype` (so that every precision sees the same numbers as its truth)."""
-        generator = torch.Generator().manual_seed(self.seed)
-
-        def rand(*shape: int) -> Tensor:
-            return torch.randn(*shape, dtype=torch.float64, generator=generator)
-
-        position = itertools.count()
-
-        def cast(value: Any) -> Any:
-            if isinstance(value, (list, tuple)) and not all(isinstance(v, (int, float)) for v in value):
-                return [cast(v) for v in value]
-            if value is None or isinstance(value, Tensor):
-                index = next(position)
-                if isinstance(value, Tensor) and value.is_floating_point():
-                    wide = index in self.keep_fp32 and dtype.itemsize < 4
-                    return value.to(device, torch.float32 if wide else dtype)
-                return value.to(device) if isinstance(value, Tensor) else None
-            return value
-
-        return tuple(cast(value) for value in self.make(rand))
-
-
-@dataclass(frozen=True)
-class Spec:
-    """The one source of truth about an operation; see `famseg_kernels/<room>/spec.py`.
-
-    schema: the op's arguments and results in torch's schema language, without name and backend.
-    check: raises ValueError/TypeError for arguments that break the contract.
-    fake: result tensors (uninitialised) for given arguments: shapes, dtypes, strides.
-    flops: forward FLOPs, 2 per multiply–add. moved_bytes: bytes that any implementation must move.
-    """
-
-    name: str
-    schema: str
-    check: Callable[..., None]
-    fake: Callable[..., Any]
-    flops: Callable[..., int]
-    moved_bytes: Callable[..., int]
-    cases: tuple[Case, ...] = field(default=())
-
-
-class NotFinite(Exception):
-    """Raised by a kernel for results that are not all finite, and so are not those of the definition in their places.
-
-    The call is then computed by the reference's `exact` form: the definition one token at a time, slower by far.
-    """
-
-
-class Later:
-    """A backend module (or a name in it) that is imported when it is first used: Triton costs a second to import."""
-
-    def __init__(self, module: str, name: str | None = None) -> None:
-        self._module, self._name = module, name
-
-    @functools.cached_property
-    def _target(self) -> Any:
-        module = importlib.import_module(self._module)
-        return module if self._name is None else getattr(module, self._name)
-
-    def __getattr__(self, attribute: str) -> Any:
-        return getattr(self._target, attribute)
-
-
-class Operation:
+class Operation(Choice):
     """A spec with its backends, registered with torch."""
 
-    def __init__(self, spec: Spec, implementations: dict[str, Any]) -> None:
+    def __init__(self, spec: Spec, implementations: dict[str, Backend | Later]) -> None:
+        super().__init__(spec.name, implementations)
         self.spec = spec
-        self.implementations = implementations
         arguments, results = (part.strip() for part in spec.schema.split("->"))
         arguments = arguments.removeprefix("(").removesuffix(")")
         self._returns_list = results == "Tensor[]"
@@ -183,73 +102,16 @@ class Operation:
                 result.append(value)
         return result
 
-    # --- backend choice -----------------------------------------------------------------------------
-
-    def refusal(self, name: str, args: Sequence[Any], method: str) -> str | None:
-        """None if backend `name` can run `method` ("forward" or "backward") on these arguments, else why not."""
-        if (reason := self._refusal_on(name, args[0].device, method)) is not None:
-            return reason
-        unsupported = getattr(self.implementations[name], "unsupported", None)  # absent: takes what the spec allows
-        return None if unsupported is None else unsupported(*args)
-
-    @functools.cache  # noqa: B019 - operations live as long as the process
-    def _refusal_on(self, name: str, device: torch.device, method: str) -> str | None:
-        """The part of a refusal that depends on x's device only: worth keeping, a call costs microseconds."""
-        implementation = self.implementations.get(name)
-        if implementation is None:
-            return f"it has no kernel for {self.spec.name}"
-        if (reason := backends.installed(name)) != "ok":
-            return reason
-        if name == "reference":  # plain PyTorch runs wherever PyTorch does; its backward is autograd's
-            return None
-        if device.type != _DEVICE[name]:
-            return f"it runs on {_DEVICE[name]} tensors, x is on {device.type}"
-        # A GPU is looked at for its own tensors only: one may serve where another is too old, and to look starts CUDA.
-        if device.type == "cuda" and (refusal := backends.gpu_refusal(name, device.index)) is not None:
-            return refusal
-        if not hasattr(implementation, method):
-            return f"it has no {method} kernel for {self.spec.name}"
-        return None
-
-    def choose(self, backend: str, args: Sequence[Any], method: str) -> Any:
-        """The implementation to run: the fastest possible one, or the one asked for if it can be honoured."""
-        if backend != "auto":
-            if (reason := self.refusal(backend, args, method)) is None:
-                return self.implementations[backend]
-            raise RuntimeError(
-                f"{self.spec.name}: backend {backend!r} was asked for but cannot run this call: {reason}. "
-                "Use use_backend('auto') or 'reference', or unset FAMSEG_BACKEND."
-            )
-        skipped: dict[str, str] = {}
-        for name in backends.BACKENDS:
-            if name == "triton" and backends.TRITON_INTERPRETS:
-                skipped[name] = "its interpreter is for tests only"
-                continue
-            reason = self.refusal(name, args, method)
-            if reason is None and (other := self._faster(name, args, method)) is not None:
-                reason = f"{other} is faster"
-            if reason is None:
-                log.debug("%s.%s: %s (skipped: %s)", self.spec.name, method, name, skipped)
-                return self.implementations[name]
-            skipped[name] = reason
-        raise RuntimeError(f"{self.spec.name}: no backend can run this call: {skipped}")
-
-    def _faster(self, name: str, args: Sequence[Any], method: str) -> str | None:
-        """The later backend that `name` itself holds to be faster at this call, if that one can run it."""
-        faster = getattr(self.implementations[name], "faster", None)
-        other = None if faster is None else faster(method, *args)
-        return other if other is not None and self.refusal(other, args, method) is None else None
-
     # --- kernels behind torch's dispatcher ------------------------------------------------------------
 
     def _run_forward(self, *arguments: Any) -> Any:
         *args, backend = arguments
-        implementation = self.choose(backend, args, "forward")
-        reference = self.implementations["reference"]
+        implementation: Any = self.choose(backend, args, "forward")
+        reference: Any = self.implementations["reference"]
         with _plain_arithmetic(args[0].device.type):
             try:
                 results = implementation.forward(*args)
-                if implementation is reference and hasattr(reference, "exact"):
+                if implementation is reference and reference.exact is not None:
                     _check_finite(results)
             except NotFinite:
                 implementation, results = reference, reference.exact(*args)
@@ -263,13 +125,13 @@ class Operation:
 
     def _run_backward(self, grads: list[Tensor], *arguments: Any) -> list[Tensor]:
         *args, needs, backend = arguments
-        implementation = self.choose(backend, args, "backward")
-        reference = self.implementations["reference"]
+        implementation: Any = self.choose(backend, args, "backward")
+        reference: Any = self.implementations["reference"]
         with _plain_arithmetic(args[0].device.type):
             try:
                 if implementation is reference:
                     results = self._differentiate(reference.forward, grads, needs, args)
-                    if hasattr(reference, "exact"):
+                    if reference.exact is not None:
                         _check_finite([*results, *grads])
                 else:
                     results = implementation.backward(grads if self._returns_list else grads[0], needs, *args)
@@ -333,7 +195,7 @@ class Operation:
         if _has_tangent(flat):
             if args[-1] not in ("auto", "reference"):
                 raise RuntimeError(
-                    f"{self.spec.name}: backend {args[-1]!r} was asked for but has no forward-mode derivative; "
+                    f"{self.name}: backend {args[-1]!r} was asked for but has no forward-mode derivative; "
                     "use use_backend('auto') or 'reference', or unset FAMSEG_BACKEND."
                 )
             return self.decomposed(*args)
@@ -348,7 +210,7 @@ class Operation:
     def _autograd_backward(self, keyset: Any, grads: list[Tensor], *args: Any) -> list[Tensor]:
         inputs = [*grads, *self.flatten(args[:-2])]
         if _has_tangent(inputs):
-            raise RuntimeError(_no_second_derivative(self.spec.name))
+            raise RuntimeError(_no_second_derivative(self.name))
         return list(_applied(_OnceDifferentiable, self, keyset, len(grads), args, *inputs))
 
     def _count_forward(self, *args: Any, **_: Any) -> int:
@@ -357,9 +219,6 @@ class Operation:
     def _count_backward(self, grads: list[Tensor], *args: Any, **_: Any) -> int:
         # Every multiply–add of the forward has one partner for either factor's gradient.
         return 2 * self.spec.flops(*args[:-2])
-
-
-_DEVICE = {"cuda": "cuda", "triton": "cpu" if backends.TRITON_INTERPRETS else "cuda", "cpu": "cpu"}
 
 
 def _applied(function: Any, *args: Any) -> Any:
@@ -408,7 +267,7 @@ class _OnceDifferentiable(_SingleLevelFunction):
 
     @staticmethod
     def forward(ctx: Any, operation: Operation, keyset: Any, grads: int, args: Sequence[Any], *flat: Any) -> Any:
-        ctx.name = operation.spec.name
+        ctx.name = operation.name
         return tuple(_redispatch(operation.backward_overload, keyset, list(flat[:grads]), *args))
 
     @staticmethod
@@ -486,8 +345,15 @@ def _storage(t: Tensor) -> int:
     return t.untyped_storage().data_ptr()
 
 
-def autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """The dtype that autocast wants for data tensors beside x, or None (no autocast, or fp64 which it leaves alone)."""
-    if x.dtype == torch.float64 or x.device.type == "meta" or not torch.is_autocast_enabled(x.device.type):
-        return None
-    return torch.get_autocast_dtype(x.device.type)
+def autocast(tensors: Sequence[Any]) -> Sequence[Any]:
+    """The data tensors of a call, x first, as autocast wants them: `tensors` itself where it asks for nothing.
+
+    It leaves fp64 alone. What is no tensor is left to the checks.
+    """
+    x = tensors[0]
+    if not isinstance(x, Tensor) or x.device.type == "meta" or x.dtype == torch.float64:
+        return tensors
+    if not torch.is_autocast_enabled(x.device.type):
+        return tensors
+    dtype = torch.get_autocast_dtype(x.device.type)
+    return [t.to(dtype) if isinstance(t, Tensor) else t for t in tensors]
