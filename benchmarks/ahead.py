@@ -94,9 +94,9 @@ def compiled(
 
     found: dict[int, Any] = {}
 
-    def warm_up(kernel: Any, grid: tuple[int, ...], config: launch.Config, *args: Any, **constants: Any) -> None:
+    def warm_up(kernel: Any, grid: tuple[int, ...], config: launch.Config, **arguments: Any) -> None:
         assert 0 < grid[0] < 2**31 and all(0 < size < 2**16 for size in grid[1:]), grid
-        result = kernel.warmup(*args, grid=grid, **constants, **config._asdict())
+        result = kernel.warmup(grid=grid, **arguments, **config._asdict())
         if launchers and id(result) not in found:
             _build_launcher(result)
         found[id(result)] = (kernel.__name__, result, config.num_warps)

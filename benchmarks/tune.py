@@ -1,8 +1,9 @@
 """`python -m benchmarks.tune`: measure the launch configurations of the Triton kernels and print the table to paste.
 
-The kernels never tune themselves while they run: gradients would depend on a stopwatch. Instead each room's triton.py
-holds one configuration for a chip, and this command says which, trying all combinations of its fields; the tuning step
-of `python -m benchmarks.gpu` tries the table's configuration and those that differ from it in one field.
+The kernels never tune themselves while they run: gradients would depend on a stopwatch. Instead each room's
+triton/launch.py holds one configuration for a chip, and this command says which, trying all combinations of its fields;
+the tuning step of `python -m benchmarks.gpu` tries the table's configuration and those that differ from it in one
+field.
 """
 
 from __future__ import annotations

@@ -20,14 +20,10 @@ from typing import Any, Literal
 import cv2
 import numpy as np
 
-from famseg import biometrics
-from famseg.data.sample import CLASSES, Sample
+from famseg.anatomy import CLASSES, MEASURES, OBJECTS, Measure
+from famseg.biometrics import doubts
+from famseg.data.sample import Sample
 from famseg.metrics import SegmentationMetrics, boundary_distances, jaggedness
-
-OBJECTS = CLASSES[1:]
-# The measure of each object, as the fields of Sample are called.
-LENGTHS = {"FB": "head_circumference", "FL": "femur_length"}
-FITS = {"FB": biometrics.fit_head, "FL": biometrics.fit_femur}
 
 
 @dataclass(frozen=True)
@@ -97,14 +93,14 @@ class ImageScore:
                 f"{name}_jaggedness": score.jaggedness,
                 f"{name}_jaggedness_truth": score.jaggedness_truth,
             }
-        for name, measure in LENGTHS.items():
+        for name, measure in MEASURES.items():
             length = self.lengths.get(name, LengthScore())
             line |= {
-                f"{measure}_mm": length.measured,
-                f"{measure}_truth_mm": length.truth,
-                f"{measure}_truth_from": length.truth_from,
-                f"{measure}_error_mm": length.error,
-                f"{measure}_doubts": "; ".join(length.doubts),
+                f"{measure.name}_mm": length.measured,
+                f"{measure.name}_truth_mm": length.truth,
+                f"{measure.name}_truth_from": length.truth_from,
+                f"{measure.name}_error_mm": length.error,
+                f"{measure.name}_doubts": "; ".join(length.doubts),
             }
         return line
 
@@ -137,7 +133,7 @@ class Evaluation:
         """The content of metrics.json, ready for JSON: what has no value is None.
 
         `miou`, `iou`, `dice`, `class_accuracy`, `pixel_accuracy` are of all pixels of all images taken together, as in
-        the paper's tables; `per_image` are statistics over images, as in HC18's; `head_circumference_mm` and
+        the paper's tables; `per_image` are statistics over images, as in HC18's; `head_circumference_mm`,
         `femur_length_mm` are errors, measured minus true.
         """
         pooled = self._overlap.compute()
@@ -150,12 +146,12 @@ class Evaluation:
             "dice": dict(zip(CLASSES, pooled["dice"], strict=True)),
             "class_accuracy": dict(zip(CLASSES, pooled["accuracy"], strict=True)),
             "pixel_accuracy": pooled["pixel_accuracy"],
-            "per_image": {name: self._over_images(name) for name in OBJECTS},
+            "per_image": {structure.name: self._over_images(structure.name) for structure in OBJECTS},
         }
-        for name, measure in LENGTHS.items():
+        for name, measure in MEASURES.items():
             lengths = [image.lengths[name] for image in self.images if name in image.lengths]
             if any(length.truth is not None for length in lengths):
-                results[f"{measure}_mm"] = _length_errors(lengths)
+                results[f"{measure.name}_mm"] = _length_errors(lengths)
         return _without_nan(results)
 
     def _over_images(self, name: str) -> dict[str, Any]:
@@ -192,13 +188,13 @@ def evaluate(samples: Iterable[Sample], predictions: Iterable[np.ndarray]) -> Ev
 def score_image(sample: Sample, labels: np.ndarray) -> ImageScore:
     """Everything about one label map (H, W) at the sample's own size."""
     objects, lengths = {}, {}
-    for label, name in enumerate(CLASSES):
-        if name not in OBJECTS:
-            continue
-        truth, found = sample.mask == label, labels == label
-        objects[name] = _score_object(truth, found)
-        if sample.pixel_size is not None:
-            lengths[name] = _score_length(name, truth, found, getattr(sample, LENGTHS[name]), sample.pixel_size)
+    for structure in OBJECTS:
+        truth, found = sample.mask == structure.label, labels == structure.label
+        objects[structure.name] = _score_object(truth, found)
+        measure = structure.measure
+        if measure is not None and sample.pixel_size is not None:
+            given = sample.true_length(measure.name)
+            lengths[structure.name] = _score_length(measure, truth, found, given, sample.pixel_size)
     height, width = sample.image.shape
     return ImageScore(sample.name, sample.subject, height, width, sample.pixel_size, objects, lengths)
 
@@ -220,18 +216,17 @@ def _score_object(truth: np.ndarray, found: np.ndarray) -> ObjectScore:
 
 
 def _score_length(
-    name: str, truth: np.ndarray, found: np.ndarray, given: float | None, pixel_size: float
+    measure: Measure, truth: np.ndarray, found: np.ndarray, given: float | None, pixel_size: float
 ) -> LengthScore:
-    fit = FITS[name]
     source = "given"
-    if given is None and (shape := fit(truth)) is not None:
+    if given is None and (shape := measure.fit(truth)) is not None:
         given, source = shape.length * pixel_size, "mask"
-    shape = fit(found)
+    shape = measure.fit(found)
     return LengthScore(
         truth=given,
         truth_from="" if given is None else source,
         measured=None if shape is None else shape.length * pixel_size,
-        doubts=() if shape is None else tuple(biometrics.doubts(found, shape)),
+        doubts=() if shape is None else tuple(doubts(found, shape)),
     )
 
 

@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from famseg.anatomy import CLASSES
 from famseg.data.augment import letterbox, letterbox_window, normalise
-from famseg.data.sample import CLASSES
 from famseg.files.errors import DataError
 from famseg.models import create_model, option_names
 from famseg_kernels.backends import requesting

@@ -25,9 +25,9 @@ class Config(NamedTuple):
     enable_fp_fusion: bool = True
 
 
-def run(kernel: Any, grid: tuple[int, ...], config: Config, *args: Any, **constants: Any) -> None:
-    """Launch `kernel` on the current device: `args` by place, compile-time `constants` by name."""
-    kernel[grid](*args, **constants, **config._asdict())
+def run(kernel: Any, grid: tuple[int, ...], config: Config, **arguments: Any) -> None:
+    """Launch `kernel` on the current device, all of its `arguments` by name: of so many, two are soon swapped."""
+    kernel[grid](**arguments, **config._asdict())
 
 
 def on(device: torch.device) -> AbstractContextManager[Any]:

@@ -148,6 +148,19 @@ def test_flags_go_over_the_configuration_file(tmp_path, monkeypatch):
     assert (seen[-1].compile, seen[-1].channels_last, seen[-1].cache) == (True, True, False)
 
 
+def test_a_path_may_begin_with_the_home_folder_also_in_yaml(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "mine.yaml").write_text("out: ~/run\nweights: ~/start.pt\nresume: ~/run/checkpoints/last.ckpt\n")
+    seen = []
+    monkeypatch.setattr("famseg.training.profile.profile", lambda config: seen.append(config) or "")
+    assert main(["--profile", "--config", str(tmp_path / "mine.yaml")]) == 0
+    config = seen[-1]
+    assert (config.out, config.weights) == (f"{tmp_path}/run", f"{tmp_path}/start.pt")
+    assert config.resume == f"{tmp_path}/run/checkpoints/last.ckpt"
+    assert main(["--profile", "--out=~/other", "--resume", "auto"]) == 0
+    assert seen[-1].out == f"{tmp_path}/other"
+
+
 def test_summary_prints_and_writes_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(["--summary", "--model", "famseg_nano", "--image-size", "64"]) == 0

@@ -32,14 +32,17 @@ ROOM_FILES = {
 OPTIONAL = {"problem", "cuda"}
 # Parts of famseg, each may import the earlier ones (and famseg_kernels).
 FAMSEG = (
+    "biometrics",
+    "anatomy",
     "files",
     "data",
     "metrics",
-    "biometrics",
     "models",
+    "options",
     "reporting",
     "inference",
     "evaluation",
+    "results",
     "training",
     "cli",
 )

@@ -129,8 +129,8 @@ def test_the_sanitizer_looks_at_every_triton_kernel_that_is_launched():
     pytest.importorskip("triton")
     from benchmarks.gpu.steps.sanitizer import kernels
 
-    launched = "_strips _strip_gradients _square_gradients _chunk_states _pass_states _mix _mix_image _running_sums"
-    launched += " _matrix_gradients _step_gradients _forward _weight_gradient _source_gradient"
+    launched = "convolve strip_gradients square_gradients chunk_states pass_states mix_direction mix_axis mix_image"
+    launched += " running_sums matrix_gradients step_gradients reassemble_forward weight_gradient source_gradient"
     assert {f"kne={name}" for name in launched.split()} <= set(kernels("triton"))
 
 

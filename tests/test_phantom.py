@@ -10,8 +10,11 @@ import pytest
 from scipy.spatial import ConvexHull
 from scipy.spatial.distance import pdist
 
-from famseg.data import phantom
 from famseg.data.phantom import Phantom, ellipse_perimeter
+from famseg.data.phantom.pose import draw_pose
+from famseg.data.phantom.samples import draw_mask, pixel_grid
+from famseg.data.phantom.scanner import form_echo
+from famseg.data.phantom.shapes import Bar
 from famseg.data.sample import Sample
 
 SIZE = (128, 128)
@@ -141,7 +144,7 @@ def test_femur_length_agrees_with_the_mask(samples):
 def test_tips_are_the_farthest_points_of_the_bar():
     for sagitta in (-0.045, 0.0, 0.045):
         for flare in (0.05, 0.4):
-            bar = phantom._Bar(0.0, 0.0, 20.0, 2.0, 0.5, sagitta, flare)
+            bar = Bar(0.0, 0.0, 20.0, 2.0, 0.5, sagitta, flare)
             step = 0.05
             axis = np.arange(-22.0, 22.0, step)
             x, y = np.meshgrid(axis, axis)
@@ -152,9 +155,9 @@ def test_tips_are_the_farthest_points_of_the_bar():
 def test_anatomy_lies_inside_the_field_of_view():
     for index in range(100):
         rng = np.random.Generator(np.random.PCG64(index))
-        pose = phantom._draw_pose(rng)
-        x, y = phantom._pixel_grid(SIZE, pose.view / SIZE[0])
-        mask = phantom._draw_mask(pose, x, y)
+        pose = draw_pose(rng)
+        x, y = pixel_grid(SIZE, pose.view / SIZE[0])
+        mask = draw_mask(pose, x, y)
         r, theta = pose.fan.polar(x, y)
         fan = (r >= pose.fan.near) & (r <= pose.fan.far) & (np.abs(theta) <= pose.fan.half_angle)
         assert not np.any(mask.astype(bool) & ~fan)
@@ -181,7 +184,7 @@ def test_anatomy_is_visible(samples):
 
 def _envelope(coherent: float) -> np.ndarray:
     rows, beams = 700, 700
-    return phantom._form_echo(
+    return form_echo(
         diffuse=np.ones((rows, beams), np.float32),
         coherent=np.full((rows, beams), coherent, np.float32),
         axial_sigma=1.2,

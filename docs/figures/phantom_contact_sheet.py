@@ -15,21 +15,21 @@ import numpy as np
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
 
+from famseg.anatomy import OBJECTS  # noqa: E402
 from famseg.data.phantom import Phantom  # noqa: E402
 from famseg.data.sample import Sample  # noqa: E402
 
 TILE = 256
 COLUMNS = 4
-COLOURS = {1: (40, 40, 255), 2: (60, 220, 60)}  # BGR: femur red, head green
 REAL = ("201_HC", "003_HC", "104_HC", "302_HC")
 
 
 def draw_sample(sample: Sample, outlined: bool) -> np.ndarray:
     tile = cv2.cvtColor(sample.image, cv2.COLOR_GRAY2BGR)
-    for label, colour in COLOURS.items() if outlined else ():
-        mask = (sample.mask == label).astype(np.uint8)
+    for structure in OBJECTS if outlined else ():
+        mask = (sample.mask == structure.label).astype(np.uint8)
         contours, _ = cv2.findContours(mask, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
-        cv2.drawContours(tile, contours, -1, colour, 1)
+        cv2.drawContours(tile, contours, -1, structure.shade[::-1], 1)
     return tile
 
 

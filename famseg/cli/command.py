@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import errno
+import inspect
 import io
 import os
 import re
@@ -20,8 +21,8 @@ from jsonargparse import ActionConfigFile, ArgumentParser
 from rich.console import Console
 from rich.progress import track
 
-from famseg.files.errors import DataError, one_line
-from famseg.training.config import ConfigError, Diverged
+from famseg.files.errors import one_line
+from famseg.options import ConfigError
 
 Item = TypeVar("Item")
 
@@ -36,12 +37,13 @@ def build_parser(
     """One flag per field of a dataclass with the help in its metadata, and `--config` for YAML with the same names.
 
     A flag of a bool may stand alone: `--flips` is `--flips true`. Fields named in `positional` are arguments
-    without a flag; they are given on the command line only.
+    without a flag; they are given on the command line only. Fields of a base class come last.
     """
     parser = ArgumentParser(prog=prog, description=description, exit_on_error=False)
     parser.add_argument("--config", action=ActionConfigFile, help=config_help)
     hints = get_type_hints(options)
-    for field in dataclasses.fields(options):
+    own = inspect.get_annotations(options)
+    for field in sorted(dataclasses.fields(options), key=lambda field: field.name not in own):
         several = field.default_factory is not dataclasses.MISSING
         text = field.metadata["help"]
         if field.name in positional:
@@ -54,14 +56,21 @@ def build_parser(
     return parser
 
 
-def parse(parser: ArgumentParser, arguments: Sequence[str] | None) -> dict[str, Any]:
-    """The options by name. Raises ConfigError, one line, for those that cannot be understood."""
+def parse(parser: ArgumentParser, options: type, arguments: Sequence[str] | None) -> dict[str, Any]:
+    """The options by name, with `~` expanded also where no shell has done it: in YAML, and after `=`.
+
+    Raises:
+        ConfigError: one line, for what cannot be understood.
+    """
     try:
-        options = parser.parse_args(arguments)
+        parsed = vars(parser.parse_args(arguments))
     except argparse.ArgumentError as error:
         words = re.sub(r'^Parser key "(\w+)":', r"\1:", " ".join(str(error).split()))
         raise ConfigError(f"{words}; {parser.prog} --help lists all options") from None
-    return {name: value for name, value in vars(options).items() if name != "config"}
+    for field in dataclasses.fields(options):
+        if field.metadata.get("path") and (value := parsed[field.name]):
+            parsed[field.name] = os.path.expanduser(value)
+    return {name: value for name, value in parsed.items() if name != "config"}
 
 
 def run(prog: str, body: Callable[[], int], interrupted: str = "interrupted") -> int:
@@ -105,10 +114,6 @@ def _outcome(body: Callable[[], int], interrupted: str) -> tuple[int, str]:
     """`body`'s exit code and "", or another one and what to say."""
     try:
         return body(), ""
-    except (DataError, ConfigError) as error:
-        return 2, str(error)
-    except Diverged as error:
-        return 3, str(error)
     except KeyboardInterrupt:
         return 130, interrupted
     except BrokenPipeError:
@@ -117,7 +122,9 @@ def _outcome(body: Callable[[], int], interrupted: str) -> tuple[int, str]:
         if error.errno == errno.ENOSPC and error.filename is None:
             raise  # of standard output: files are named where they are written
         return 1, str(error)
-    except (MemoryError, RuntimeError) as error:
+    except (MemoryError, RuntimeError, ValueError) as error:
+        if (code := getattr(error, "exit_code", None)) is not None:  # DataError, ConfigError, Diverged
+            return code, str(error)
         if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
             return 1, "not enough memory; try a smaller batch size, image size or model"
         raise

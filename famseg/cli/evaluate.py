@@ -6,9 +6,6 @@ and scored only when --split all says so.
 
 from __future__ import annotations
 
-import csv
-import importlib.metadata
-import json
 import sys
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -18,43 +15,39 @@ from typing import Any, Literal
 
 import numpy as np
 
+from famseg.anatomy import BY_NAME, MEASURES, REPORTED
 from famseg.cli.command import build_parser, parse, progress, required, run
 from famseg.data.dataset import open_data
-from famseg.data.sample import CLASSES, Sample
-from famseg.evaluation import FITS, LENGTHS, Evaluation, ImageScore
+from famseg.data.sample import Sample
+from famseg.evaluation import Evaluation, ImageScore
 from famseg.files.claim import claimed
 from famseg.files.errors import DataError
-from famseg.files.listing import given_path
 from famseg.files.tables import write_table
 from famseg.files.writing import write_atomic
 from famseg.inference import Network, load_network, predict
+from famseg.options import CHECKPOINT_HELP, LARGEST_SEED, InferenceOptions, device_for, expect_number, option
 from famseg.reporting.overlay import draw_overlay
-from famseg.reporting.page import NAMES, Picture, report
-from famseg.training.config import LARGEST_SEED, device_for, expect_number, option
-from famseg_kernels.backends import CHOICES as BACKENDS
+from famseg.reporting.page import Picture, report
+from famseg.results import read_history, write_metrics
 
 PROG = "famseg-evaluate"
 _WORST, _TYPICAL, _BEST = 6, 4, 4  # pictures in the report
 
 
 @dataclass(frozen=True)
-class Options:
-    checkpoint: str | None = option(None, "a run's checkpoints/best.ckpt")
+class Options(InferenceOptions):
+    checkpoint: str | None = option(None, CHECKPOINT_HELP, path=True)
     data: str | None = option(
         None, "phantom[:LENGTH], hc18:DIR, folder:DIR, or several joined by commas; default: the training data"
     )
-    out: str | None = option(None, "new or empty folder for metrics.json, per_image.csv and report.html")
+    out: str | None = option(None, "new or empty folder for metrics.json, per_image.csv and report.html", path=True)
     split: Literal["held-out", "all"] = option(
         "held-out", "held-out: the images of subjects that the network was not trained on; all: every image"
     )
     data_seed: int | None = option(None, "seed of phantom images; default: the training run's, that is, its own images")
-    flips: bool = option(False, "average over the image and its mirror image (twice the time)")
-    batch_size: int = option(8, "images a step")
-    device: Literal["auto", "cpu", "cuda"] = option("auto", "auto, cpu or cuda")
-    backend: str = option("auto", f"famseg_kernels backend: {', '.join(BACKENDS)}")
 
     def __post_init__(self) -> None:
-        expect_number("batch_size", self.batch_size, 1)
+        super().__post_init__()
         if self.data_seed is not None:
             expect_number("data_seed", self.data_seed, 0, LARGEST_SEED)
 
@@ -75,7 +68,7 @@ class Selection:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code: 0 done, 2 bad usage or input with one clear line, 130 interrupted."""
     parser = build_parser(PROG, __doc__, Options, positional=("checkpoint",))
-    return run(PROG, lambda: _evaluate(Options(**parse(parser, arguments))))
+    return run(PROG, lambda: _evaluate(Options(**parse(parser, Options, arguments))))
 
 
 def _evaluate(options: Options) -> int:
@@ -83,7 +76,7 @@ def _evaluate(options: Options) -> int:
     required("out", options.out, "--out DIR")
     assert options.checkpoint is not None and options.out is not None
     device = device_for(options.device, options.backend)
-    with claimed(given_path(options.out)) as out:
+    with claimed(Path(options.out)) as out:
         return _score(load_network(options.checkpoint), options, device, out)
 
 
@@ -110,8 +103,7 @@ def _score(network: Network, options: Options, device: str, out: Path) -> int:
     for found in labels:
         evaluation.add(pending.popleft(), found)
 
-    summary = {
-        **evaluation.summary(),
+    facts = {
         "data": selection.spec,
         "split": selection.split,
         "trained_on": selection.trained,
@@ -121,9 +113,8 @@ def _score(network: Network, options: Options, device: str, out: Path) -> int:
         "epoch": network.epoch,
         "image_size": network.image_size,
         "flips": options.flips,
-        "versions": {name: importlib.metadata.version(name) for name in ("famseg", "torch")},
     }
-    write_atomic(out / "metrics.json", (json.dumps(summary, indent=2, allow_nan=False) + "\n").encode())
+    summary = write_metrics(out, evaluation, facts)
     rows = [image.row() for image in evaluation.images]
     write_table(out / "per_image.csv", rows)
     page = report(
@@ -137,7 +128,7 @@ def _score(network: Network, options: Options, device: str, out: Path) -> int:
         summary=summary,
         rows=rows,
         pictures=_pictures(selection, evaluation),
-        history=_history(network.path),
+        history=read_history(network.path),
         version=summary["versions"]["famseg"],
     )
     write_atomic(out / "report.html", page.encode("utf-8", "backslashreplace"))  # names need not be UTF-8
@@ -206,7 +197,7 @@ def _pictures(selection: Selection, evaluation: Evaluation) -> dict[str, list[Pi
 
 def _picture(sample: Sample, evaluation: Evaluation, position: int) -> Picture:
     labels, score = evaluation.labels(position), evaluation.images[position]
-    shapes = {name: FITS[name](labels == CLASSES.index(name)) for name in LENGTHS}
+    shapes = {name: measure.fit(labels == BY_NAME[name].label) for name, measure in MEASURES.items()}
     overlay = draw_overlay(sample.image, labels, shapes, truth=sample.mask)
     doubts = [f"{name}: {doubt}" for name, length in score.lengths.items() for doubt in length.doubts]
     return Picture(sample.name, sample.image, overlay, _remarks(score), doubts)
@@ -214,43 +205,31 @@ def _picture(sample: Sample, evaluation: Evaluation, position: int) -> Picture:
 
 def _remarks(score: ImageScore) -> list[str]:
     remarks = []
-    for name in LENGTHS:
-        found = score.objects[name]
+    for structure in REPORTED:
+        found = score.objects[structure.name]
         if found.state == "absent":
             continue
         words = f"Dice {found.dice:.3f}" if found.state == "found" else found.state
-        length = score.lengths.get(name)
+        length = score.lengths.get(structure.name)
         if length is not None and length.measured is not None:
             words += f", {length.measured:.1f} mm"
             if length.truth is not None:
                 words += f" (true {length.truth:.1f}, {length.error:+.1f})"
-        remarks.append(f"{NAMES[name]}: {words}")
+        remarks.append(f"{structure.title}: {words}")
     return remarks or ["nothing there, nothing found"]
-
-
-def _history(checkpoint: Path) -> list[dict[str, str]]:
-    """The run's metrics.csv, where it lies beside the checkpoint or one folder up."""
-    for folder in (checkpoint.parent, checkpoint.parent.parent):
-        path = folder / "metrics.csv"
-        if path.is_file():
-            with path.open(newline="", encoding="utf-8") as file:
-                rows = list(csv.DictReader(file))
-            if rows and {"epoch", "train_loss"} <= rows[0].keys():
-                return rows
-    return []
 
 
 def _line(summary: dict[str, Any]) -> str:
     parts = [f"mIoU {summary['miou']:.3f}"]
-    for name, measure in LENGTHS.items():
-        scores, errors = summary["per_image"][name], summary.get(f"{measure}_mm")
+    for structure in REPORTED:
+        scores, measure = summary["per_image"][structure.name], structure.measure
         if scores["dice"] is not None:
             parts.append(
-                f"{NAMES[name]} Dice {scores['dice']['mean']:.3f} "
+                f"{structure.title} Dice {scores['dice']['mean']:.3f} "
                 f"({scores['missed']} missed, {scores['invented']} invented)"
             )
-        if errors is not None:
-            parts.append(f"{measure.replace('_', ' ')} mean absolute error {errors['mean_absolute_error']:.2f} mm")
+        if measure is not None and (errors := summary.get(f"{measure.name}_mm")) is not None:
+            parts.append(f"{measure.words} mean absolute error {errors['mean_absolute_error']:.2f} mm")
     return "; ".join(parts)
 
 

@@ -30,12 +30,12 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.nn.utils import fuse_conv_bn_eval
 
+from famseg.anatomy import CLASSES
 from famseg.cli.command import build_parser, parse, required, run
 from famseg.data.augment import MEAN, STD
-from famseg.data.sample import CLASSES
 from famseg.files.errors import DataError
 from famseg.inference import Network, load_network
-from famseg.training.config import ConfigError, option
+from famseg.options import CHECKPOINT_HELP, ConfigError, option
 from famseg_kernels import decompositions
 
 PROG = "famseg-export"
@@ -47,15 +47,17 @@ _TOLERANCE = 1e-4
 
 @dataclass(frozen=True)
 class Options:
-    checkpoint: str | None = option(None, "a run's checkpoints/best.ckpt")
-    out: str | None = option(None, "file to write; default: the checkpoint's name with .onnx or .pt2, beside it")
+    checkpoint: str | None = option(None, CHECKPOINT_HELP, path=True)
+    out: str | None = option(
+        None, "file to write; default: the checkpoint's name with .onnx or .pt2, beside it", path=True
+    )
     format: Literal["onnx", "pt2"] = option("onnx", "onnx, or pt2 (torch.export; load with torch.export.load)")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code: 0 done and checked, 2 bad usage or input with one clear line, 130 interrupted."""
     parser = build_parser(PROG, __doc__, Options, positional=("checkpoint",))
-    return run(PROG, lambda: _export(Options(**parse(parser, arguments))))
+    return run(PROG, lambda: _export(Options(**parse(parser, Options, arguments))))
 
 
 def _export(options: Options) -> int:

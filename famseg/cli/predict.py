@@ -16,49 +16,36 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import cv2
 import numpy as np
 
+from famseg.anatomy import REPORTED
 from famseg.biometrics import Axis, Ellipse, doubts
 from famseg.cli.command import build_parser, parse, progress, required, run
-from famseg.data.sample import CLASSES
-from famseg.evaluation import FITS, LENGTHS
 from famseg.files.claim import claimed
 from famseg.files.errors import DataError
-from famseg.files.images import read_image
+from famseg.files.images import read_image, write_image
 from famseg.files.labels import write_labels
 from famseg.files.listing import given_path, list_images, stem
 from famseg.files.tables import parse_positive, read_table, write_table
-from famseg.files.writing import write_atomic
 from famseg.inference import Network, load_network, predict
+from famseg.options import CHECKPOINT_HELP, ConfigError, InferenceOptions, device_for, option
 from famseg.reporting.overlay import draw_overlay
-from famseg.training.config import ConfigError, device_for, expect_number, option
-from famseg_kernels.backends import CHOICES as BACKENDS
 
 PROG = "famseg-predict"
 PIXEL_SIZE = "pixel_size_mm"
 _LONGEST_NAME = 255  # bytes, of every usual file system
-_WORDS = {"FB": "head", "FL": "femur"}
-_SHORT = {"FB": "HC", "FL": "FL"}
 
 
 @dataclass(frozen=True)
-class Options:
-    checkpoint: str | None = option(None, "a run's checkpoints/best.ckpt")
+class Options(InferenceOptions):
+    checkpoint: str | None = option(None, CHECKPOINT_HELP, path=True)
     images: list[str] = field(default_factory=list, metadata={"help": "image files, and folders of image files"})
-    out: str | None = option(None, "new or empty folder for masks/, overlays/ and biometrics.csv")
+    out: str | None = option(None, "new or empty folder for masks/, overlays/ and biometrics.csv", path=True)
     pixel_size: str | None = option(
         None, "mm per pixel of all images, or a CSV file with columns filename,pixel_size_mm; default: DICOM's own"
     )
-    flips: bool = option(False, "average over the image and its mirror image (twice the time)")
-    batch_size: int = option(8, "images a step")
-    device: Literal["auto", "cpu", "cuda"] = option("auto", "auto, cpu or cuda")
-    backend: str = option("auto", f"famseg_kernels backend: {', '.join(BACKENDS)}")
-
-    def __post_init__(self) -> None:
-        expect_number("batch_size", self.batch_size, 1)
 
 
 @dataclass(frozen=True)
@@ -74,7 +61,7 @@ class Source:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code as in the module's description."""
     parser = build_parser(PROG, __doc__, Options, positional=("checkpoint", "images"))
-    return run(PROG, lambda: _predict(Options(**parse(parser, arguments))))
+    return run(PROG, lambda: _predict(Options(**parse(parser, Options, arguments))))
 
 
 def _predict(options: Options) -> int:
@@ -86,7 +73,7 @@ def _predict(options: Options) -> int:
     pixel_size = _pixel_sizes(options.pixel_size)
     paths = _files(options.images)
     network = load_network(options.checkpoint)
-    with claimed(given_path(options.out)) as out:
+    with claimed(Path(options.out)) as out:
         return _predict_all(network, paths, pixel_size, options, device, out)
 
 
@@ -194,26 +181,27 @@ def _write(out: Path, source: Source, labels: np.ndarray) -> dict[str, Any]:
     flags = [] if source.pixel_size is not None else ["no pixel size"]
     shapes: dict[str, Ellipse | Axis | None] = {}
     caption = []
-    for name, measure in LENGTHS.items():
-        region = labels == CLASSES.index(name)
-        shape = shapes[name] = FITS[name](region)
+    for structure in REPORTED:
+        if (measure := structure.measure) is None:
+            continue
+        region = labels == structure.label
+        shape = shapes[structure.name] = measure.fit(region)
         pixels = None if shape is None else shape.length
         mm = None if pixels is None or source.pixel_size is None else pixels * source.pixel_size
-        row |= {f"{measure}_mm": mm, f"{measure}_px": pixels}
+        row |= {f"{measure.name}_mm": mm, f"{measure.name}_px": pixels}
         if shape is None:
             if region.any():
-                flags.append(f"{_WORDS[name]}: cannot be measured")
+                flags.append(f"{structure.word}: cannot be measured")
             continue
         found = doubts(region, shape)
-        flags += [f"{_WORDS[name]}: {doubt}" for doubt in found]
+        flags += [f"{structure.word}: {doubt}" for doubt in found]
         value = f"{mm:.1f} mm" if mm is not None else f"{pixels:.0f} px"
-        caption.append(f"{_SHORT[name]} {value}" + (f"  ({', '.join(found)})" if found else ""))
+        caption.append(f"{measure.short} {value}" + (f"  ({', '.join(found)})" if found else ""))
     if not labels.any():
         flags.append("nothing found")
     row["flags"] = "; ".join(flags)
     overlay = draw_overlay(source.image, labels, shapes, caption=caption or ["nothing found"])
-    picture = cv2.imencode(".png", overlay[..., ::-1])[1].tobytes()
-    write_atomic(out / "overlays" / f"{stem(source.path)}.png", picture)
+    write_image(out / "overlays" / f"{stem(source.path)}.png", overlay)
     write_labels(out / "masks" / f"{stem(source.path)}.png", labels)  # last: every mask has its line of the table
     return row
 

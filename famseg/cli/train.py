@@ -14,7 +14,8 @@ import yaml
 from jsonargparse import ArgumentParser
 
 from famseg.cli.command import build_parser, parse, run
-from famseg.training.config import ConfigError, TrainConfig
+from famseg.options import ConfigError
+from famseg.training.config import TrainConfig
 from famseg.training.schedule import format_phases
 
 PROG = "famseg-train"
@@ -76,7 +77,7 @@ def _parse(arguments: list[str]) -> dict[str, Any]:
         given = name != argument or arguments[i - 1 : i] == ["--config"]
         if given and not Path(name).exists() and (_CONFIGS / f"{name}.yaml").exists():
             arguments[i] = argument.removesuffix(name) + str(_CONFIGS / f"{name}.yaml")
-    options = parse(parser(), arguments)
+    options = parse(parser(), TrainConfig, arguments)
     if options["resume"] is None:
         return options
     from famseg.training.checkpoint import checkpoint_to_resume, stored_config
@@ -96,7 +97,7 @@ def _parse(arguments: list[str]) -> dict[str, Any]:
     # Phases spelled out: `--epochs` then means how long the run is to be, not how it had been stretched.
     defaults = dataclasses.asdict(stored) | {"phases": format_phases(stored.plan()), "epochs": None}
     again.set_defaults({name: value for name, value in defaults.items() if name not in ("out", "resume")})
-    return parse(again, arguments)
+    return parse(again, TrainConfig, arguments)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from famseg.anatomy import MEASURES
 from famseg.data.augment import Transform, letterbox_scale
 from famseg.data.folder import Folder
 from famseg.data.hc18 import HC18
@@ -82,8 +83,7 @@ class SegmentationDataset(torch.utils.data.Dataset):
             "mask": torch.from_numpy(mask.astype(np.int64)),
             "index": index,
             "pixel_size": math.nan if sample.pixel_size is None else sample.pixel_size / scale,
-            "head_circumference": _or_nan(sample.head_circumference),
-            "femur_length": _or_nan(sample.femur_length),
+            **{measure.name: _or_nan(sample.true_length(measure.name)) for measure in MEASURES.values()},
         }
 
 

@@ -7,27 +7,24 @@ pixel_size.csv      optional: filename, pixel_size_mm [, subject, femur_length_m
 
 from __future__ import annotations
 
-import csv
-import io
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
-from famseg.data.sample import CLASSES, Sample
+from famseg.anatomy import CLASSES, OBJECTS
+from famseg.data.sample import Sample
 from famseg.files.errors import DataError
-from famseg.files.images import read_image
+from famseg.files.images import read_image, write_image
 from famseg.files.labels import read_labels, require_same_size, write_labels
 from famseg.files.listing import given_path, is_hidden, list_images, same_name, stem, tell_left_out
-from famseg.files.tables import FILENAME, FileTable, read_table
-from famseg.files.writing import write_atomic
+from famseg.files.tables import FILENAME, FileTable, read_table, write_table
 
 TABLE = "pixel_size.csv"
 _SUBJECT, _PIXEL_SIZE = "subject", "pixel_size_mm"
-_FEMUR_LENGTH, _CIRCUMFERENCE = "femur_length_mm", "head_circumference_mm"
+_LENGTHS = {s.measure.name: f"{s.measure.name}_mm" for s in OBJECTS if s.measure is not None}  # columns
 
 
 @dataclass(frozen=True)
@@ -36,8 +33,7 @@ class _Entry:
     mask: Path
     subject: str
     pixel_size: float | None = None
-    femur_length: float | None = None
-    head_circumference: float | None = None
+    lengths: dict[str, float | None] = field(default_factory=dict)
 
 
 class Folder(Sequence[Sample]):
@@ -90,8 +86,7 @@ class Folder(Sequence[Sample]):
             image=image,
             mask=mask,
             pixel_size=pixel_size if entry.pixel_size is None else entry.pixel_size,
-            femur_length=entry.femur_length,
-            head_circumference=entry.head_circumference,
+            **entry.lengths,
         )
 
 
@@ -114,24 +109,17 @@ def write_folder(samples: Iterable[Sample], directory: str | os.PathLike[str]) -
     root = Path(directory)
     if any((root / "images").glob("*")):
         raise DataError(f"{root / 'images'}: already holds files; give a new or empty folder")
-    table = io.StringIO()
-    rows = csv.writer(table, lineterminator="\n")
-    rows.writerow([FILENAME, _SUBJECT, _PIXEL_SIZE, _FEMUR_LENGTH, _CIRCUMFERENCE])
+    rows: list[dict[str, str]] = []
     for sample in samples:
         filename = f"{sample.name}.png"
         if not sample.name or Path(filename).name != filename or (root / "images" / filename).exists():
             raise DataError(f"{root}: cannot write the sample '{sample.name}': its name is not a new file name")
         write_labels(root / "masks" / filename, sample.mask)
-        write_atomic(root / "images" / filename, _png(Image.fromarray(sample.image)))
-        lengths = (sample.pixel_size, sample.femur_length, sample.head_circumference)
-        rows.writerow([filename, sample.subject, *("" if mm is None else repr(float(mm)) for mm in lengths)])
-    write_atomic(root / TABLE, table.getvalue().encode("utf-8", "backslashreplace"))
-
-
-def _png(image: Image.Image) -> bytes:
-    content = io.BytesIO()
-    image.save(content, format="PNG")
-    return content.getvalue()
+        write_image(root / "images" / filename, sample.image)
+        lengths = {_PIXEL_SIZE: sample.pixel_size, **{c: sample.true_length(name) for name, c in _LENGTHS.items()}}
+        exact = {column: "" if mm is None else repr(float(mm)) for column, mm in lengths.items()}
+        rows.append({FILENAME: filename, _SUBJECT: sample.subject, **exact})
+    write_table(root / TABLE, rows, (FILENAME, _SUBJECT, _PIXEL_SIZE, *_LENGTHS.values()))
 
 
 def _entries(root: Path) -> list[_Entry]:
@@ -180,6 +168,5 @@ def _entry(path: Path, mask: Path, table: Path, rows: FileTable | None) -> _Entr
         mask,
         subject=row.cells.get(_SUBJECT, "") or stem(path),
         pixel_size=row.millimetres(_PIXEL_SIZE),
-        femur_length=row.millimetres(_FEMUR_LENGTH),
-        head_circumference=row.millimetres(_CIRCUMFERENCE),
+        lengths={name: row.millimetres(column) for name, column in _LENGTHS.items()},
     )

@@ -14,7 +14,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from famseg.data.sample import CLASSES, Sample
+from famseg.anatomy import CLASSES
+from famseg.data.sample import Sample
 from famseg.files.errors import DataError
 from famseg.files.images import read_grey
 from famseg.files.labels import require_same_size

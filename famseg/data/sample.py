@@ -7,7 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-CLASSES = ("background", "FL", "FB")
+from famseg.anatomy import CLASSES
+
+__all__ = ["CLASSES", "Sample"]
 
 
 @dataclass(frozen=True)
@@ -17,10 +19,15 @@ class Sample:
     name: str  # unique within the data set
     subject: str  # images of one subject must never be split between train and validation
     image: np.ndarray  # (H, W) uint8
-    mask: np.ndarray  # (H, W) uint8, 0 background, 1 femur, 2 head
+    mask: np.ndarray  # (H, W) uint8, labels as in `famseg.anatomy`: CLASSES are their names
     pixel_size: float | None = None  # mm per pixel
     femur_length: float | None = None  # mm, None where unknown or absent
     head_circumference: float | None = None  # mm, None where unknown or absent
+
+    def true_length(self, measure: str) -> float | None:
+        """The field that a measure of `famseg.anatomy` is called by, mm; None without one."""
+        value: float | None = getattr(self, measure, None)
+        return value
 
     @property
     def digest(self) -> str:

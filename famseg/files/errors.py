@@ -10,6 +10,8 @@ class DataError(ValueError):
     command line prints it without a traceback and exits with code 2.
     """
 
+    exit_code = 2
+
     def __init__(self, message: str) -> None:
         super().__init__(one_line(message))
 

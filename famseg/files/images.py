@@ -1,4 +1,4 @@
-"""Images as (H, W) uint8 grey: what a viewer would show."""
+"""Images as (H, W) uint8 grey: what a viewer would show; and pictures written as PNG."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from famseg.files.decoding import eight_bit, file_bytes
 from famseg.files.dicom import is_dicom, read_dicom
 from famseg.files.errors import DataError
 from famseg.files.raster import open_picture
+from famseg.files.writing import write_atomic
 
 
 def read_image(path: Path) -> tuple[np.ndarray, float | None]:
@@ -49,3 +50,13 @@ def read_grey(path: Path, *, exact: bool = False) -> np.ndarray:
     elif picture.mode in ("P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr"):
         return cv2.cvtColor(np.asarray(picture.convert("RGB")), cv2.COLOR_RGB2GRAY)
     raise DataError(f"{path}: expected 8- or 16-bit grey or colour, found mode {picture.mode}; convert it to 8-bit PNG")
+
+
+def write_image(path: Path, image: np.ndarray) -> None:
+    """Write (H, W) grey or (H, W, 3) RGB, uint8, as PNG.
+
+    Raises:
+        OSError: as `write_atomic`.
+    """
+    content = cv2.imencode(".png", image[..., ::-1] if image.ndim == 3 else image)[1].tobytes()
+    write_atomic(path, content)

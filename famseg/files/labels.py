@@ -8,11 +8,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from famseg.anatomy import BY_LABEL
 from famseg.files.errors import DataError
 from famseg.files.raster import open_picture
 from famseg.files.writing import write_atomic
 
-_PALETTE = [0, 0, 0, 255, 0, 0, 0, 255, 0]  # the paper's colours: femur red, head green
+_PALETTE = [value for structure in BY_LABEL for value in structure.palette]
 
 
 def read_labels(path: Path) -> np.ndarray:

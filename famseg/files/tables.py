@@ -104,13 +104,15 @@ def read_table(path: Path, required: Sequence[str]) -> FileTable:
     return table
 
 
-def write_table(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
+def write_table(path: Path, rows: Sequence[Mapping[str, object]], columns: Sequence[str] | None = None) -> None:
     """Write rows of equal keys as CSV with a header: numbers to six digits, empty where there is no value.
+
+    The columns are the keys of the first row, unless `columns` names them.
 
     UTF-8, where the bytes of a file name that is none are escaped.
     """
     text = io.StringIO()
-    lines = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
+    lines = csv.DictWriter(text, columns or rows[0].keys(), lineterminator="\n")
     lines.writeheader()
     lines.writerows({key: f"{v:.6g}" if isinstance(v, float) else v for key, v in row.items()} for row in rows)
     content = text.getvalue().encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")

@@ -16,15 +16,10 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from famseg.data.sample import CLASSES
+from famseg.anatomy import BY_NAME, CLASSES, OBJECTS, RGB
 from famseg.files.writing import write_atomic
 from famseg.metrics import SegmentationMetrics
 
-# The paper's colours (Fig. 4): head green, femur red. Shades that stay apart from each other and from grey
-# speckle, also for readers with red-green blindness (the red is darker).
-COLOURS = {"FL": (235, 52, 45), "FB": (52, 214, 88)}
-_LABELS = {"FL": "femur (FL)", "FB": "head (FB)"}
-_CURVES = {"background": "#8a8f98", "FL": "#d7301f", "FB": "#1a9e4b"}
 _LOSS = {"train_loss": ("training", "#2b6cb0"), "val_loss": ("validation", "#e08a1e")}
 _INK, _FAINT, _GRID = "#22262b", "#6b7280", "#e3e6ea"
 
@@ -66,10 +61,9 @@ def history_figure(rows: Sequence[Mapping[str, object]]) -> Figure:
     if values and min(values) > 0 and max(values) > 30 * min(values):
         loss.set_yscale("log")  # or the later epochs, where decisions are made, are a flat line
 
-    for name in dict.fromkeys(
-        key.removeprefix("val_iou_") for row in rows for key in row if key.startswith("val_iou_")
-    ):
-        _curve(iou, rows, f"val_iou_{name}", name, _CURVES.get(name))
+    for key in dict.fromkeys(key for row in rows for key in row if key.startswith("val_iou_")):
+        name = key.removeprefix("val_iou_")
+        _curve(iou, rows, key, name, BY_NAME[name].ink if name in BY_NAME else None)
     _curve(iou, rows, "val_miou", "mean", _INK, linestyle="--")
     _finish(iou, rows, "Validation IoU", "IoU")
     iou.set_ylim(-0.02, 1.02)
@@ -99,7 +93,7 @@ def agreement_figure(title: str, name: str, true: Sequence[float], measured: Seq
 
     figure, axes = _panel(f"{title}, {len(truth)} measured")
     axes.axhline(0, color=_INK, lw=0.8)
-    axes.scatter((found + truth) / 2, difference, s=22, color=_CURVES[name], alpha=0.75, lw=0, zorder=3)
+    axes.scatter((found + truth) / 2, difference, s=22, color=BY_NAME[name].ink, alpha=0.75, lw=0, zorder=3)
     for level, label, style in levels:
         axes.axhline(level, color=_FAINT, lw=1.2, ls=style)
         place = (1.01, level)
@@ -127,7 +121,8 @@ def overlap_figure(dice: Mapping[str, Sequence[float]]) -> Figure:
     for name, values in dice.items():
         if len(values):
             share = 100 * (np.arange(len(values)) + 0.5) / len(values)
-            axes.plot(share, np.sort(values), color=_CURVES[name], label=_LABELS[name], lw=1.7, marker="o", ms=2.5)
+            colour, title = BY_NAME[name].ink, BY_NAME[name].title
+            axes.plot(share, np.sort(values), color=colour, label=title, lw=1.7, marker="o", ms=2.5)
     axes.set_xlim(0, 100)
     axes.set_ylim(-0.02, 1.02)
     axes.set_xlabel("images, %")
@@ -155,7 +150,7 @@ def svg(figure: Figure) -> bytes:
 
 
 def plot_overlays(items: Iterable[OverlayItem], path: str | os.PathLike[str]) -> None:
-    """Write a PNG of one row per item: image, truth, prediction; head green, femur red.
+    """Write a PNG of one row per item: image, truth, prediction.
 
     Args:
         items: (name, image (H, W) uint8, truth (H, W) labels, prediction (H, W) labels) and optionally a dict
@@ -201,7 +196,7 @@ def plot_overlays(items: Iterable[OverlayItem], path: str | os.PathLike[str]) ->
             )
         bottom -= _GAP
     figure.legend(
-        handles=[Line2D([], [], color=_unit(rgb), lw=5, label=_LABELS[name]) for name, rgb in COLOURS.items()],
+        handles=[Line2D([], [], color=_unit(structure.shade), lw=5, label=structure.title) for structure in OBJECTS],
         loc="upper right",
         ncols=2,
         frameon=False,
@@ -218,11 +213,11 @@ def _picture(axes: Axes, image: np.ndarray, mask: np.ndarray | None) -> None:
     axes.set_axis_off()
     if mask is None:
         return
-    for name, rgb in COLOURS.items():
-        region = np.asarray(mask) == CLASSES.index(name)
+    for structure in OBJECTS:
+        region = np.asarray(mask) == structure.label
         if region.any():
             fill = np.zeros((*region.shape, 4), np.uint8)
-            fill[region] = (*rgb, 70)
+            fill[region] = (*structure.shade, 70)
             axes.imshow(fill, interpolation="nearest")
             # Framed by background, so that the outline also closes along the edge of the image.
             height, width = region.shape
@@ -231,14 +226,14 @@ def _picture(axes: Axes, image: np.ndarray, mask: np.ndarray | None) -> None:
                 np.arange(-1, height + 1),
                 np.pad(region, 1).astype(np.float32),
                 levels=[0.5],
-                colors=[_unit(rgb)],
+                colors=[_unit(structure.shade)],
                 linewidths=1.3,
             )
     axes.set_xlim(-0.5, image.shape[1] - 0.5)
     axes.set_ylim(image.shape[0] - 0.5, -0.5)
 
 
-def _unit(rgb: tuple[int, int, int]) -> tuple[float, float, float]:
+def _unit(rgb: RGB) -> tuple[float, float, float]:
     red, green, blue = rgb
     return red / 255, green / 255, blue / 255
 
@@ -251,8 +246,8 @@ def _shortened(name: str, limit: int = 42) -> str:
 def _scores(truth: np.ndarray, predicted: np.ndarray, remarks: Mapping[str, object] | None = None) -> str:
     metrics = SegmentationMetrics(len(CLASSES))
     metrics.update(np.asarray(predicted), np.asarray(truth))
-    iou = dict(zip(CLASSES, metrics.compute()["iou"], strict=True))
-    parts = [f"{name} {iou[name]:.3f}" for name in COLOURS if not math.isnan(iou[name])]
+    iou = metrics.compute()["iou"]
+    parts = [f"{s.name} {iou[s.label]:.3f}" for s in OBJECTS if not math.isnan(iou[s.label])]
     title = "prediction" + (f", IoU  {'   '.join(parts)}" if parts else ", nothing there")
     return title + ("\n" + "   ".join(f"{key} {value}" for key, value in remarks.items()) if remarks else "")
 

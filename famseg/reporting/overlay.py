@@ -8,9 +8,8 @@ from collections.abc import Mapping, Sequence
 import cv2
 import numpy as np
 
+from famseg.anatomy import OBJECTS
 from famseg.biometrics import Axis, Ellipse
-from famseg.data.sample import CLASSES
-from famseg.reporting.figures import COLOURS
 
 _WIDTH = 720  # px; images are drawn about this wide, so that lines and text stay thin beside the anatomy
 _HEIGHT = 4 * _WIDTH  # px; a narrow strip is enlarged no further
@@ -27,7 +26,7 @@ def draw_overlay(
     truth: np.ndarray | None = None,
     caption: Sequence[str] = (),
 ) -> np.ndarray:
-    """The image with objects filled lightly and outlined (head green, femur red), calipers dotted in yellow.
+    """The image with objects filled lightly and outlined, calipers dotted in yellow.
 
     Args:
         image: (H, W) uint8.
@@ -43,16 +42,14 @@ def draw_overlay(
     height, width = image.shape[0] * scale, image.shape[1] * scale
     enlarged = cv2.resize(image, (width, height), interpolation=cv2.INTER_CUBIC)
     picture = cv2.cvtColor(enlarged, cv2.COLOR_GRAY2RGB)
-    for label, name in enumerate(CLASSES):
-        if name not in COLOURS:
-            continue
+    for structure in OBJECTS:
         if truth is not None:
-            cv2.drawContours(picture, _contours(truth == label, scale), -1, _TRUTH, 1, cv2.LINE_AA)
-        contours = _contours(labels == label, scale)
+            cv2.drawContours(picture, _contours(truth == structure.label, scale), -1, _TRUTH, 1, cv2.LINE_AA)
+        contours = _contours(labels == structure.label, scale)
         fill = picture.copy()
-        cv2.drawContours(fill, contours, -1, COLOURS[name], cv2.FILLED)
+        cv2.drawContours(fill, contours, -1, structure.shade, cv2.FILLED)
         picture = cv2.addWeighted(fill, 0.16, picture, 0.84, 0)
-        cv2.drawContours(picture, contours, -1, COLOURS[name], 2, cv2.LINE_AA)
+        cv2.drawContours(picture, contours, -1, structure.shade, 2, cv2.LINE_AA)
     for shape in shapes.values():
         if isinstance(shape, Ellipse):
             _dotted(picture, _outline(shape, scale))

@@ -14,10 +14,9 @@ import cv2
 import numpy as np
 from matplotlib.figure import Figure
 
+from famseg.anatomy import MEASURES, REPORTED, STRUCTURES
 from famseg.reporting.figures import agreement_figure, history_figure, overlap_figure, svg
 
-NAMES = {"background": "background", "FB": "head (FB)", "FL": "femur (FL)"}
-MEASURES = {"FB": ("head_circumference", "head circumference"), "FL": ("femur_length", "femur length")}
 _NONE = "–"
 
 
@@ -68,23 +67,35 @@ def report(
         pooled=_pooled(summary),
         pictures="\n".join(_gallery(heading, cards) for heading, cards in pictures.items() if cards),
         history=_history(history),
+        colours="\n".join(_colours()),
+        shades=", ".join(f"{structure.word} {structure.shade_word}" for structure in REPORTED),
+        definitions=" ".join(f"{m.words.capitalize()}: {m.definition}." for m in MEASURES.values()),
         version=html.escape(version),
     )
 
 
 def _tiles(summary: Mapping[str, Any]) -> list[str]:
     tiles = [_tile("all", "mean IoU, all pixels", _fixed(summary["miou"], 3), f"{summary['images']} images")]
-    for name, (key, words) in MEASURES.items():
-        scores = summary["per_image"][name]
+    for structure in REPORTED:
+        scores = summary["per_image"][structure.name]
         if scores["dice"] is not None:
             misses = f"{scores['missed']} missed, {scores['invented']} invented"
-            tiles.append(_tile(name, f"{NAMES[name]}: mean Dice", _fixed(scores["dice"]["mean"], 3), misses))
-        if (errors := summary.get(f"{key}_mm")) is not None:
+            mean = _fixed(scores["dice"]["mean"], 3)
+            tiles.append(_tile(structure.name, f"{structure.title}: mean Dice", mean, misses))
+        measure = structure.measure
+        if measure is not None and (errors := summary.get(f"{measure.name}_mm")) is not None:
             value = f"{_fixed(errors['mean_absolute_error'], 1)} mm"
             bias = errors["measured_only"]["mean_error"]
             below = "none measured" if bias is None else f"bias {bias:+.1f} mm, {errors['missed']} not measured"
-            tiles.append(_tile(name, f"{words}: mean absolute error", value, below))
+            tiles.append(_tile(structure.name, f"{measure.words}: mean absolute error", value, below))
     return tiles
+
+
+def _colours() -> list[str]:
+    """The page's rules for what belongs to one structure: the edge of its tiles, the dot before its name."""
+    return [f"  .tile.{s.name} {{ border-top: 4px solid {s.ink}; }}" for s in REPORTED] + [
+        f"  .dot.{s.name} {{ background: {s.ink}; }}" for s in REPORTED
+    ]
 
 
 def _tile(kind: str, words: str, value: str, below: str) -> str:
@@ -96,14 +107,15 @@ def _tile(kind: str, words: str, value: str, below: str) -> str:
 
 def _plots(rows: Sequence[Mapping[str, Any]]) -> str:
     figures = []
-    for name, (key, words) in MEASURES.items():
+    for name, measure in MEASURES.items():
+        key = measure.name
         pairs = [(row[f"{key}_truth_mm"], row[f"{key}_mm"]) for row in rows if row[f"{key}_error_mm"] is not None]
         if pairs:
             true, measured = zip(*pairs, strict=True)
-            figures.append(
-                _figure(agreement_figure(words.capitalize(), name, true, measured), f"Bland–Altman: {words}")
-            )
-    dice = {name: [row[f"{name}_dice"] for row in rows if row[f"{name}_dice"] is not None] for name in MEASURES}
+            plot = agreement_figure(measure.words.capitalize(), name, true, measured)
+            figures.append(_figure(plot, f"Bland–Altman: {measure.words}"))
+    names = [structure.name for structure in REPORTED]
+    dice = {name: [row[f"{name}_dice"] for row in rows if row[f"{name}_dice"] is not None] for name in names}
     if any(dice.values()):
         figures.append(_figure(overlap_figure(dice), "Dice of every image, sorted"))
     return '<div class="plots">\n' + "\n".join(figures) + "\n</div>" if figures else ""
@@ -111,15 +123,15 @@ def _plots(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def _lengths(summary: Mapping[str, Any]) -> str:
     lines = []
-    for name, (key, words) in MEASURES.items():
-        errors = summary.get(f"{key}_mm")
+    for name, measure in MEASURES.items():
+        errors = summary.get(f"{measure.name}_mm")
         if errors is None:
             continue
         only = errors["measured_only"]
         limits = only["limits_of_agreement"]
         lines.append(
             [
-                (name, words),
+                (name, measure.words),
                 f"{errors['measured']} of {errors['images']}",
                 _spread(errors["mean_error"], errors["sd_error"], 2, sign=True),
                 _fixed(errors["mean_absolute_error"], 2),
@@ -139,8 +151,8 @@ def _lengths(summary: Mapping[str, Any]) -> str:
 
 def _per_image(summary: Mapping[str, Any]) -> str:
     lines = []
-    for name in MEASURES:
-        scores = summary["per_image"][name]
+    for structure in REPORTED:
+        scores = summary["per_image"][structure.name]
         mm = scores["hd95_mm"] is not None
         unit, digits = ("mm", 2) if mm else ("px", 1)
 
@@ -151,7 +163,7 @@ def _per_image(summary: Mapping[str, Any]) -> str:
         rough, true = (scores[key] for key in ("jaggedness", "jaggedness_truth"))
         lines.append(
             [
-                (name, NAMES[name]),
+                (structure.name, structure.title),
                 *(str(scores[state]) for state in ("found", "missed", "invented", "absent")),
                 mean("dice", 3),
                 _NONE if scores["dice"] is None else _fixed(scores["dice"]["median"], 3),
@@ -169,7 +181,7 @@ def _per_image(summary: Mapping[str, Any]) -> str:
 def _pooled(summary: Mapping[str, Any]) -> str:
     keys = ("iou", "dice", "class_accuracy")
     lines: list[list[Any]] = [
-        [(name, words), *(_fixed(summary[key][name], 4) for key in keys)] for name, words in NAMES.items()
+        [(s.name, s.title), *(_fixed(summary[key][s.name], 4) for key in keys)] for s in STRUCTURES
     ]
     lines.append([("", "mean"), _fixed(summary["miou"], 4), _fixed(summary["mdice"], 4), ""])
     accuracy = f"<p>Pixel accuracy {_fixed(summary['pixel_accuracy'], 4)}.</p>"
@@ -207,9 +219,9 @@ def _figure(figure: Figure, words: str, kind: str = "") -> str:
 def _table(head: Sequence[str], lines: Sequence[Sequence[Any]]) -> str:
     """A table whose first column holds (class name, words)."""
     cells = "".join(f"<th>{html.escape(word)}</th>" for word in ("", *head))
-    body = ""
+    body, objects = "", {structure.name for structure in REPORTED}
     for (name, words), *values in lines:
-        dot = f'<span class="dot {name}"></span>' if name in MEASURES else ""
+        dot = f'<span class="dot {name}"></span>' if name in objects else ""
         body += f"<tr><td>{dot}{html.escape(words)}</td>" + "".join(f"<td>{html.escape(v)}</td>" for v in values)
         body += "</tr>\n"
     return f'<div class="scroll"><table>\n<tr>{cells}</tr>\n{body}</table></div>\n'

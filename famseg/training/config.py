@@ -8,39 +8,28 @@ import sys
 from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-import torch
-
-from famseg.data.sample import CLASSES
+from famseg.anatomy import CLASSES
 from famseg.models import MODELS, model_config, option_names
+from famseg.options import (
+    BACKEND_HELP,
+    DEVICE_HELP,
+    LARGEST_SEED,
+    ConfigError,
+    device_for,
+    expect_number,
+    option,
+)
 from famseg.training.finetune import parse_trainable
 from famseg.training.loss import parse_class_weights, parse_loss
 from famseg.training.schedule import Phase, parse_phases, total_epochs, with_adadelta
-from famseg_kernels import available_backends
-from famseg_kernels.backends import CHOICES as BACKENDS
 
-
-class ConfigError(ValueError):
-    """A setting that cannot be used; the message names it, what is expected and what came."""
+__all__ = ["ConfigError", "Diverged", "TrainConfig", "device_for"]
 
 
 class Diverged(RuntimeError):
     """A loss, gradient or weight is not finite any more; the message names the step and what to try."""
 
-
-def option(default: Any, help: str) -> Any:
-    return dataclasses.field(default=default, metadata={"help": help})
-
-
-LARGEST_SEED = 2**32 - 1
-_LARGEST = 1_000_000  # of whatever is counted: what is more is a slip
-
-
-def expect_number(name: str, value: float, minimum: float, maximum: float = _LARGEST) -> None:
-    """ConfigError where `value` is not in the range or is no number at all."""
-    if not value >= minimum:
-        raise ConfigError(f"{name}: expected at least {minimum}, got {value}")
-    if not value <= maximum:
-        raise ConfigError(f"{name}: expected at most {maximum}, got {value}")
+    exit_code = 3
 
 
 _ABLATIONS = ("shortcut", "upsample", "context", "fusion")
@@ -74,9 +63,9 @@ class TrainConfig:
     folds: int = option(0, "cross-validation by subject into so many folds, instead of val_fraction; 0: off")
     fold: int = option(0, "the fold to validate on, counting from 0")
     precision: Literal["fp32", "bf16", "fp16"] = option("fp32", "fp32, or autocast to bf16 or fp16 (GPU only)")
-    device: Literal["auto", "cpu", "cuda"] = option("auto", "auto, cpu or cuda")
+    device: Literal["auto", "cpu", "cuda"] = option("auto", DEVICE_HELP)
     devices: int = option(1, "data-parallel processes on this machine, one a GPU; several machines: torchrun")
-    backend: str = option("auto", f"famseg_kernels backend: {', '.join(BACKENDS)}")
+    backend: str = option("auto", BACKEND_HELP)
     compile: bool = option(False, "compile the network with torch.compile")
     channels_last: bool = option(False, "keep weights and images in channels-last memory order")
     workers: int | None = option(
@@ -91,12 +80,12 @@ class TrainConfig:
     context: Literal["hamburger", "lightham", "none"] = option("hamburger", "hamburger, lightham or none")
     fusion: bool = option(True, "fuse encoder stages 2 and 3 in the decoder (false: ablation)")
     weights: str | None = option(
-        None, "start from this file: a checkpoint of famseg-train, MSCAN (FAMSeg) or MobileNetV2 (U-Net)"
+        None, "start from this file: a checkpoint of famseg-train, MSCAN (FAMSeg) or MobileNetV2 (U-Net)", path=True
     )
     trainable: str = option("all", "what learns: all, encoder, decoder, or layers of it like decoder:1,2 (1: deepest)")
-    out: str | None = option(None, "output folder; default runs/<time>-<model>")
+    out: str | None = option(None, "output folder; default runs/<time>-<model>", path=True)
     resume: str | None = option(
-        None, "auto: continue the run in OUT, if there is one; or a checkpoint to continue from"
+        None, "auto: continue the run in OUT, if there is one; or a checkpoint to continue from", path=True
     )
 
     def __post_init__(self) -> None:
@@ -157,15 +146,3 @@ class TrainConfig:
 
     def model_options(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in _ABLATIONS if name in option_names(self.model)}
-
-
-def device_for(device: str, backend: str) -> str:
-    """ "cpu" or "cuda" for the wish "auto", "cpu" or "cuda"; ConfigError where device or backend are not there."""
-    has_gpu = torch.cuda.is_available()
-    if device == "cuda" and not has_gpu:
-        raise ConfigError("device: cuda was asked for, but torch sees no CUDA GPU; use --device cpu or auto")
-    if backend not in BACKENDS:
-        raise ConfigError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
-    if backend not in ("auto", "reference") and (reason := available_backends()[backend]) != "ok":
-        raise ConfigError(f"backend: {backend} is not available: {reason}")
-    return "cuda" if has_gpu and device != "cpu" else "cpu"

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from famseg.data.sample import CLASSES
+from famseg.anatomy import CLASSES
 
 TERMS = ("ce", "focal", "dice", "edge")
 _FOCUS = 2.0  # exponent of the focal loss, as Lin et al. 2017

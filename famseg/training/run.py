@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 import importlib.util
-import json
 import logging
 import os
 import sys
@@ -35,6 +33,7 @@ from famseg.files.errors import DataError
 from famseg.files.writing import write_atomic
 from famseg.inference import load_network, predict, read_checkpoint
 from famseg.reporting.figures import plot_history, plot_overlays
+from famseg.results import write_metrics
 from famseg.training.callbacks import EpochLine, MetricsTable, ProgressBar, StopOnTerminate, TimeLeft
 from famseg.training.checkpoint import (
     AtomicCheckpointIO,
@@ -261,8 +260,7 @@ def _train(config: TrainConfig, processes: Processes, out: Path) -> Path | None:
     held_out = [run.validation.sample(position) for position in range(len(run.validation))]
     labels = predict(network, (s.image for s in held_out), device=run.accelerator, backend=config.backend)
     evaluation = evaluate(held_out, labels)
-    results = {
-        **evaluation.summary(),
+    facts = {
         "best_epoch": network.epoch,
         "epochs": trainer.current_epoch,
         "data": config.data,
@@ -272,9 +270,8 @@ def _train(config: TrainConfig, processes: Processes, out: Path) -> Path | None:
         "val_images": len(run.validation),
         "seed": config.seed,
         "train_seconds": round(table.seconds, 1),
-        "versions": {name: importlib.metadata.version(name) for name in ("famseg", "torch", "lightning")},
     }
-    write_atomic(out / "metrics.json", (json.dumps(results, indent=2) + "\n").encode())
+    write_metrics(out, evaluation, facts, packages=("lightning",))
     plot_history(table.rows, out / "figures" / "loss.png")
     worst_to_best = evaluation.ranking()
     spread = np.linspace(0, len(held_out) - 1, min(_OVERLAYS, len(held_out))).round().astype(int)

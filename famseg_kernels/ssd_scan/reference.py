@@ -171,69 +171,37 @@ def _decay(log_decay: Tensor) -> Tensor:
     return steps.cumsum(-2).masked_fill(~lower, -torch.inf).exp()
 
 
-def _scan(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
-    initial_states: Tensor | None,
-    seq_idx: Tensor | None,
-    cu_seqlens: Tensor | None,
-    chunk_size: int | None,
-    dt_softplus: bool,
-    dt_min: float,
-    dt_max: float,
-    return_final_states: bool,
-    return_varlen_states: bool,
-    *,
-    form: Form = _chunked,
-) -> list[Tensor]:
-    dtype = x.dtype
-    x, dt, A, B, C, D, z, dt_bias, initial = _wide(x, dt, A, B, C, D, z, dt_bias, initial_states)
-    step = step_size(dt, dt_bias, dt_softplus, dt_min, dt_max)
-    y, state = form(x, step, A, B, C, initial, spec.resets(seq_idx), chunk_size)
+def _scan(*arguments: Any, form: Form = _chunked) -> list[Tensor]:
+    call = spec.ScanArguments(*arguments)
+    chunk_size, softplus, low, high = call.options
+    x, dt, A, B, C, D, z, dt_bias, initial = _wide(*call[:9])
+    step = step_size(dt, dt_bias, softplus, low, high)
+    y, state = form(x, step, A, B, C, initial, spec.resets(call.seq_idx), chunk_size)
     if D is not None:
         y = y + (D if D.dim() == 2 else D[:, None]) * x
     if z is not None:
         y = y * F.silu(z)
-    results = [y.to(dtype).contiguous()]
-    if return_final_states:
+    results = [y.to(call.x.dtype).contiguous()]
+    if call.return_final_states:
         results.append(state)
-    if return_varlen_states:
+    if call.return_varlen_states:
         # Each packed sequence by itself: its own tokens, and the initial state where it starts the row.
         states = []
-        for tokens, first in spec.packed(cu_seqlens, initial, x.shape[1]):
+        for tokens, first in spec.packed(call.cu_seqlens, initial, x.shape[1]):
             px, pdt, pB, pC = (t[:, tokens] for t in (x, step, B, C))
             states.append(form(px, pdt, A, pB, pC, first, None, chunk_size)[1])
         results.append(torch.cat(states))
     return results
 
 
-def _scan_2d(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    dt_bias: Tensor | None,
-    chunk_size: int | None,
-    dt_softplus: bool,
-    dt_min: float,
-    dt_max: float,
-    *,
-    form: Form = _chunked,
-) -> Tensor:
+def _scan_2d(*arguments: Any, form: Form = _chunked) -> Tensor:
     """Scan the image as one sequence a direction and add: the directions are further heads and groups of one scan."""
-    dtype = x.dtype
-    n, h, w, heads, headdim = x.shape
-    directions = dt.shape[3]
-    x, dt, A, B, C, D, dt_bias = _wide(x, dt, A, B, C, D, dt_bias)
-    step = step_size(dt, dt_bias, dt_softplus, dt_min, dt_max)
+    call = spec.Scan2dArguments(*arguments)
+    n, h, w, heads, headdim = call.x.shape
+    directions = call.dt.shape[3]
+    chunk_size, softplus, low, high = call.options
+    x, dt, A, B, C, D, dt_bias = _wide(*call[:7])
+    step = step_size(dt, dt_bias, softplus, low, high)
     # All that a pixel has in one row, so that a direction is unrolled once: a trace has few nodes.
     images = [t.expand(-1, -1, -1, directions, -1, -1) for t in (x[:, :, :, None], step[..., None], B, C)]
     pixels = torch.cat([t.flatten(4) for t in images], -1)
@@ -247,7 +215,7 @@ def _scan_2d(
         total = total + _roll_up(y.select(2, k), k, h, w)
     if D is not None:
         total = total + (D if D.dim() == 1 else D.sum(0))[:, None] * x
-    return total.to(dtype).contiguous()
+    return total.to(call.x.dtype).contiguous()
 
 
 def _unroll(image: Tensor, direction: int) -> Tensor:

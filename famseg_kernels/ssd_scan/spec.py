@@ -7,7 +7,7 @@ mamba_chunk_scan_combined, and over an image in one, two or four directions (FAM
 from __future__ import annotations
 
 import itertools
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -28,98 +28,120 @@ SCAN_2D_SCHEMA = (
 )
 
 
-def check_scan(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
-    initial_states: Tensor | None,
-    seq_idx: Tensor | None,
-    cu_seqlens: Tensor | None,
-    chunk_size: int | None,
-    dt_softplus: bool,
-    dt_min: float,
-    dt_max: float,
-    return_final_states: bool,
-    return_varlen_states: bool,
-) -> None:
+class ScanArguments(NamedTuple):
+    """A call of ssd_scan, as its schema has it: the only other place that lists what it takes."""
+
+    x: Tensor  # (batch, length, heads, headdim)
+    dt: Tensor  # (batch, length, heads)
+    A: Tensor  # (heads,)
+    B: Tensor  # (batch, length, groups, state)
+    C: Tensor
+    D: Tensor | None  # (heads,) or (heads, headdim)
+    z: Tensor | None  # like x
+    dt_bias: Tensor | None  # (heads,)
+    initial_states: Tensor | None  # (batch, heads, headdim, state)
+    seq_idx: Tensor | None  # (batch, length), int32 or int64
+    cu_seqlens: Tensor | None  # (sequences + 1,), int32 or int64
+    chunk_size: int | None
+    dt_softplus: bool
+    dt_min: float
+    dt_max: float
+    return_final_states: bool
+    return_varlen_states: bool
+
+    @property
+    def options(self) -> tuple[int | None, bool, float, float]:
+        """chunk_size, dt_softplus, dt_min and dt_max."""
+        return self[11:15]
+
+
+class Scan2dArguments(NamedTuple):
+    """A call of ssd_scan_2d, likewise."""
+
+    x: Tensor  # (N, H, W, heads, headdim)
+    dt: Tensor  # (N, H, W, directions, heads)
+    A: Tensor  # (directions, heads)
+    B: Tensor  # (N, H, W, directions or 1, groups, state)
+    C: Tensor
+    D: Tensor | None  # (heads,) or (directions, heads)
+    dt_bias: Tensor | None  # (directions, heads)
+    chunk_size: int | None
+    dt_softplus: bool
+    dt_min: float
+    dt_max: float
+
+    @property
+    def options(self) -> tuple[int | None, bool, float, float]:
+        """chunk_size, dt_softplus, dt_min and dt_max."""
+        return self[7:]
+
+
+def check_scan(*arguments: Any) -> None:
+    call = ScanArguments(*arguments)
+    x = call.x
     checks.data("x", x, 4)
     b, length, heads, headdim = x.shape
-    _check_parameter("dt", dt, x, (b, length, heads), "(batch, length, heads)")
-    _check_parameter("A", A, x, (heads,), "(heads,)")
-    checks.tensor("B", B, 4)
-    groups, state = B.shape[2:]
-    for name, value in (("B", B), ("C", C)):
+    _check_parameter("dt", call.dt, x, (b, length, heads), "(batch, length, heads)")
+    _check_parameter("A", call.A, x, (heads,), "(heads,)")
+    checks.tensor("B", call.B, 4)
+    groups, state = call.B.shape[2:]
+    for name, value in (("B", call.B), ("C", call.C)):
         checks.companion(name, value, x, 4)
         checks.shape(name, value, (b, length, groups, state), "(batch, length, groups, state)")
     _check_groups(groups, heads)
-    if D is not None:
-        matrix = isinstance(D, Tensor) and D.dim() == 2
+    if call.D is not None:
+        matrix = isinstance(call.D, Tensor) and call.D.dim() == 2
         expected = ((heads, headdim), "(heads, headdim)") if matrix else ((heads,), "(heads,) or (heads, headdim)")
-        _check_parameter("D", D, x, *expected)
-    if z is not None:
-        checks.companion("z", z, x)
-        checks.shape("z", z, tuple(x.shape), "like x")
-    if dt_bias is not None:
-        _check_parameter("dt_bias", dt_bias, x, (heads,), "(heads,)")
-    if initial_states is not None:
+        _check_parameter("D", call.D, x, *expected)
+    if call.z is not None:
+        checks.companion("z", call.z, x)
+        checks.shape("z", call.z, tuple(x.shape), "like x")
+    if call.dt_bias is not None:
+        _check_parameter("dt_bias", call.dt_bias, x, (heads,), "(heads,)")
+    if call.initial_states is not None:
         expected_states = (b, heads, headdim, state)
-        _check_parameter("initial_states", initial_states, x, expected_states, "(batch, heads, headdim, state)")
-    if seq_idx is not None:
-        _check_index("seq_idx", seq_idx, x, (b, length), "(batch, length)")
-    checks.boolean("return_final_states", return_final_states)
-    checks.boolean("return_varlen_states", return_varlen_states)
-    if cu_seqlens is not None:
-        checks.tensor("cu_seqlens", cu_seqlens, 1)
-        _check_index("cu_seqlens", cu_seqlens, x, (max(cu_seqlens.shape[0], 2),), "(sequences + 1,)")
-    if return_varlen_states:
-        if cu_seqlens is None:
+        _check_parameter("initial_states", call.initial_states, x, expected_states, "(batch, heads, headdim, state)")
+    if call.seq_idx is not None:
+        _check_index("seq_idx", call.seq_idx, x, (b, length), "(batch, length)")
+    checks.boolean("return_final_states", call.return_final_states)
+    checks.boolean("return_varlen_states", call.return_varlen_states)
+    if call.cu_seqlens is not None:
+        checks.tensor("cu_seqlens", call.cu_seqlens, 1)
+        _check_index("cu_seqlens", call.cu_seqlens, x, (max(call.cu_seqlens.shape[0], 2),), "(sequences + 1,)")
+    if call.return_varlen_states:
+        if call.cu_seqlens is None:
             raise ValueError("cu_seqlens: expected a tensor with return_varlen_states=True, got None")
         if b != 1:
             raise ValueError(f"x: expected batch 1 with return_varlen_states=True, got {b}")
-    _check_options(chunk_size, dt_softplus, dt_min, dt_max)
+    _check_options(*call.options)
 
 
-def check_scan_2d(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    dt_bias: Tensor | None,
-    chunk_size: int | None,
-    dt_softplus: bool,
-    dt_min: float,
-    dt_max: float,
-) -> None:
+def check_scan_2d(*arguments: Any) -> None:
+    call = Scan2dArguments(*arguments)
+    x = call.x
     checks.data("x", x, 5)
     n, h, w, heads, _ = x.shape
-    checks.tensor("dt", dt, 5)
-    directions = dt.shape[3]
+    checks.tensor("dt", call.dt, 5)
+    directions = call.dt.shape[3]
     if directions not in (1, 2, 4):
-        raise ValueError(f"dt: expected 1, 2 or 4 directions in dimension 3, got shape {tuple(dt.shape)}")
-    _check_parameter("dt", dt, x, (n, h, w, directions, heads), "(N, H, W, directions, heads)")
-    _check_parameter("A", A, x, (directions, heads), "(directions, heads)")
-    checks.tensor("B", B, 6)
-    groups, state = B.shape[4:]
-    shared = B.shape[3] if B.shape[3] in (1, directions) else directions
-    for name, value in (("B", B), ("C", C)):
+        raise ValueError(f"dt: expected 1, 2 or 4 directions in dimension 3, got shape {tuple(call.dt.shape)}")
+    _check_parameter("dt", call.dt, x, (n, h, w, directions, heads), "(N, H, W, directions, heads)")
+    _check_parameter("A", call.A, x, (directions, heads), "(directions, heads)")
+    checks.tensor("B", call.B, 6)
+    groups, state = call.B.shape[4:]
+    shared = call.B.shape[3] if call.B.shape[3] in (1, directions) else directions
+    for name, value in (("B", call.B), ("C", call.C)):
         checks.companion(name, value, x, 6)
         meaning = "(N, H, W, directions or 1, groups, state), B and C alike"
         checks.shape(name, value, (n, h, w, shared, groups, state), meaning)
     _check_groups(groups, heads)
-    if D is not None:
-        matrix = isinstance(D, Tensor) and D.dim() == 2
+    if call.D is not None:
+        matrix = isinstance(call.D, Tensor) and call.D.dim() == 2
         expected = (directions, heads) if matrix else (heads,)
-        _check_parameter("D", D, x, expected, "(heads,) or (directions, heads)")
-    if dt_bias is not None:
-        _check_parameter("dt_bias", dt_bias, x, (directions, heads), "(directions, heads)")
-    _check_options(chunk_size, dt_softplus, dt_min, dt_max)
+        _check_parameter("D", call.D, x, expected, "(heads,) or (directions, heads)")
+    if call.dt_bias is not None:
+        _check_parameter("dt_bias", call.dt_bias, x, (directions, heads), "(directions, heads)")
+    _check_options(*call.options)
 
 
 def _check_parameter(name: str, value: Any, x: Tensor, expected: tuple[int, ...], meaning: str) -> None:
@@ -172,14 +194,14 @@ def packed(cu_seqlens: Tensor | None, initial_states: Tensor | None, length: int
     return [(slice(start, end), initial_states if start == 0 else None) for start, end in itertools.pairwise(bounds)]
 
 
-def fake_scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, *rest: Any) -> list[Tensor]:
-    cu_seqlens, return_final_states, return_varlen_states = rest[6], rest[-2], rest[-1]
-    b, _, heads, headdim = x.shape
+def fake_scan(*arguments: Any) -> list[Tensor]:
+    call = ScanArguments(*arguments)
+    x, state = call.x, (*call.x.shape[2:], call.B.shape[3])
     results = [torch.empty_like(x, memory_format=torch.contiguous_format)]
-    if return_final_states:
-        results.append(x.new_empty((b, heads, headdim, B.shape[3]), dtype=wide(x)))
-    if return_varlen_states:
-        results.append(x.new_empty((cu_seqlens.shape[0] - 1, heads, headdim, B.shape[3]), dtype=wide(x)))
+    if call.return_final_states:
+        results.append(x.new_empty((x.shape[0], *state), dtype=wide(x)))
+    if call.return_varlen_states and call.cu_seqlens is not None:
+        results.append(x.new_empty((call.cu_seqlens.shape[0] - 1, *state), dtype=wide(x)))
     return results
 
 

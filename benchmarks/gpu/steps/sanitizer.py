@@ -75,7 +75,7 @@ def kernels(backend: str) -> list[str]:
 
     for operation in fk.OPERATIONS:
         operation.implementations["triton"].forward  # noqa: B018 - imports the room's module, if nobody has
-    modules = [m for name, m in sys.modules.items() if name.startswith("famseg_kernels.") and name.endswith(".triton")]
+    modules = [m for name, m in sys.modules.items() if name.startswith("famseg_kernels.") and ".triton." in name]
     return sorted({f"kne={name}" for m in modules for name, value in vars(m).items() if isinstance(value, JITFunction)})
 
 

@@ -1,0 +1,209 @@
+"""The gradients of all but X: of B, C, D, and of the steps through softplus and clamp."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from famseg_kernels.ssd_scan.triton.mix import add_product
+from famseg_kernels.ssd_scan.triton.steps import (
+    LOG2_E,
+    LOWEST,
+    clamped,
+    decay_of,
+    difference,
+    load_steps,
+    pixels_of,
+    row,
+    sequences,
+    two_floats,
+    unclamped,
+    zero_or_nan,
+)
+
+
+@triton.jit
+def matrix_gradients(
+    x, dy, B, C, steps, resets, states, state_gradients, of_B, of_C, of_step, of_log, of_skip, sizes, splits,
+    directions, matrices,
+    SOFTPLUS: tl.constexpr, P: tl.constexpr, N: tl.constexpr, HEADS: tl.constexpr, CHUNK: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The gradients of B and C, of the steps and of their log-decays, of a chunk, direction and HEADS heads of a group.
+
+    With dS the gradient of the state that leaves, and everything of the forward pass computed again:
+
+        dM = dY Xᵀ     dG = dM ∘ L · step     dC = dG B + arrive ∘ (dY S)     dB = dGᵀ C + weight ∘ (X dS)
+
+    A block of N per program: all of this but dM is linear in it. of_B, of_C (splits, batch, tokens, directions,
+    groups, N), of_step, of_log (blocks of N, batch, tokens, directions, heads), of_skip (batch, chunk, heads, P): the
+    sums of dY ∘ X.
+
+    A log-decay's gradient is the sum over all pairs of tokens it lies between, built up term by term: a difference of
+    running sums would lose small ones beside large.
+    """
+    batches, chunks, heads, groups = sizes.batches, sizes.chunks, sizes.heads, sizes.groups
+    blocks_n: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
+    program = tl.program_id(0)
+    block = program % blocks_n
+    program //= blocks_n
+    split = program % splits
+    program //= splits
+    group = program % groups
+    program //= groups
+    chunk = program % chunks
+    program //= chunks
+    batch = (program % batches).to(tl.int64)
+    direction = program // batches
+
+    lane = tl.arange(0, CHUNK)
+    # In the direction's own order.
+    token = chunk * CHUNK + tl.where(direction % 2 == 0, lane, CHUNK - 1 - lane)
+    tokens = sizes.height * sizes.width
+    live = token < tokens
+    pixels = pixels_of(token, direction // 2, sizes)
+    rows, columns = lane[:, None], lane[None, :]
+    p = tl.arange(0, BLOCK_P)
+    n = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    n_inside = n < N
+    inside = live[:, None] & n_inside[None, :]
+    matrix = (tl.where(matrices > 1, direction, 0) * groups + group) * N + n[None, :]
+    B_tile = tl.load(row(B, batch, pixels[:, None]) + matrix, mask=inside, other=0.0)
+    C_tile = tl.load(row(C, batch, pixels[:, None]) + matrix, mask=inside, other=0.0)
+    gram = tl.dot(C_tile.to(DOT), tl.trans(B_tile.to(DOT)), input_precision=PRECISION)
+
+    side = rows >= columns
+    if resets is not None:
+        sequence = sequences(resets, batch, pixels, tokens, live)
+        last = tl.max(sequence, 0)
+        side &= sequence[:, None] == sequence[None, :]
+        enters, leaves = sequence == 0, sequence == last
+
+    dG = tl.zeros((CHUNK, CHUNK), tl.float32)
+    dB = tl.zeros((CHUNK, BLOCK_N), tl.float32)
+    dC = tl.zeros((CHUNK, BLOCK_N), tl.float32)
+    for h in range(HEADS):
+        head = (group * splits + split) * HEADS + h
+        column = direction * heads + head
+        step, log_decay = load_steps(steps, batch, pixels, live, column, SOFTPLUS)
+        sums, total = tl.cumsum(log_decay, 0), tl.sum(log_decay, 0)
+
+        dM = tl.zeros((CHUNK, CHUNK), tl.float32)
+        from_state = tl.zeros((CHUNK, BLOCK_N), tl.float32)
+        to_state = tl.zeros((CHUNK, BLOCK_N), tl.float32)
+        passing = tl.zeros((BLOCK_P,), tl.float32)
+        at = ((direction * batches + batch) * chunks + chunk) * heads + head
+        for p0 in range(0, P, BLOCK_P):
+            p_inside = p0 + p < P
+            tile_inside = live[:, None] & p_inside[None, :]
+            place = head * P + p0 + p[None, :]
+            x_tile = tl.load(row(x, batch, pixels[:, None]) + place, mask=tile_inside, other=0.0)
+            dy_tile = tl.load(row(dy, batch, pixels[:, None]) + place, mask=tile_inside, other=0.0)
+            dM = tl.dot(dy_tile.to(DOT), tl.trans(x_tile.to(DOT)), dM, input_precision=PRECISION)
+            element = (at * P + p0 + p[:, None]) * N + n[None, :]
+            state_inside = p_inside[:, None] & n_inside[None, :]
+            if states is not None:
+                state = tl.load(states + element, mask=state_inside, other=0.0)
+                from_state = tl.dot(dy_tile.to(DOT), state.to(DOT), from_state, input_precision=PRECISION)
+            if state_gradients is not None:
+                dS = tl.load(state_gradients + element, mask=state_inside, other=0.0)
+                to_state = tl.dot(x_tile.to(DOT), dS.to(DOT), to_state, input_precision=PRECISION)
+                if states is not None:
+                    passing += tl.sum(state * dS, 1)
+            if of_skip is not None:
+                product = tl.sum(x_tile.to(tl.float32) * dy_tile.to(tl.float32), 0)
+                skip_at = ((batch * chunks + chunk) * heads + head) * P + p0 + p
+                # Once: by direction 0 and the first block of N.
+                tl.store(of_skip + skip_at, product, mask=p0 + p < tl.where(direction + block == 0, P, 0))
+
+        sums_high, sums_low = two_floats(sums, step)
+        between = difference(sums_high, sums_low, sums_high, sums_low)
+        pair = dM * tl.exp2(tl.where(side, between, float("-inf")))
+        # Chosen, here and below, and not multiplied by 0: that is NaN of what is not finite.
+        weighted = tl.where(side, pair * step[None, :], 0.0)
+        dG += weighted
+        products = tl.where(side, pair * gram, 0.0)
+        d_step = tl.sum(products, 0)
+        products *= step[None, :]
+        if resets is not None:
+            products = tl.where(side, products, 0.0)
+        # across[t, j], read where t > j: over the tokens i ≥ t that read token j.
+        across = tl.cumsum(products, 0, reverse=True)
+        arriving = tl.zeros((CHUNK,), tl.float32)
+        if states is not None:
+            if resets is not None:
+                from_state = tl.where(enters[:, None], from_state, 0.0)
+            arrive = decay_of(sums)
+            dC += arrive[:, None] * from_state
+            arriving = arrive * tl.sum(from_state * C_tile.to(tl.float32), 1)
+            if resets is not None:
+                arriving = tl.where(enters, arriving, 0.0)
+        if state_gradients is not None:
+            leave = decay_of(total - sums)
+            weight = leave * step
+            if resets is not None:
+                to_state = tl.where(leaves[:, None], to_state, 0.0)
+                weight = tl.where(leaves, weight, 0.0)
+            dB += weight[:, None] * to_state
+            leaving = tl.sum(to_state * B_tile.to(tl.float32), 1)
+            if resets is not None:
+                leaving = tl.where(leaves, leaving, 0.0)
+            d_step += leave * leaving
+            across += (weight * leaving)[None, :]
+        # The decay of token t lies between the tokens j < t and those from t on, between the entering state and the
+        # tokens from t on, between the tokens j < t and the leaving state, and between both states.
+        d_log = tl.sum(tl.where(columns < rows, across, arriving[None, :]), 1) + zero_or_nan(step)
+        through = decay_of(total) * tl.sum(passing, 0)
+        if resets is not None:
+            through = tl.where(last > 0, 0.0, through)
+        d_log += through
+        place = ((block * batches + batch) * tokens + pixels) * (directions * heads) + column
+        tl.store(of_step + place, d_step, mask=live)
+        tl.store(of_log + place, d_log, mask=live)
+
+    dG = dG.to(DOT)
+    dC = add_product(dC, dG, side, B_tile, DOT, PRECISION)
+    dB = add_product(dB, tl.trans(dG), tl.trans(side), C_tile, DOT, PRECISION)
+    place = ((split * batches + batch) * tokens + pixels[:, None]) * directions + direction
+    place = (place * groups + group) * N + n[None, :]
+    tl.store(of_B + place, dB.to(of_B.dtype.element_ty), mask=inside)
+    tl.store(of_C + place, dC.to(of_C.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def step_gradients(
+    steps, of_step, of_log, of_dt, of_A, of_bias, rows, tokens, columns,
+    SOFTPLUS: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """From the gradients of steps and log-decays (parts, rows, columns) those of dt, A and dt_bias.
+
+    rows: pixels of all images, columns: directions and heads. of_A, of_bias (blocks of rows, columns): partial sums.
+    """
+    blocks = tl.cdiv(columns, COLUMNS)
+    row_block = tl.program_id(0) // blocks
+    pixel = row_block.to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(0) % blocks * COLUMNS + tl.arange(0, COLUMNS)
+    exists = column < columns
+    inside = (pixel < rows)[:, None] & exists[None, :]
+    at = (pixel // tokens * steps.dt.batch + pixel % tokens * steps.dt.pixel)[:, None] + column[None, :]
+    raw = tl.load(steps.dt.pointer + at, mask=inside, other=0.0).to(tl.float32)
+    if steps.bias is not None:
+        raw += tl.load(steps.bias + column, mask=exists, other=0.0).to(tl.float32)[None, :]
+    decay_rate = tl.load(steps.A + column, mask=exists, other=0.0).to(tl.float32)[None, :]
+    value = unclamped(raw, SOFTPLUS)
+    step = clamped(value, steps.low, steps.high)
+    d_step = tl.zeros((ROWS, COLUMNS), tl.float32)
+    d_log = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for part in range(PARTS):
+        place = (pixel + part * rows)[:, None] * columns + column[None, :]
+        d_step += tl.load(of_step + place, mask=inside, other=0.0)
+        d_log += tl.load(of_log + place, mask=inside, other=0.0)
+    d_log = tl.where(step * (decay_rate * LOG2_E) < LOWEST, 0.0, d_log)
+    d_raw = d_step + d_log * decay_rate
+    d_raw = tl.where((value < steps.low) | (value > steps.high), 0.0, d_raw)
+    if SOFTPLUS:
+        d_raw = tl.where(raw > 20.0, d_raw, d_raw / (1.0 + tl.exp(-raw)))
+    tl.store(of_dt + pixel[:, None] * columns + column[None, :], d_raw.to(of_dt.dtype.element_ty), mask=inside)
+    sum_at = row_block * columns + column
+    tl.store(of_A + sum_at, tl.sum(tl.where(inside, d_log * step, 0.0), 0), mask=exists)
+    tl.store(of_bias + sum_at, tl.sum(tl.where(inside, d_raw, 0.0), 0), mask=exists)

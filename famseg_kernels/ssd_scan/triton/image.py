@@ -1,0 +1,127 @@
+"""Y of a small bf16 image and the gradient of X, of four directions in one matrix."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from famseg_kernels.ssd_scan.triton.mix import gram_of
+from famseg_kernels.ssd_scan.triton.steps import difference, load_steps, pixels_of, two_floats
+
+
+@triton.jit
+def running_sums(
+    steps, step, sums_high, sums_low, sizes, SOFTPLUS: tl.constexpr, TOKENS: tl.constexpr
+):  # fmt: skip
+    """Steps and running sums of log-decays, (direction, batch, head, pixel), of images of at most TOKENS.
+
+    The sums are those `mix_axis` makes of a chunk: along the direction's axis, and the reverse directions leave the
+    token out.
+    """
+    batches, heads = sizes.batches, sizes.heads
+    head = tl.program_id(0) % heads
+    batch = (tl.program_id(0) // heads % batches).to(tl.int64)
+    direction = tl.program_id(0) // (heads * batches)
+    token = tl.arange(0, TOKENS)
+    live = token < sizes.height * sizes.width
+    pixels = pixels_of(token, direction // 2, sizes)
+    value, log_decay = load_steps(steps, batch, pixels, live, direction * heads + head, SOFTPLUS)
+    higher, lower = two_floats(tl.cumsum(log_decay, 0) - tl.where(direction % 2 == 0, 0, log_decay), value)
+    place = ((direction * batches + batch) * heads + head) * sizes.height * sizes.width + pixels
+    tl.store(step + place, value, mask=live)
+    tl.store(sums_high + place, higher, mask=live)
+    tl.store(sums_low + place, lower, mask=live)
+
+
+@triton.jit
+def mix_image(
+    u, left, right, step, sums_high, sums_low, skip, y, sizes,
+    TRANSPOSED: tl.constexpr, SHARED: tl.constexpr, TILES: tl.constexpr,
+    P: tl.constexpr, N: tl.constexpr, CHUNK: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """y = M u + D u of CHUNK pixels and a head, with the M of four directions: what `mix_axis` does in two launches."""
+    batches, heads, groups = sizes.batches, sizes.heads, sizes.groups
+    blocks_p: tl.constexpr = (P + BLOCK_P - 1) // BLOCK_P
+    program = tl.program_id(0)
+    block = program % blocks_p
+    program //= blocks_p
+    head = program % heads
+    program //= heads
+    tile = program % TILES
+    batch = (program // TILES).to(tl.int64)
+    group = head // (heads // groups)
+
+    lane = tl.arange(0, CHUNK)
+    tokens = sizes.height * sizes.width
+    i = tile * CHUNK + lane
+    live_i = i < tokens
+    left_rows = i.to(tl.int64) * left.pixel
+    column = head * P + block * BLOCK_P + tl.arange(0, BLOCK_P)
+    exists = column < head * P + P
+    left_pointer = left.pointer + batch * left.batch
+    right_pointer = right.pointer + batch * right.batch
+    u_pointer = u.pointer + batch * u.batch
+
+    result = tl.zeros((CHUNK, BLOCK_P), tl.float32)
+    for tile_j in range(TILES):
+        j = tile_j * CHUNK + lane
+        live_j = j < tokens
+        right_rows = j.to(tl.int64) * right.pixel
+        both = live_i[:, None] & live_j[None, :]
+        mixing = tl.zeros((CHUNK, CHUNK), tl.float32)
+        for axis in tl.static_range(2):
+            lower = 2 * axis + (1 if TRANSPOSED else 0)
+            upper = 2 * axis + (0 if TRANSPOSED else 1)
+            if axis == 0 or not SHARED:
+                at = ((0 if SHARED else lower) * groups + group) * N
+                gram = gram_of(
+                    left_pointer + at, left_rows, live_i, right_pointer + at, right_rows, live_j,
+                    N, CHUNK, BLOCK_N, DOT, PRECISION,
+                )  # fmt: skip
+                other_gram = gram
+            if not SHARED:
+                at = (upper * groups + group) * N
+                other_gram = gram_of(
+                    left_pointer + at, left_rows, live_i, right_pointer + at, right_rows, live_j,
+                    N, CHUNK, BLOCK_N, DOT, PRECISION,
+                )  # fmt: skip
+            lower_at = ((lower * batches + batch) * heads + head) * tokens
+            upper_at = ((upper * batches + batch) * heads + head) * tokens
+            below = difference(
+                tl.load(sums_high + lower_at + i, mask=live_i, other=0.0),
+                tl.load(sums_low + lower_at + i, mask=live_i, other=0.0),
+                tl.load(sums_high + lower_at + j, mask=live_j, other=0.0),
+                tl.load(sums_low + lower_at + j, mask=live_j, other=0.0),
+            )
+            above = -difference(
+                tl.load(sums_high + upper_at + i, mask=live_i, other=0.0),
+                tl.load(sums_low + upper_at + i, mask=live_i, other=0.0),
+                tl.load(sums_high + upper_at + j, mask=live_j, other=0.0),
+                tl.load(sums_low + upper_at + j, mask=live_j, other=0.0),
+            )
+            if TRANSPOSED:
+                lower_weight = tl.load(step + lower_at + i, mask=live_i, other=0.0)[:, None]
+                upper_weight = tl.load(step + upper_at + i, mask=live_i, other=0.0)[:, None]
+            else:
+                lower_weight = tl.load(step + lower_at + j, mask=live_j, other=0.0)[None, :]
+                upper_weight = tl.load(step + upper_at + j, mask=live_j, other=0.0)[None, :]
+            order_i = i if axis == 0 else i % sizes.width * sizes.height + i // sizes.width
+            order_j = j if axis == 0 else j % sizes.width * sizes.height + j // sizes.width
+            later = order_i[:, None] >= order_j[None, :]
+            decay = tl.exp2(tl.where(both, tl.where(later, below, above), float("-inf")))
+            mixing += decay * tl.where(later, gram * lower_weight, other_gram * upper_weight)
+            # The diagonal belongs to both sides.
+            mixing += tl.where(i[:, None] == j[None, :], other_gram * upper_weight, 0.0)
+        u_rows = u_pointer + j.to(tl.int64)[:, None] * u.pixel
+        u_tile = tl.load(u_rows + column[None, :], mask=live_j[:, None] & exists[None, :], other=0.0)
+        result = tl.dot(mixing.to(DOT), u_tile.to(DOT), result, input_precision=PRECISION)
+
+    inside = live_i[:, None] & exists[None, :]
+    if skip is not None:
+        weight_of_u = tl.load(skip + column, mask=exists, other=0.0).to(tl.float32)
+        u_rows = u_pointer + i.to(tl.int64)[:, None] * u.pixel
+        own = tl.load(u_rows + column[None, :], mask=inside, other=0.0)
+        result += own.to(tl.float32) * weight_of_u[None, :]
+    place = (batch * tokens + i[:, None]) * heads * P + column[None, :]
+    tl.store(y + place, result.to(y.dtype.element_ty), mask=inside)
