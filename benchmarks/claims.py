@@ -148,14 +148,14 @@ def times_table(device: str, seconds: float) -> tuple[list[str], dict[str, float
     numbered: dict[str, measure.Call] = {name: (lambda _, call=call: call()) for name, call in calls.items()}
     times = measure.interleaved(numbered, device, seconds, buffers=1)
     lines = [
-        f"| forward, {SHAPE}, fp32 | strips K = 7 | 7×7 | two 3×3 | 7×7 / strips | two 3×3 / strips |",
+        f"| forward, {SHAPE}, fp32 | strips K = 7, ms | 7×7, ms | two 3×3, ms | 7×7 / strips | two 3×3 / strips |",
         "|---|---|---|---|---|---|",
     ]
     ratios: dict[str, float] = {}
     for who in ("fk", "torch", "torch channels_last"):
         s, q, t = (times[f"{who} {what}"].median for what in ("strips", "7×7", "two 3×3"))
         ratios |= {f"{who} 7×7": q / s, f"{who} 3×3": t / s}
-        lines.append(f"| {who} | {s:.2f} ms | {q:.2f} ms | {t:.2f} ms | {q / s:.2f} | {t / s:.2f} |")
+        lines.append(f"| {who} | {s:.2f} | {q:.2f} | {t:.2f} | {q / s:.2f} | {t / s:.2f} |")
     best = min(times["torch 7×7"].median, times["torch channels_last 7×7"].median)
     ratios["best torch 7×7 / fk strips"] = best / times["fk strips"].median
     return lines, ratios
@@ -184,10 +184,8 @@ def main() -> int:
             "",
             *times,
             "",
-            "Best 7×7 of torch against our strips: "
-            f"{ratios['best torch 7×7 / fk strips']:.1f} times. Measured on "
-            + ", ".join(f"{key} {value}" for key, value in where.items())
-            + ".",
+            f"Torch's best 7×7 takes {ratios['best torch 7×7 / fk strips']:.1f} times as long as our strips. "
+            "Measured on " + ", ".join(f"{key} {value}" for key, value in where.items()) + ".",
             "",
         ]
     )

@@ -146,14 +146,15 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
                 slope = exponent(sizes, [row[key] for row in mine])
                 style = "-o" if series.ours else "--s"
                 axis.loglog(sizes, [row[key] for row in mine], style, ms=4, label=f"{series.name}  ~ size^{slope:.2f}")
-        axes[0, column].set_title(panel, fontsize=10)
         ticks = sorted({size for series in SERIES if series.panel == panel for size in series.sizes})
         for axis, label in zip(axes[:, column], ("ms", "peak memory, MB"), strict=True):
             axis.set_ylabel(label if column == 0 else "")
+            axis.set_xlabel(panel, fontsize=9)
             axis.set_xticks(ticks, [str(tick) for tick in ticks], fontsize=8)
-            axis.minorticks_off()
+            axis.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
+            axis.tick_params(axis="y", which="both", labelsize=7)
             axis.grid(alpha=0.3)
-            axis.legend(fontsize=7)
+            axis.legend(fontsize=7, loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
     figure.suptitle(f"Cost of a forward call, fp32, {rows[0]['device']}, {rows[0]['threads']} threads", fontsize=10)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)

@@ -50,7 +50,7 @@ def roofline(rows: list[dict[str, Any]], path: Path) -> None:
     for axis, dtype in zip(axes, dtypes, strict=True):
         mine = [row for row in rows if row["dtype"] == dtype and row["pass"] == "fwd"]
         matrix, copy = float(mine[0]["matrix_gflops"]), float(mine[0]["copy_gb_s"])
-        intensities = [0.5 * 1.3**i for i in range(28)]
+        intensities = sorted([*(0.5 * 1.3**i for i in range(28)), matrix / copy])  # with the corner of the roof
         axis.loglog(intensities, [min(matrix, copy * i) for i in intensities], "k-", lw=1)
         axis.text(intensities[-1], matrix * 1.08, f"matrix product {matrix:.0f} GFLOP/s", ha="right", fontsize=7)
         for number, op in enumerate(dict.fromkeys(row["op"] for row in mine)):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import importlib.metadata
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +13,9 @@ from famseg.evaluation import Evaluation
 from famseg.files.writing import write_atomic
 
 
-def write_metrics(
-    folder: Path, evaluation: Evaluation, facts: Mapping[str, Any], packages: Sequence[str] = ()
-) -> dict[str, Any]:
-    """Write metrics.json: `Evaluation.summary`, then `facts` on what was scored, then the versions that did it.
-
-    Args:
-        packages: whose versions count, beside famseg's and torch's.
-
-    Returns:
-        its content.
-    """
-    versions = {name: importlib.metadata.version(name) for name in ("famseg", "torch", *packages)}
+def write_metrics(folder: Path, evaluation: Evaluation, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Write metrics.json: `Evaluation.summary`, then `facts` on what was scored, then the versions; its content."""
+    versions = {name: importlib.metadata.version(name) for name in ("famseg", "torch")}
     content = {**evaluation.summary(), **facts, "versions": versions}
     write_atomic(folder / "metrics.json", (json.dumps(content, indent=2, allow_nan=False) + "\n").encode())
     return content

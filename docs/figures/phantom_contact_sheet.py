@@ -1,6 +1,6 @@
 """Draw docs/figures/phantom.png: phantoms, and real HC18 images below them for comparison.
 
-python docs/figures/phantom_contact_sheet.py [../shared/data/hc18_native]
+python docs/figures/phantom_contact_sheet.py [HC18_FOLDER]
 """
 
 from __future__ import annotations

@@ -49,14 +49,14 @@ def main() -> None:
         axis.set_ylim(31.6, -0.6)
         axis.set_aspect("equal")
         axis.set_title(f"kernel of {size}:\n{(last - first) // 16} × (16 × 8)", color=color)
-    axes[1].set_ylabel("input k, from 12 columns left of the outputs")
+    axes[1].set_ylabel("input k, from 12 columns left of the outputs", labelpad=8)
 
     totals = axes[4]
     totals.bar(("FMA", "mma"), (103, 240), color=("#8c8c8c", "#c44e52"))
     for x, (count, time) in enumerate(((103, "3.1 ps"), (240, "0.5 ps"))):
         totals.text(x, count + 5, f"{count}\n{time}", ha="center")
     totals.set_ylim(0, 290)
-    totals.set_title("multiply–adds\nan element, H200")
+    totals.set_title("multiply–adds an element\n(time by arithmetic, H200)", fontsize=10)
     for axis in axes[:4]:
         axis.set_xticks([])
         axis.set_yticks([])

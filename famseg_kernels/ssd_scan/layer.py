@@ -30,7 +30,8 @@ class Mamba2Scan2d(nn.Module):
         shared_bc: whether all directions read the same B and C.
         d_conv: odd size of the depthwise convolution.
         A_init_range: A is drawn uniformly from it (and negated).
-        dt_min, dt_max: initial step sizes are drawn log-uniformly between them.
+        dt_min: initial step sizes are drawn log-uniformly between it and dt_max.
+        dt_max: the upper end.
         chunk_size: passed to the scan; changes speed only.
 
     Shape: (N, C, H, W) → (N, C, H, W).

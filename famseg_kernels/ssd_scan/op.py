@@ -56,8 +56,9 @@ def ssd_scan_2d(
         x: (N, H, W, heads, headdim); fp32, bf16, fp16 or fp64.
         dt: (N, H, W, K, heads), x's dtype or fp32.
         A: (K, heads), negative, x's dtype or fp32 (beside fp64 too).
-        B, C: (N, H, W, K, groups, state), or both with 1 in place of K (shared by all directions); x's dtype.
-            Head h reads group h // (heads / groups).
+        B: (N, H, W, K, groups, state), or 1 in place of K (shared by all directions), as C; x's dtype. Head h reads
+            group h // (heads / groups).
+        C: like B.
         D: (heads,), applied once, or (K, heads), summed over directions; x's dtype or fp32.
         dt_bias: (K, heads), x's dtype or fp32.
         dt_softplus: apply softplus (identity above 20) to dt + dt_bias.
@@ -108,7 +109,8 @@ def ssd_scan(
         x: (batch, length, heads, headdim); fp32, bf16, fp16 or fp64.
         dt: (batch, length, heads), x's dtype or fp32.
         A: (heads,), negative, x's dtype or fp32.
-        B, C: (batch, length, groups, state), x's dtype.
+        B: (batch, length, groups, state), x's dtype.
+        C: like B.
         chunk_size: any integer ≥ 1 or None; changes speed only.
         D: (heads,) or (heads, headdim): adds D·x.
         z: like x: the result is multiplied by silu(z).
@@ -116,7 +118,8 @@ def ssd_scan(
         initial_states: (batch, heads, headdim, state), the state before the first token; it belongs to seq_idx 0.
         seq_idx: (batch, length) int32 or int64; a change of it resets the state. Below 0 it marks padding.
         cu_seqlens: (sequences + 1,) int32 or int64 bounds of packed sequences, for return_varlen_states only.
-        dt_softplus, dt_limit: as in `ssd_scan_2d`.
+        dt_softplus: as in `ssd_scan_2d`.
+        dt_limit: as in `ssd_scan_2d`.
         return_final_states: also return the state after the last token, (batch, heads, headdim, state); 0 where the
             row ends in padding.
         return_varlen_states: also return each packed sequence's own final state, (sequences, heads, headdim, state);

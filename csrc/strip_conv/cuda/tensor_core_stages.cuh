@@ -1,6 +1,6 @@
 // Strip convolution 5 + (7, 11, 21) of 16-bit numbers on tensor cores: tiles in shared memory, and
 // the products that a block's warps make of them; tensor_core_strips.cuh is made of these. Kernel
-// text only, like fma_stages.cuh. docs/toeplitz.md has the figure.
+// text only, like fma_stages.cuh. docs/design/toeplitz.md has the figure.
 //
 // A convolution along a line is a product with a banded Toeplitz matrix: eight neighbouring outputs
 // are 16 or 32 inputs times a 16 x 8 or 32 x 8 matrix that holds the kernel, shifted down by one

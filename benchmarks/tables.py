@@ -1,0 +1,234 @@
+"""`python -m benchmarks.tables`: writes the speed tables of README.md and docs/cpu.md, from benchmarks/results/.
+
+A table stands between `<!-- table: NAME -->` and `<!-- end of table -->`; NAME is one of TABLES. What a document says
+is then what was measured: tests/test_docs.py fails where the two differ.
+"""
+
+from __future__ import annotations
+
+import csv
+import re
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+OPERATIONS = RESULTS / "intel-xeon-processor-torch2.11.0.csv"
+NETWORKS = RESULTS / "intel-xeon-processor-network.csv"
+PAGES = (ROOT / "README.md", ROOT / "docs" / "cpu.md")
+MARKED = re.compile(r"(<!-- table: (?P<name>.*?) -->\n).*?(<!-- end of table -->)", re.DOTALL)
+
+# The rows, in the order of the tables. A case of benchmarks/shapes.py → what it is.
+SHAPES = {
+    ("strip_conv2d", "mscan_s_stage1"): "strip 5+(7,11,21), (2,64,128,128)",
+    ("strip_conv2d", "mscan_s_stage2"): "strip 5+(7,11,21), (2,128,64,64)",
+    ("strip_conv2d", "mscan_s_stage3"): "strip 5+(7,11,21), (2,320,32,32)",
+    ("strip_conv2d", "mscan_s_stage4"): "strip 5+(7,11,21), (2,512,16,16)",
+    ("ssd_scan_2d", "heads5_32x32"): "scan 2D, N 2, 32×32, h 5, p 64, n 64",
+    ("ssd_scan_2d", "heads5_32x32_shared"): "the same, B and C shared",
+    ("ssd_scan_2d", "vmamba_56x56"): "scan 2D, N 1, 56×56, h 6, p 16, n 64",
+    ("ssd_scan", "mamba2_1024"): "scan 1D, (2,1024), h 8, p 64, n 64",
+    ("reassemble", "carafe_64x64"): "reassemble k 5 s 2, (1,64,64,64)",
+    ("reassemble", "famseg_32x32"): "reassemble k 5 s 2, (2,128,32,32)",
+    ("carafe", "carafe_64x64"): "carafe k 5 s 2, (1,64,64,64)",
+}
+OURS, ONE_THREAD, CHANNELS_LAST = "famseg cpu", "famseg cpu, one thread", "famseg cpu channels_last"
+Row = dict[str, str]
+
+
+def read(path: Path) -> list[Row]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table with the first column to the left and numbers to the right."""
+    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def digits(value: float) -> str:
+    """Three of them: 0.58, 3.44, 11.6, 107."""
+    return f"{value:.{max(0, 3 - len(str(int(value))))}f}" if value >= 1 else f"{value:.2f}"
+
+
+def ratio(value: float) -> str:
+    return f"{value:.1f}"
+
+
+class Measured:
+    """The rows of one shape, dtype and pass."""
+
+    def __init__(self, shape: tuple[str, str], dtype: str, kind: str) -> None:
+        key = (*shape, dtype, kind)
+        rows = [row for row in read(OPERATIONS) if (row["op"], row["case"], row["dtype"], row["pass"]) == key]
+        self.by = {row["contestant"]: row for row in rows}
+        self.best_peer = float(self.by[OURS]["best_peer_ms"])
+        self.eager_mb = min(float(row["peak_mb"]) for row in rows if row["contestant"].startswith("eager"))
+
+    def ms(self, contestant: str = OURS) -> float:
+        return float(self.by[contestant]["ms"])
+
+
+def summary() -> str:
+    """README: a shape of every kind, against the best peer."""
+    head = ("fp32", "fwd, ms", "best peer, ms", "times faster", "fwd+bwd, ms", "best peer, ms", "times faster")
+    rows = []
+    for shape, label in SHAPES.items():
+        if shape[1] in ("mscan_s_stage1", "mscan_s_stage3", "heads5_32x32", "vmamba_56x56") or shape[0] == "reassemble":
+            passes = [Measured(shape, "fp32", kind) for kind in ("fwd", "fwd+bwd")]
+            rows.append([label, *(cell for one in passes for cell in against_best(one))])
+    return markdown(head, rows)
+
+
+def against_best(one: Measured) -> tuple[str, str, str]:
+    return digits(one.ms()), digits(one.best_peer), ratio(one.best_peer / one.ms())
+
+
+def ranges() -> str:
+    """docs/cpu.md, first of all: the least and the most that each kind of operation gains on the best peer."""
+    head = ("fp32, times faster than the best peer", "fwd, least", "fwd, most", "fwd+bwd, least", "fwd+bwd, most")
+    rows = []
+    for label, operations in {
+        "strip convolution": ("strip_conv2d",),
+        "scans": ("ssd_scan_2d", "ssd_scan"),
+        "reassembly": ("reassemble", "carafe"),
+    }.items():
+        cells = []
+        for kind in ("fwd", "fwd+bwd"):
+            mine = [Measured(shape, "fp32", kind) for shape in SHAPES if shape[0] in operations]
+            gains = [one.best_peer / one.ms() for one in mine]
+            cells += [ratio(min(gains)), ratio(max(gains))]
+        rows.append([label, *cells])
+    return markdown(head, rows)
+
+
+def passes(dtype: str, kind: str) -> Callable[[], str]:
+    """All that a result file says of one pass."""
+    peer = "best peer, ms" if dtype == "fp32" else "best eager peer, ms"
+    head = (
+        f"{dtype}, {kind}",
+        "ours, ms",
+        peer,
+        "times faster",
+        "ours channels_last, ms",
+        "ours on one thread, ms",
+        "% of roofline",
+        "% of roofline, one thread",
+        "peak, MB",
+        "least eager peak, MB",
+    )
+
+    def table() -> str:
+        rows = []
+        for shape, label in SHAPES.items():
+            one = Measured(shape, dtype, kind)
+            last = digits(one.ms(CHANNELS_LAST)) if CHANNELS_LAST in one.by else "–"
+            roofline = [f"{float(one.by[who]['roofline_percent']):.0f}" for who in (OURS, ONE_THREAD)]
+            memory = [f"{float(value):.0f}" for value in (one.by[OURS]["peak_mb"], one.eager_mb)]
+            rows.append([label, *against_best(one), last, digits(one.ms(ONE_THREAD)), *roofline, *memory])
+        return markdown(head, rows)
+
+    return table
+
+
+def bf16_and_threads() -> str:
+    """What bf16 and a second thread are worth: quotients of times in one run."""
+    head = (
+        "times faster",
+        "bf16 over fp32, fwd",
+        "bf16 over fp32, fwd, one thread",
+        "two threads over one, fp32 fwd",
+        "two threads over one, fp32 fwd+bwd",
+    )
+    rows = []
+    for shape, label in SHAPES.items():
+        full, half = Measured(shape, "fp32", "fwd"), Measured(shape, "bf16", "fwd")
+        both = Measured(shape, "fp32", "fwd+bwd")
+        values = (
+            full.ms() / half.ms(),
+            full.ms(ONE_THREAD) / half.ms(ONE_THREAD),
+            full.ms(ONE_THREAD) / full.ms(),
+            both.ms(ONE_THREAD) / both.ms(),
+        )
+        rows.append([label, *(f"{value:.2f}" for value in values)])
+    return markdown(head, rows)
+
+
+def network() -> str:
+    """FAMSeg in three sizes beside other builds of it, and a U-Net."""
+    builds = ("famseg", "famseg, channels_last", "reference backend", "standard parts", "U-Net (ResNet-34)")
+    head = (
+        "ms",
+        "`cpu`",
+        "`cpu`, channels_last",
+        "`reference`",
+        "standard parts",
+        "U-Net",
+        "`reference` / `cpu`",
+        "standard parts / `cpu`",
+        "`cpu`, peak MB",
+        "`reference`, peak MB",
+    )
+    rows: list[list[str]] = []
+    measured: dict[tuple[str, str], dict[str, Row]] = {}
+    model = ""
+    for row in read(NETWORKS):
+        if row["model"].startswith("famseg_"):
+            model = row["model"]
+        elif row["model"] != "unet_resnet34":  # which is measured beside each size of FAMSeg, and stands after it
+            continue
+        # Of standard parts the layout that is faster counts.
+        build = "standard parts" if row["build"].startswith("standard parts") else row["build"]
+        best = measured.setdefault((model, row["kind"]), {}).setdefault(build, row)
+        if float(row["ms"]) < float(best["ms"]):
+            measured[model, row["kind"]][build] = row
+    for (model, kind), by in measured.items():
+        ms = [float(by[build]["ms"]) for build in builds]
+        memory = [f"{float(by[build]['peak_mb']):.0f}" for build in ("famseg", "reference backend")]
+        cells = [f"{value:.0f}" for value in ms]
+        rows.append([f"{model}, {kind}", *cells, ratio(ms[2] / ms[0]), ratio(ms[3] / ms[0]), *memory])
+    return markdown(head, rows)
+
+
+def accelerated() -> str:
+    """Published modules before and after `fk.accelerate`."""
+    pairs: dict[tuple[str, str], dict[str, float]] = {}
+    for row in read(NETWORKS):
+        if row["build"] in ("as published", "accelerated"):
+            pairs.setdefault((row["model"], row["kind"]), {})[row["build"]] = float(row["ms"])
+    rows = []
+    for (model, kind), ms in pairs.items():
+        before, after = ms["as published"], ms["accelerated"]
+        rows.append([f"{model}, {kind}", digits(before), digits(after), f"{before / after:.2f}"])
+    return markdown(("module", "as published, ms", "accelerated, ms", "times faster"), rows)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "summary": summary,
+    "ranges": ranges,
+    "fp32 fwd": passes("fp32", "fwd"),
+    "fp32 fwd+bwd": passes("fp32", "fwd+bwd"),
+    "bf16 fwd": passes("bf16", "fwd"),
+    "bf16 fwd+bwd": passes("bf16", "fwd+bwd"),
+    "bf16 and threads": bf16_and_threads,
+    "network": network,
+    "accelerate": accelerated,
+}
+
+
+def filled(text: str) -> str:
+    """A page with every table between its markers made anew."""
+    return MARKED.sub(lambda found: found[1] + "\n" + TABLES[found["name"]]() + "\n" + found[3], text)
+
+
+def main() -> int:
+    for page in PAGES:
+        page.write_text(filled(page.read_text()))
+        print(f"written: {page}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
