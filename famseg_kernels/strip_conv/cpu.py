@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,19 +13,11 @@ from famseg_kernels.spec import Backend
 from famseg_kernels.strip_conv import spec
 
 
-def forward(
-    x: Tensor,
-    square_weight: Tensor | None,
-    square_bias: Tensor | None,
-    row_weights: Sequence[Tensor],
-    row_biases: Sequence[Tensor],
-    col_weights: Sequence[Tensor],
-    col_biases: Sequence[Tensor],
-) -> Tensor:
+def forward(x: Tensor, *weights: Any) -> Tensor:
     """y (N, C, H, W) in x's dtype and memory format."""
     layout = checks.image_format(x)
     x = x.contiguous(memory_format=layout)
-    args = spec.Arguments(x, square_weight, square_bias, row_weights, row_biases, col_weights, col_biases)
+    args = spec.Arguments(x, *weights)
     y = torch.empty_like(x, memory_format=layout)
     backends.native("_cpu").strip_conv2d_forward(
         **args.native, channels_last=layout == torch.channels_last, y=y.data_ptr(), threads=torch.get_num_threads()
@@ -32,21 +25,11 @@ def forward(
     return y
 
 
-def backward(
-    grad: Tensor,
-    needs: Sequence[bool],
-    x: Tensor,
-    square_weight: Tensor | None,
-    square_bias: Tensor | None,
-    row_weights: Sequence[Tensor],
-    row_biases: Sequence[Tensor],
-    col_weights: Sequence[Tensor],
-    col_biases: Sequence[Tensor],
-) -> list[Tensor | None]:
+def backward(grad: Tensor, needs: Sequence[bool], x: Tensor, *weights: Any) -> list[Tensor | None]:
     """Gradients of the flattened tensor arguments where `needs`, None elsewhere."""
     layout = checks.image_format(x)
     x = x.contiguous(memory_format=layout)
-    args = spec.Arguments(x, square_weight, square_bias, row_weights, row_biases, col_weights, col_biases)
+    args = spec.Arguments(x, *weights)
     # Read as it lies where that is one of the two formats, whatever x's is.
     grad_layout = layout if grad.is_contiguous(memory_format=layout) else checks.image_format(grad)
     grad = grad.contiguous(memory_format=grad_layout)

@@ -57,19 +57,11 @@ def faster(
     return "triton" if method == "backward" or (square, strips) != TUNED else None
 
 
-def forward(
-    x: Tensor,
-    square_weight: Tensor | None,
-    square_bias: Tensor | None,
-    row_weights: Sequence[Tensor],
-    row_biases: Sequence[Tensor],
-    col_weights: Sequence[Tensor],
-    col_biases: Sequence[Tensor],
-) -> Tensor:
+def forward(x: Tensor, *weights: Any) -> Tensor:
     """y (N, C, H, W) in x's dtype and memory format."""
     layout = checks.image_format(x)
     x = x.contiguous()
-    args = spec.Arguments(x, square_weight, square_bias, row_weights, row_biases, col_weights, col_biases)
+    args = spec.Arguments(x, *weights)
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     # The launch goes to the current device, which need not be x's.
     with torch.cuda.device(x.device):
@@ -79,30 +71,20 @@ def forward(
     return y.contiguous(memory_format=layout)
 
 
-def backward(
-    grad: Tensor,
-    needs: Sequence[bool],
-    x: Tensor,
-    square_weight: Tensor | None,
-    square_bias: Tensor | None,
-    row_weights: Sequence[Tensor],
-    row_biases: Sequence[Tensor],
-    col_weights: Sequence[Tensor],
-    col_biases: Sequence[Tensor],
-) -> list[Tensor | None]:
+def backward(grad: Tensor, needs: Sequence[bool], x: Tensor, *weights: Any) -> list[Tensor | None]:
     """Gradients of the flattened tensor arguments where `needs`, None elsewhere."""
-    args = spec.Arguments(x.contiguous(), square_weight, square_bias, row_weights, row_biases, col_weights, col_biases)
+    args = spec.Arguments(x.contiguous(), *weights)
     gradients = args.gradients(needs)
     if not x.numel():  # sums over nothing
         return [None if t is None else t.zero_() for t in gradients]
     grad = grad.contiguous()
-    weights = any(needs[1:])
+    of_weights = any(needs[1:])
     x_gradient = gradients[0]
-    if x_gradient is None and weights and square_weight is not None:
+    if x_gradient is None and of_weights and weights[0] is not None:
         x_gradient = torch.empty_like(grad)  # the weights' gradients need what it is made from
     native = backends.native("_cuda")
     with torch.cuda.device(x.device):
-        sizes = native.strip_conv2d_workspace(**args.native, channels_last=False, weights=weights)
+        sizes = native.strip_conv2d_workspace(**args.native, channels_last=False, weights=of_weights)
         workspace = {
             name: torch.empty(size, dtype=torch.float32, device=x.device) if size else None
             for name, size in sizes.items()
