@@ -18,8 +18,7 @@ from torch import nn
 from torch.utils.data import SequentialSampler
 
 from famseg.cli.train import main
-from famseg.files.errors import DataError
-from famseg.training.config import ConfigError, TrainConfig
+from famseg.training.config import ConfigError
 from famseg.training.distributed import (
     Processes,
     RankBatches,
@@ -30,7 +29,6 @@ from famseg.training.distributed import (
     this_process,
 )
 from famseg.training.loss import SegmentationLoss
-from famseg.training.run import prepare
 
 # Processes are forked from one that has imported everything: a fresh interpreter takes seconds.
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -222,6 +220,6 @@ def test_what_one_process_raises_ends_all():
     assert time.monotonic() - start < 500
 
 
-def test_every_process_needs_an_image():
-    with pytest.raises(DataError, match="an image for each of 2 processes, found 1 for validation"):
-        prepare(TrainConfig(data="phantom:4", device="cpu", image_size=32), Processes(0, 2, 2))
+def test_every_process_needs_an_image(tmp_path, capsys):
+    assert main(["--data", "phantom:4", "--devices", "2", "--device", "cpu", "--out", str(tmp_path / "run")]) == 2
+    assert "an image for each of 2 processes, found 1 for validation" in capsys.readouterr().err
