@@ -6,7 +6,6 @@ They do not answer calls whose results are not all finite.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,10 +13,15 @@ from torch import Tensor
 from famseg_kernels import backends, checks
 from famseg_kernels.spec import NotFinite
 from famseg_kernels.ssd_scan import spec
-from famseg_kernels.ssd_scan.problem import TENSORS, Problem, operations
+from famseg_kernels.ssd_scan.problem import TENSORS, Problem, Sizes, operations
 
-_TENSORS = (*Problem._fields[:TENSORS], "resets")
-_GRADIENTS = tuple(f"{name}_gradient" for name in _TENSORS[:TENSORS])
+_GRADIENTS = tuple(f"{name}_gradient" for name in Problem._fields[:TENSORS])
+_ARGUMENTS = (
+    "dtype",
+    *Sizes._fields,
+    *("chunk_size", "dt_softplus", "dt_min", "dt_max", "threads"),
+    *(*Problem._fields[:TENSORS], "resets"),
+)
 
 
 class _Call:
@@ -28,36 +32,36 @@ class _Call:
     """
 
     def __init__(self, problem: Problem) -> None:
-        self._x = problem.x.contiguous()
-        self._wide = spec.wide(problem.x)
-        tensors = (
-            self._x,
-            problem.dt.to(self._wide),
-            problem.A.to(self._wide),
-            problem.B,
-            problem.C,
-            self._widened(problem.skip()),
-            problem.z,
-            self._widened(problem.dt_bias),
-            self._widened(problem.initial_states),
-            problem.resets,
+        x, dt, A, B, C, _, z, dt_bias, initial_states, resets, chunk_size, *step = problem
+        self._x = x = x.contiguous()
+        self._wide = wide = spec.wide(x)
+        self._sizes = sizes = problem.sizes
+        given = (
+            (x, None),
+            (dt, wide),
+            (A, wide),
+            (B, None),
+            (C, None),
+            (problem.skip(), wide),
+            (z, None),
+            (dt_bias, wide),
+            (initial_states, wide),
+            (resets, None),
         )
-        self._tensors = [None if t is None else t.contiguous() for t in tensors]
-        self._dtype = checks.dtype_name(problem.x)
-        self._sizes = problem.sizes
-        self._options = {
-            "chunk_size": problem.chunk_size or 0,
-            "dt_softplus": problem.dt_softplus,
-            "dt_min": problem.dt_min,
-            "dt_max": problem.dt_max,
-        }
+        # A conversion to what a tensor already is costs as much as all the rest of this line.
+        self._tensors = [
+            t if t is None else (t if dtype is None or t.dtype is dtype else t.to(dtype)).contiguous()
+            for t, dtype in given
+        ]
+        numbers = (checks.dtype_name(x), *sizes, chunk_size or 0, *step, torch.get_num_threads())
+        self._arguments = dict(zip(_ARGUMENTS, (*numbers, *map(backends.address, self._tensors)), strict=True))
 
     def forward(self, wants_states: bool) -> list[Tensor]:
         """[y] or [y, final states]."""
-        y = torch.empty_like(self._x, memory_format=torch.contiguous_format)
+        y = torch.empty_like(self._x)
         states = self._x.new_empty(self._sizes.states, dtype=self._wide) if wants_states else None
         if not backends.native("_cpu").ssd_scan_forward(
-            **self._arguments(), y=y.data_ptr(), final_states=backends.address(states)
+            **self._arguments, y=y.data_ptr(), final_states=backends.address(states)
         ):
             raise NotFinite
         return [y] if states is None else [y, states]
@@ -70,25 +74,13 @@ class _Call:
         ]
         grad, states_grad = (None if g is None else g.contiguous() for g in (grad, states_grad))
         if not backends.native("_cpu").ssd_scan_backward(
-            **self._arguments(),
+            **self._arguments,
             y_gradient=backends.address(grad),
             final_states_gradient=backends.address(states_grad),
             **dict(zip(_GRADIENTS, map(backends.address, found), strict=True)),
         ):
             raise NotFinite
         return found
-
-    def _widened(self, t: Tensor | None) -> Tensor | None:
-        return None if t is None else t.to(self._wide)
-
-    def _arguments(self) -> dict[str, Any]:
-        return {
-            "dtype": self._dtype,
-            **self._sizes._asdict(),
-            **self._options,
-            **dict(zip(_TENSORS, map(backends.address, self._tensors), strict=True)),
-            "threads": torch.get_num_threads(),
-        }
 
 
 def _forward(problem: Problem, wants_states: bool) -> list[Tensor]:
