@@ -65,6 +65,22 @@ void launch(dim3 grid, unsigned threads, size_t shared_bytes, void* stream,
   check(cudaLaunchKernelEx(&config, kernel, arguments...), "launch");
 }
 
+// Calls body with a value of the element type in memory.
+template <typename Body>
+void for_type(Dtype dtype, const Body& body) {
+  switch (dtype) {
+    case Dtype::float32:
+      return body(float());
+    case Dtype::float16:
+      return body(Float16());
+    case Dtype::bfloat16:
+      return body(Bfloat16());
+    case Dtype::float64:
+      break;
+  }
+  throw std::runtime_error("no float64 kernel");
+}
+
 // Runs `body`, which launches kernels; what it throws gets the operation's name and shapes.
 template <typename Body, typename Describe>
 void explained(const char* operation, const Describe& describe, const Body& body) {

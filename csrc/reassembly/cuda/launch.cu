@@ -104,24 +104,13 @@ struct Flag {
 };
 
 template <typename Body>
-void for_type(const Problem& p, const Body& body) {
+void for_kind(const Problem& p, const Body& body) {
   if (p.x_channels_last || p.weights_channels_last) {
     throw std::runtime_error("no kernel for channels_last");
   }
-  const auto with = [&](auto element) {
+  for_type(p.dtype, [&](auto element) {
     return p.softmax ? body(element, Flag<true>()) : body(element, Flag<false>());
-  };
-  switch (p.dtype) {
-    case Dtype::float32:
-      return with(float());
-    case Dtype::float16:
-      return with(Float16());
-    case Dtype::bfloat16:
-      return with(Bfloat16());
-    case Dtype::float64:
-      break;
-  }
-  throw std::runtime_error("no float64 kernel");
+  });
 }
 
 bool is_empty(const Problem& p) {
@@ -145,7 +134,7 @@ void forward_cuda(const Problem& problem, void* y, void* stream) {
   explained(
       name(problem), [&] { return describe(problem); },
       [&] {
-        for_type(problem, [&](auto element, auto softmax) {
+        for_kind(problem, [&](auto element, auto softmax) {
           launch_forward<decltype(element), decltype(softmax)::value>(problem, shape_of(problem), y,
                                                                       stream);
         });
@@ -158,7 +147,7 @@ void backward_cuda(const Problem& problem, const Gradients& gradients, float* lo
   explained(
       name(problem), [&] { return describe(problem); },
       [&] {
-        for_type(problem, [&](auto element, auto softmax) {
+        for_kind(problem, [&](auto element, auto softmax) {
           launch_backward<decltype(element), decltype(softmax)::value>(problem, shape_of(problem),
                                                                        gradients, log_sums, stream);
         });

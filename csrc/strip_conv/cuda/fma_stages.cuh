@@ -177,6 +177,19 @@ __device__ float bias_of(const void* bias, long long channel) {
   return bias == nullptr ? 0.0f : widen(static_cast<const T*>(bias)[channel]);
 }
 
+// Calls branch(size, b) for each branch, with its sizes as a Constant: 0 where they are not known to
+// the compiler.
+template <bool TUNED, typename Body>
+__device__ void for_branches(int count, const Body& branch) {
+  if constexpr (TUNED) {
+    branch(Constant<kStrips[0]>(), 0);
+    branch(Constant<kStrips[1]>(), 1);
+    branch(Constant<kStrips[2]>(), 2);
+  } else {
+    for (int b = 0; b < count; ++b) branch(Constant<0>(), b);
+  }
+}
+
 // In what follows K is the kernel size where it is known to the compiler, which then unrolls all,
 // or 0. Padding taps are left out, not multiplied by: 0 times a NaN or an infinity is NaN.
 

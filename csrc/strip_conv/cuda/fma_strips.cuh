@@ -105,29 +105,23 @@ __global__ void __launch_bounds__(kThreads, 1) strips(Arguments args, Plan plan)
     }
   }
 
-  const auto branch = [&](auto row_size, auto col_size, int b) {
+  const auto branch = [&](auto size, int b) {
     const Convolution& row = args.branches[b].row;
     const Convolution& col = args.branches[b].col;
     if (me.active) {
-      row_stage<decltype(row_size)::value>(r, plan.r_pitch, a + a_left, plan.a_pitch, a_rows,
-                                           segments, shared + plan.row_at[b], row.size,
-                                           BACKWARD ? 0.0f : bias_of<T>(row.bias, channel), me);
+      row_stage<decltype(size)::value>(r, plan.r_pitch, a + a_left, plan.a_pitch, a_rows, segments,
+                                       shared + plan.row_at[b], row.size,
+                                       BACKWARD ? 0.0f : bias_of<T>(row.bias, channel), me);
     }
     __syncthreads();
     if (owner) {
-      along_u<decltype(col_size)::value>(sum, r + own_v - core.v0, plan.r_pitch,
-                                         own_u - col.size / 2 - a_region.u0, a_rows,
-                                         shared + plan.col_at[b], col.size);
+      along_u<decltype(size)::value>(sum, r + own_v - core.v0, plan.r_pitch,
+                                     own_u - col.size / 2 - a_region.u0, a_rows,
+                                     shared + plan.col_at[b], col.size);
     }
     __syncthreads();  // the next branch, or da, goes where r is
   };
-  if constexpr (TUNED) {
-    branch(Constant<kStrips[0]>(), Constant<kStrips[0]>(), 0);
-    branch(Constant<kStrips[1]>(), Constant<kStrips[1]>(), 1);
-    branch(Constant<kStrips[2]>(), Constant<kStrips[2]>(), 2);
-  } else {
-    for (int b = 0; b < args.branch_count; ++b) branch(Constant<0>(), Constant<0>(), b);
-  }
+  for_branches<TUNED>(args.branch_count, branch);
 
   if (!BACKWARD) {
     if (!owner) return;

@@ -232,15 +232,15 @@ __global__ void __launch_bounds__(kThreads, 1)
   to += plan.branch_sums;
   sum_over(dy, out.u0 - row0, to++);  // the gradient of each column bias
 
-  const auto branch = [&](auto row_size, auto col_size, int b) {
-    constexpr int K = decltype(row_size)::value, L = decltype(col_size)::value;
+  const auto branch = [&](auto size, int b) {
+    constexpr int K = decltype(size)::value;
     const Convolution& row = args.branches[b].row;
     const Convolution& col = args.branches[b].col;
     const int own_row = out.u0 - row0;
     row_stage<K>(r, plan.r_pitch, a + left, plan.a_pitch, rows, segments, shared + plan.row_at[b],
                  row.size, bias_of<T>(row.bias, channel), me);
     __syncthreads();
-    constexpr int kColTaps = L > 0 ? L : kChunk;
+    constexpr int kColTaps = K > 0 ? K : kChunk;
     for (int base = 0; base < col.size; base += kColTaps) {
       float sum[kColTaps] = {};
       patches([&](int u, int v) {
@@ -254,7 +254,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 
     patches([&](int u, int v) {
       float sum[kOutputs][4] = {};
-      along_u<L>(sum, dy + v, plan.r_pitch, own_row + u - col.size / 2, rows,
+      along_u<K>(sum, dy + v, plan.r_pitch, own_row + u - col.size / 2, rows,
                  shared + plan.col_at[b], col.size);
 #pragma unroll
       for (int o = 0; o < kOutputs; ++o) {
@@ -284,13 +284,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     sum_over(r, 0, to + size);
     to += size + 1;
   };
-  if constexpr (TUNED) {
-    branch(Constant<kStrips[0]>(), Constant<kStrips[0]>(), 0);
-    branch(Constant<kStrips[1]>(), Constant<kStrips[1]>(), 1);
-    branch(Constant<kStrips[2]>(), Constant<kStrips[2]>(), 2);
-  } else {
-    for (int b = 0; b < args.branch_count; ++b) branch(Constant<0>(), Constant<0>(), b);
-  }
+  for_branches<TUNED>(args.branch_count, branch);
 }
 
 // Adds up the partials (count, channels, sums) over count, in order and in double, and

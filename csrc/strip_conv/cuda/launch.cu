@@ -125,21 +125,6 @@ void launch_weight_gradients(const Arguments& args, const Problem& p, const Grad
          plan.sums, outputs);
 }
 
-template <typename Body>
-void for_type(Dtype dtype, const Body& body) {
-  switch (dtype) {
-    case Dtype::float32:
-      return body(float());
-    case Dtype::float16:
-      return body(Float16());
-    case Dtype::bfloat16:
-      return body(Bfloat16());
-    case Dtype::float64:
-      break;
-  }
-  throw std::runtime_error("no float64 kernel");
-}
-
 bool is_empty(const Problem& p) {
   return p.n == 0 || p.c == 0 || p.h == 0 || p.w == 0;
 }
