@@ -21,7 +21,7 @@ ROOM_FILES = {
     "__init__": (),
     "cases": (),
     "spec": ("cases",),
-    "problem": ("spec",),  # where backends share more than the spec
+    "problem": ("spec",),
     "reference": ("spec",),
     "cpu": ("spec", "problem"),
     "triton": ("spec", "problem", "triton"),  # a file or a folder
@@ -29,7 +29,6 @@ ROOM_FILES = {
     "op": ("spec", "reference", "cpu", "triton", "cuda", "torch_op"),
     "layer": ("spec", "op"),
 }
-OPTIONAL = {"problem", "cuda"}
 # Parts of famseg, each may import the earlier ones (and famseg_kernels).
 FAMSEG = (
     "biometrics",
@@ -75,7 +74,7 @@ def includes(path: Path) -> list[str]:
 @pytest.mark.parametrize("room", ROOMS)
 def test_a_room_has_the_files_of_every_room(room):
     found = {path.stem for path in (KERNELS / room).iterdir() if path.suffix == ".py" or path.name == "triton"}
-    assert set(ROOM_FILES) - OPTIONAL <= found <= set(ROOM_FILES)
+    assert set(ROOM_FILES) - {"cuda"} <= found <= set(ROOM_FILES)
     assert ("cuda" in found) == (ROOT / "csrc" / room / "cuda").exists()
 
 

@@ -8,42 +8,26 @@ import torch
 from torch import Tensor
 
 from famseg_kernels import backends, checks
-from famseg_kernels.reassembly import spec
-from famseg_kernels.spec import Backend
+from famseg_kernels.reassembly.problem import Problem, operations
 
 
-def _forward(softmax: bool, x: Tensor, weights: Tensor, kernel_size: int, scale: int, groups: int) -> Tensor:
-    """y (N, C, sH, sW) in x's dtype and memory format."""
-    n, c, h, w = x.shape
-    x, weights = _dense(x), _dense(weights)
-    y = torch.empty((n, c, scale * h, scale * w), dtype=x.dtype, memory_format=checks.image_format(x))
-    backends.native("_cpu").reassembly_forward(
-        **spec.native_problem(softmax, x, weights, kernel_size, scale, groups),
-        y=y.data_ptr(),
-        threads=torch.get_num_threads(),
-    )
+def _forward(problem: Problem) -> Tensor:
+    problem = _dense(problem)
+    x = problem.x
+    y = torch.empty(problem.y_shape, dtype=x.dtype, memory_format=checks.image_format(x))
+    backends.native("_cpu").reassembly_forward(**problem.native(), y=y.data_ptr(), threads=torch.get_num_threads())
     return y
 
 
-def _backward(
-    softmax: bool,
-    grad: Tensor,
-    needs: Sequence[bool],
-    x: Tensor,
-    weights: Tensor,
-    kernel_size: int,
-    scale: int,
-    groups: int,
-) -> list[Tensor | None]:
-    """Gradients of x and of the logits or masks where `needs`, None elsewhere."""
-    x, weights = _dense(x), _dense(weights)
-    grad = grad.contiguous(memory_format=checks.image_format(x))
+def _backward(problem: Problem, grad: Tensor, needs: Sequence[bool]) -> list[Tensor | None]:
+    problem = _dense(problem)
+    grad = grad.contiguous(memory_format=checks.image_format(problem.x))
     gradients = [
         torch.empty_like(t, memory_format=checks.image_format(t)) if need else None
-        for t, need in zip((x, weights), needs, strict=True)
+        for t, need in zip((problem.x, problem.weights), needs, strict=True)
     ]
     backends.native("_cpu").reassembly_backward(
-        **spec.native_problem(softmax, x, weights, kernel_size, scale, groups),
+        **problem.native(),
         y_gradient=grad.data_ptr(),
         x_gradient=backends.address(gradients[0]),
         weights_gradient=backends.address(gradients[1]),
@@ -52,10 +36,11 @@ def _backward(
     return gradients
 
 
-def _dense(t: Tensor) -> Tensor:
-    """t in one of the two memory formats that the kernels read."""
-    return t.contiguous(memory_format=checks.image_format(t))
+def _dense(problem: Problem) -> Problem:
+    """With tensors in one of the two memory formats that the kernels read."""
+    softmax, x, weights, *sizes = problem
+    x, weights = (t.contiguous(memory_format=checks.image_format(t)) for t in (x, weights))
+    return Problem(softmax, x, weights, *sizes)
 
 
-reassemble = Backend(spec.of_logits(_forward), spec.of_logits(_backward))
-carafe = Backend(spec.of_masks(_forward), spec.of_masks(_backward))
+reassemble, carafe = operations(_forward, _backward)

@@ -6,58 +6,44 @@ Channels-last tensors are copied to contiguous ones and back.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from famseg_kernels import backends, checks
-from famseg_kernels.reassembly import spec
-from famseg_kernels.spec import Backend
+from famseg_kernels.reassembly.problem import Problem, operations
 
 
-def _unsupported(x: Tensor, *_: Any) -> str | None:
-    """None when these kernels can run the call, else the reason."""
-    return "there is no kernel for float64" if x.dtype == torch.float64 else None
+def _unsupported(problem: Problem) -> str | None:
+    return "there is no kernel for float64" if problem.x.dtype == torch.float64 else None
 
 
-def _forward(softmax: bool, x: Tensor, weights: Tensor, kernel_size: int, scale: int, groups: int) -> Tensor:
-    """y (N, C, sH, sW) in x's dtype and memory format."""
-    n, c, h, w = x.shape
-    source, weights = x.contiguous(), weights.contiguous()
-    y = torch.empty((n, c, scale * h, scale * w), dtype=x.dtype, device=x.device)
+def _forward(problem: Problem) -> Tensor:
+    x = problem.x
+    y = torch.empty(problem.y_shape, dtype=x.dtype, device=x.device)
+    problem = _contiguous(problem)
     # The launch goes to the current device, which need not be x's.
     with torch.cuda.device(x.device):
         backends.native("_cuda").reassembly_forward(
-            **spec.native_problem(softmax, source, weights, kernel_size, scale, groups),
-            y=y.data_ptr(),
-            stream=torch.cuda.current_stream().cuda_stream,
+            **problem.native(), y=y.data_ptr(), stream=torch.cuda.current_stream().cuda_stream
         )
     return y.contiguous(memory_format=checks.image_format(x))
 
 
-def _backward(
-    softmax: bool,
-    grad: Tensor,
-    needs: Sequence[bool],
-    x: Tensor,
-    weights: Tensor,
-    kernel_size: int,
-    scale: int,
-    groups: int,
-) -> list[Tensor | None]:
-    """Gradients of x and of the logits or masks where `needs`, None elsewhere."""
-    n, _, h, w = x.shape
-    grad, x, weights = grad.contiguous(), x.contiguous(), weights.contiguous()
+def _backward(problem: Problem, grad: Tensor, needs: Sequence[bool]) -> list[Tensor | None]:
+    problem, grad = _contiguous(problem), grad.contiguous()
     # The kernels read dy two elements at once. A gradient that is a part of a larger tensor may begin between two; for
     # a GPU that is a fault that no later call survives. What is allocated begins at a multiple of 256 bytes.
     if grad.data_ptr() % (2 * grad.element_size()) != 0:
         grad = grad.clone()
-    gradients = [torch.empty_like(t) if need else None for t, need in zip((x, weights), needs, strict=True)]
-    log_sums = torch.empty(n * groups * scale**2 * h * w if softmax else 0, dtype=torch.float32, device=x.device)
+    x = problem.x
+    gradients = [torch.empty_like(t) if need else None for t, need in zip((x, problem.weights), needs, strict=True)]
+    n, _, h, w = x.shape
+    softmaxes = n * problem.groups * problem.scale**2 * h * w if problem.softmax else 0
+    log_sums = torch.empty(softmaxes, dtype=torch.float32, device=x.device)
     with torch.cuda.device(x.device):
         backends.native("_cuda").reassembly_backward(
-            **spec.native_problem(softmax, x, weights, kernel_size, scale, groups),
+            **problem.native(),
             y_gradient=grad.data_ptr(),
             x_gradient=backends.address(gradients[0]),
             weights_gradient=backends.address(gradients[1]),
@@ -67,5 +53,8 @@ def _backward(
     return gradients
 
 
-reassemble = Backend(spec.of_logits(_forward), spec.of_logits(_backward), _unsupported)
-carafe = Backend(spec.of_masks(_forward), spec.of_masks(_backward), _unsupported)
+def _contiguous(problem: Problem) -> Problem:
+    return problem._replace(x=problem.x.contiguous(), weights=problem.weights.contiguous())
+
+
+reassemble, carafe = operations(_forward, _backward, _unsupported)

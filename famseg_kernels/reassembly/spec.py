@@ -6,10 +6,6 @@ encoder's logits as they are; `carafe` takes finished masks with mmcv's meaning 
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-from typing import Any
-
 from torch import Tensor
 
 from famseg_kernels import checks
@@ -48,24 +44,6 @@ def _check_window(
     checks.divides(*groups, f"the channels of {x_name}", x.shape[1])
 
 
-def native_problem(
-    softmax: bool, x: Tensor, weights: Tensor, kernel_size: int, scale: int, groups: int
-) -> dict[str, Any]:
-    """The named arguments that csrc/reassembly/bind.h makes a Problem of: x and weights dense, NCHW or NHWC."""
-    return {
-        "dtype": checks.dtype_name(x),
-        "softmax": softmax,
-        "shape": x.shape,
-        "kernel_size": kernel_size,
-        "scale": scale,
-        "groups": groups,
-        "x": x.data_ptr(),
-        "weights": weights.data_ptr(),
-        "x_channels_last": not x.is_contiguous(),
-        "weights_channels_last": not weights.is_contiguous(),
-    }
-
-
 def fake_reassemble(x: Tensor, logits: Tensor, kernel_size: int, scale: int, groups: int) -> Tensor:
     n, c, h, w = x.shape
     return x.new_empty((n, c, h * scale, w * scale)).contiguous(memory_format=checks.image_format(x))
@@ -93,21 +71,6 @@ def bytes_reassemble(x: Tensor, logits: Tensor, kernel_size: int, scale: int, gr
 def bytes_carafe(features: Tensor, masks: Tensor, kernel_size: int, group_size: int, scale_factor: int) -> int:
     """Bytes to move: features and masks in, y (s² times features) out."""
     return bytes_reassemble(features, masks, kernel_size, scale_factor, group_size)
-
-
-def of_logits(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`reassemble`'s form of a function of both operations, which takes first whether the weights are logits."""
-    return functools.partial(function, True)
-
-
-def of_masks(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`carafe`'s form of a function of both operations: its last two arguments, scale and groups, change places."""
-
-    def of_masks(*args: Any) -> Any:
-        *rest, group_size, scale_factor = args
-        return function(False, *rest, scale_factor, group_size)
-
-    return of_masks
 
 
 REASSEMBLE = Spec(

@@ -10,17 +10,17 @@ from torch import Tensor
 
 from famseg_kernels import backends, checks
 from famseg_kernels.spec import Backend
-from famseg_kernels.strip_conv import spec
+from famseg_kernels.strip_conv.problem import Native, Problem
 
 
 def forward(x: Tensor, *weights: Any) -> Tensor:
     """y (N, C, H, W) in x's dtype and memory format."""
     layout = checks.image_format(x)
     x = x.contiguous(memory_format=layout)
-    args = spec.Arguments(x, *weights)
+    call = Native(Problem(x, *weights))
     y = torch.empty_like(x, memory_format=layout)
     backends.native("_cpu").strip_conv2d_forward(
-        **args.native, channels_last=layout == torch.channels_last, y=y.data_ptr(), threads=torch.get_num_threads()
+        **call.arguments, channels_last=layout == torch.channels_last, y=y.data_ptr(), threads=torch.get_num_threads()
     )
     return y
 
@@ -29,17 +29,17 @@ def backward(grad: Tensor, needs: Sequence[bool], x: Tensor, *weights: Any) -> l
     """Gradients of the flattened tensor arguments where `needs`, None elsewhere."""
     layout = checks.image_format(x)
     x = x.contiguous(memory_format=layout)
-    args = spec.Arguments(x, *weights)
+    call = Native(Problem(x, *weights))
     # Read as it lies where that is one of the two formats, whatever x's is.
     grad_layout = layout if grad.is_contiguous(memory_format=layout) else checks.image_format(grad)
     grad = grad.contiguous(memory_format=grad_layout)
-    gradients = args.gradients(needs)
+    gradients = call.gradients(needs)
     backends.native("_cpu").strip_conv2d_backward(
-        **args.native,
+        **call.arguments,
         channels_last=layout == torch.channels_last,
         y_gradient=grad.data_ptr(),
         y_gradient_channels_last=grad_layout == torch.channels_last,
-        **args.native_gradients(gradients),
+        **call.native_gradients(gradients),
         threads=torch.get_num_threads(),
     )
     return gradients

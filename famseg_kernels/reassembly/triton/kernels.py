@@ -84,6 +84,19 @@ def _runs(result, runs):
 
 
 @triton.jit
+def _program(groups, blocks, C_BLOCK: tl.constexpr, B: tl.constexpr, ROWS: tl.constexpr):
+    """Of a program: its channels of the group, its first column, its first row, its group and its image."""
+    program = tl.program_id(0)
+    channel = (program % blocks.channels) * C_BLOCK + tl.arange(0, C_BLOCK)
+    program //= blocks.channels
+    first = (program % blocks.columns) * B
+    program //= blocks.columns
+    top = (program % blocks.rows) * ROWS
+    program //= blocks.rows
+    return channel, first, top, program % groups, program // groups
+
+
+@triton.jit
 def reassemble_forward(
     x,
     weights,
@@ -104,16 +117,7 @@ def reassemble_forward(
 ):
     """y of C_BLOCK channels and ROWS rows of a block."""
     channels, groups, height, width = sizes
-    channel_blocks, column_blocks, row_blocks = blocks
-    program = tl.program_id(0)
-    channel = (program % channel_blocks) * C_BLOCK + tl.arange(0, C_BLOCK)
-    program //= channel_blocks
-    first = (program % column_blocks) * B
-    program //= column_blocks
-    top = (program % row_blocks) * ROWS
-    program //= row_blocks
-    group = program % groups
-    n = program // groups
+    channel, first, top, group, n = _program(groups, blocks, C_BLOCK, B, ROWS)
     area = tl.cast(height, tl.int64) * width * (S * S)
     weights += (n * groups + group).to(tl.int64) * (K * K) * area
 
@@ -189,16 +193,7 @@ def source_gradient(
 ):
     """dx[c, block] = Σ_ky,dy dy[c, row S·(i − ky + r) + dy, window] · Band[window, block]."""
     channels, groups, height, width = sizes
-    channel_blocks, column_blocks, row_blocks = blocks
-    program = tl.program_id(0)
-    channel = (program % channel_blocks) * C_BLOCK + tl.arange(0, C_BLOCK)
-    program //= channel_blocks
-    first = (program % column_blocks) * B
-    program //= column_blocks
-    top = (program % row_blocks) * ROWS
-    program //= row_blocks
-    group = program % groups
-    n = program // groups
+    channel, first, top, group, n = _program(groups, blocks, C_BLOCK, B, ROWS)
     area = tl.cast(height, tl.int64) * width * (S * S)
     weights += (n * groups + group).to(tl.int64) * (K * K) * area
     softmax += (n * groups + group).to(tl.int64) * 2 * area

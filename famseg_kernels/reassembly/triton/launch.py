@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from famseg_kernels import backends, checks, launch
-from famseg_kernels.reassembly import spec
+from famseg_kernels.reassembly.problem import Problem, operations
 from famseg_kernels.reassembly.triton.kernels import (
     Blocks,
     Image,
@@ -21,7 +21,6 @@ from famseg_kernels.reassembly.triton.kernels import (
     source_gradient,
     weight_gradient,
 )
-from famseg_kernels.spec import Backend
 
 
 class Configuration(NamedTuple):
@@ -46,7 +45,8 @@ _TL = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl
 class _Plan:
     """How one call is cut into programs, for forward and backward."""
 
-    def __init__(self, x: Tensor, kernel_size: int, scale: int, groups: int, softmax: bool) -> None:
+    def __init__(self, problem: Problem) -> None:
+        softmax, x, _, kernel_size, scale, groups = problem
         n, c, height, width = x.shape
         self.sizes = Sizes(c // groups, groups, height, width)
         tuned = CONFIGURATIONS.get(launch.capability(x.device), CONFIGURATIONS[0])
@@ -81,28 +81,28 @@ class _Plan:
 # --- the backend -------------------------------------------------------------------------------------------------
 
 
-def _unsupported(softmax: bool, x: Tensor, weights: Tensor, kernel_size: int, scale: int, groups: int) -> str | None:
-    if x.dtype == torch.float64:
+def _unsupported(problem: Problem) -> str | None:
+    if problem.x.dtype == torch.float64:
         return "its kernels compute in fp32, x is float64"
+    kernel_size, scale = problem.kernel_size, problem.scale
     # Every tap's weight of a block's results is held in registers at once.
     held = kernel_size * triton.next_power_of_2(kernel_size) * BLOCK * max(4, triton.next_power_of_2(scale))
     return None if held <= 2**14 else f"kernels of size {kernel_size} at scale {scale} do not fit in registers"
 
 
-def _run_forward(softmax: bool, x: Tensor, weights: Tensor, kernel_size: int, scale: int, groups: int) -> Tensor:
-    """y (N, C, sH, sW) in x's dtype and memory format."""
-    n, c, h, w = x.shape
-    y = torch.empty((n, c, h * scale, w * scale), dtype=x.dtype, device=x.device, memory_format=checks.image_format(x))
+def _forward(problem: Problem) -> Tensor:
+    x = problem.x
+    y = torch.empty(problem.y_shape, dtype=x.dtype, device=x.device, memory_format=checks.image_format(x))
     if not y.numel():
         return y
-    plan = _Plan(x, kernel_size, scale, groups, softmax)
+    plan = _Plan(problem)
     with launch.on(x.device):
         launch.run(
             reassemble_forward,
-            (plan.programs, triton.cdiv(scale, plan.dy)),
+            (plan.programs, triton.cdiv(problem.scale, plan.dy)),
             plan.config,
             x=Image(x, *x.stride()),
-            weights=weights.contiguous(),
+            weights=problem.weights.contiguous(),
             y=Image(y, *y.stride()),
             sizes=plan.sizes,
             blocks=plan.blocks,
@@ -113,23 +113,14 @@ def _run_forward(softmax: bool, x: Tensor, weights: Tensor, kernel_size: int, sc
     return y
 
 
-def _run_backward(
-    softmax: bool,
-    grad: Tensor,
-    needs: Sequence[bool],
-    x: Tensor,
-    weights: Tensor,
-    kernel_size: int,
-    scale: int,
-    groups: int,
-) -> list[Tensor | None]:
-    """Gradients of x and of the logits or masks where `needs`, None elsewhere."""
+def _backward(problem: Problem, grad: Tensor, needs: Sequence[bool]) -> list[Tensor | None]:
+    softmax, x, weights, _, scale, groups = problem
     dense = weights.contiguous()
     dx, dw = (torch.empty_like(t) if need else None for t, need in zip((x, dense), needs, strict=True))
     if not x.numel():  # weights may have elements although there are no channels to sum over
         return [dx, None if dw is None else dw.zero_()]
     n, _, h, w = x.shape
-    plan = _Plan(x, kernel_size, scale, groups, softmax)
+    plan = _Plan(problem)
     stats = torch.empty((n, groups, 2, scale**2, h, w), dtype=torch.float32, device=x.device) if softmax else dense
     # The weights' gradient sums over channels, 64 at a time: more would not share anything more.
     channels = min(plan.c_block, 64)
@@ -167,5 +158,4 @@ def _run_backward(
     return [dx, dw]
 
 
-reassemble = Backend(spec.of_logits(_run_forward), spec.of_logits(_run_backward), spec.of_logits(_unsupported))
-carafe = Backend(spec.of_masks(_run_forward), spec.of_masks(_run_backward), spec.of_masks(_unsupported))
+reassemble, carafe = operations(_forward, _backward, _unsupported)

@@ -14,6 +14,7 @@ from torch import Tensor
 from famseg_kernels import backends, checks, launch
 from famseg_kernels.spec import Backend
 from famseg_kernels.strip_conv import spec
+from famseg_kernels.strip_conv.problem import Problem
 from famseg_kernels.strip_conv.triton.kernels import Branches, Square, convolve, square_gradients, strip_gradients
 
 
@@ -81,16 +82,9 @@ def _unsupported(x: Tensor, *_: Any) -> str | None:
     return "its kernels compute in fp32, x is float64" if x.dtype == torch.float64 else None
 
 
-def _forward(
-    x: Tensor,
-    square_weight: Tensor | None,
-    square_bias: Tensor | None,
-    row_weights: Sequence[Tensor],
-    row_biases: Sequence[Tensor],
-    col_weights: Sequence[Tensor],
-    col_biases: Sequence[Tensor],
-) -> Tensor:
+def _forward(*arguments: Any) -> Tensor:
     """y (N, C, H, W) in x's dtype and memory format."""
+    x, square_weight, square_bias, row_weights, row_biases, col_weights, col_biases = Problem(*arguments)
     with launch.on(x.device):
         square = Square(*_dense((square_weight, square_bias)))
         rows = (_dense(row_weights), _dense(spec.unpacked(row_biases, row_weights)))
@@ -100,18 +94,9 @@ def _forward(
         return y.contiguous(memory_format=checks.image_format(x))
 
 
-def _backward(
-    grad: Tensor,
-    needs: Sequence[bool],
-    x: Tensor,
-    square_weight: Tensor | None,
-    square_bias: Tensor | None,
-    row_weights: Sequence[Tensor],
-    row_biases: Sequence[Tensor],
-    col_weights: Sequence[Tensor],
-    col_biases: Sequence[Tensor],
-) -> list[Tensor | None]:
+def _backward(grad: Tensor, needs: Sequence[bool], *arguments: Any) -> list[Tensor | None]:
     """Gradients of the flattened tensor arguments where `needs`, None elsewhere. Recomputes `a`, saves nothing."""
+    x, square_weight, square_bias, row_weights, row_biases, col_weights, col_biases = Problem(*arguments)
     with launch.on(x.device):
         return _gradients(
             grad.contiguous(),
