@@ -170,10 +170,10 @@ def _scan_case(ids: list[int] | None, **options: Any) -> Case:
     )
 
 
-def _scan_2d_case(directions: int, shared: bool = False, **options: Any) -> Case:
+def _scan_2d_case(directions: int, shared: bool = False, headdim: int = 3, **options: Any) -> Case:
     n, h, w, heads, k = 2, 5, 8, 4, 1 if shared else directions
     arguments = {
-        "x": rand(n, h, w, heads, 3),
+        "x": rand(n, h, w, heads, headdim),
         "dt": rand(n, h, w, directions, heads),
         "A": -rand(directions, heads).abs() - 0.2,
         "B": rand(n, h, w, k, 2, 5),
@@ -232,11 +232,12 @@ KERNELS = ("square", "row", "column")
 CASES = {  # the scans in chunks of 16 tokens
     "scan": _scan_case(None, dt_softplus=True, dt_limit=(0.05, 2.0)),
     "scan_of_plain_steps": _scan_case(None),
-    "packed": _scan_case([0] * 11 + [1] * 18 + [2] * 8, dt_softplus=True),
-    "packed_at_the_start": _scan_case([0] * 21 + [1] * 16),
+    "packed": _scan_case([0] * 11 + [1] * 18 + [2] * 7 + [3], dt_softplus=True),
+    "packed_at_the_start": _scan_case([0] * 21 + [1] * 15 + [2]),
     "image": _scan_2d_case(4),
     "image_of_plain_steps": _scan_2d_case(2, dt_softplus=False),
     "image_shared": _scan_2d_case(4, shared=True),
+    "image_wide": _scan_2d_case(4, headdim=32),  # in bf16 a kernel of its own
     "image_one_direction": _scan_2d_case(1, dt_limit=(0.1, 1.0)),
     "strips": _strips_case(),
     "reassemble": _reassemble_case("reassemble", reassemble, "logits"),

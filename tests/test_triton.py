@@ -19,13 +19,11 @@ from pathlib import Path
 import pytest
 import torch
 
-import famseg_kernels as fk
 from benchmarks import ahead, tune
 from benchmarks.shapes import shapes_for
 from famseg_kernels import backends
 from famseg_kernels.reassembly import cases as reassembly
 from famseg_kernels.ssd_scan import cases as ssd_scan
-from famseg_kernels.ssd_scan.reference import recurrence, step_size
 from famseg_kernels.strip_conv import cases as strip_conv
 from famseg_kernels.testing import gate
 
@@ -48,16 +46,28 @@ SELECTIONS = (
     "compiles and (strip_conv2d or carafe) and {name}-triton-float32",
     "any_configuration and {name}",
     "one_by_one and {name}",
-    "spoils and {name}-",
 )
+# Of tests/test_not_finite.py: each way by which a kernel keeps what is not finite in its place. An image takes 20 s.
+NOT_FINITE = {
+    "strip_conv2d": ("strips-x-nan", "strips-y-inf"),
+    "ssd_scan_2d": ("image_of_plain_steps-dt_bias-inf", "image_wide-A-inf", "image-dt-nan"),
+    "ssd_scan": (
+        *("scan_of_plain_steps-A-nan", "scan-initial_states-inf", "packed-dt-nan", "packed-x-minus_inf"),
+        *("packed_at_the_start-A-nan", "packed_at_the_start-final_states-inf"),
+    ),
+    "reassemble": ("reassemble-x-nan", "reassemble-logits-minus_inf"),
+    "carafe": ("carafe-masks-inf", "carafe-y-nan"),
+}
 
 
 @pytest.mark.parametrize("name", ahead.OPERATIONS)
 def test_the_contract_holds_in_the_interpreter(name):
-    files = ["tests/test_contract.py", "tests/test_triton.py"]
+    files = ["tests/test_contract.py", "tests/test_triton.py", "tests/test_not_finite.py"]
     workers = str(min(os.cpu_count() or 1, 4))
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-n", workers, "-p", "no:cacheprovider", *files]
-    selection = " or ".join(f"({selection.format(name=name)})" for selection in SELECTIONS)
+    selections = [selection.format(name=name) for selection in SELECTIONS]
+    selections += [f"triton-{case} and not double" for case in NOT_FINITE[name]]
+    selection = " or ".join(f"({selection})" for selection in selections)
     run = subprocess.run([*command, "-k", selection], cwd=ROOT, env=INTERPRETER, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
     summary = run.stdout.splitlines()[-1]
@@ -123,117 +133,6 @@ def test_gradients_asked_for_one_by_one_are_the_same(name):
         # What a launch computes on the way is left out.
         (gradient,) = operation.promised_gradients(alone, [args[0]], needs, args)
         assert torch.equal(gradient, together[i])
-
-
-def scan_by_definition(x, dt, A, B, C, dt_bias, starts=(0,)):
-    """ssd_scan with a softplus, token by token; starts: the first token of each sequence."""
-    step, ends = step_size(dt, dt_bias, True, 0.0, float("inf")), (*starts[1:], x.shape[1])
-    parts = [slice(start, end) for start, end in zip(starts, ends, strict=True)]
-    return torch.cat([recurrence(x[:, p], step[:, p], A, B[:, p], C[:, p]) for p in parts], 1)
-
-
-def scan_2d_by_definition(x, dt, A, B, C, dt_bias):
-    order = torch.arange(x.shape[1] * x.shape[2]).view(x.shape[1:3])
-    y = torch.zeros_like(x).flatten(1, 2)
-    for k, path in enumerate((order.flatten(), order.flatten().flip(0), order.T.flatten(), order.T.flatten().flip(0))):
-        tokens = [t.flatten(1, 2)[:, path] for t in (x, dt[..., k, :], B[..., k, :, :], C[..., k, :, :])]
-        y = y.index_add(1, path, scan_by_definition(*tokens[:2], A[k], *tokens[2:], dt_bias[k]))
-    return y.view_as(x)
-
-
-def with_nan(tensors, place, index):
-    """Tensors that ask for their gradients, the one at `place` with NaN at `index`."""
-    tensors = [t.clone() for t in tensors]
-    tensors[place][index] = torch.nan
-    return [t.requires_grad_() for t in tensors]
-
-
-def where_nan(function, leaves):
-    """In the result and, of a gradient without any, in those of the leaves."""
-    y = function(*leaves)
-    return [t.isnan() for t in (y, *torch.autograd.grad(y, leaves, torch.linspace(1, 2, y.numel()).view_as(y)))]
-
-
-NAN_SOURCES = {"dt": 1, "A": 2, "dt_bias": 5}
-
-
-def check_where_nan(found, expected, source, tokens):
-    """In the same places of y and of every gradient, and A's in all of its head."""
-    for name, ours, truth in zip(("y", "x", "dt", "A", "B", "C", "dt_bias"), found, expected, strict=True):
-        if source == "A" and truth.dim() > len(tokens) + 1:
-            # By the definition, a gradient may yet pass by a last token: its decay leads nowhere.
-            truth = truth.any(tokens, keepdim=True).expand_as(truth)
-        assert torch.equal(ours, truth), (name, ours.nonzero(), truth.nonzero())
-
-
-@pytest.mark.skipif(not backends.TRITON_INTERPRETS, reason="runs in the interpreter's process")
-@pytest.mark.parametrize("starts", [(0,), (0, 20, 55)], ids=["one_sequence", "three_sequences"])
-@pytest.mark.parametrize("source", NAN_SOURCES)
-@pytest.mark.parametrize("name", ["ssd_scan"])
-def test_nan_spoils_what_the_definition_says_of_a_sequence(name, source, starts):
-    """Chunks of 32 tokens, in which sequences start and end; the first of two heads stays clean."""
-    rand = torch.Generator().manual_seed(0)
-    x, dt, A, B, C, bias = (
-        torch.randn(s, generator=rand) for s in ((1, 75, 2, 3), (1, 75, 2), 2, (1, 75, 1, 4), (1, 75, 1, 4), 2)
-    )
-    tensors = x, dt, -A.abs(), B, C, bias
-    place = NAN_SOURCES[source]
-    index = (0, 40, 1) if source == "dt" else 1
-    seq_idx = sum(torch.arange(75) >= start for start in starts[1:]) + torch.zeros(1, 75, dtype=torch.int64)
-    expected = where_nan(lambda *t: scan_by_definition(*t, starts), with_nan(tensors, place, index))
-    with fk.use_backend("triton"):
-        found = where_nan(
-            lambda *t: fk.ssd_scan(*t[:5], dt_bias=t[5], dt_softplus=True, seq_idx=seq_idx),
-            with_nan(tensors, place, index),
-        )
-    check_where_nan(found, expected, source, (1,))
-
-
-@pytest.mark.skipif(not backends.TRITON_INTERPRETS, reason="runs in the interpreter's process")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["chunks", "one_matrix"])
-@pytest.mark.parametrize("source", NAN_SOURCES)
-@pytest.mark.parametrize("name", ["ssd_scan_2d"])
-def test_nan_spoils_what_the_definition_says_of_an_image(name, source, dtype):
-    """Two chunks or tiles. Direction k is spoilt in head k, the fifth head stays clean; no two heads share B and C."""
-    rand = torch.Generator().manual_seed(0)
-    n, h, w, k, heads, p, state = 1, 5, 8, 4, 5, 32, 4
-    shapes = (
-        (n, h, w, heads, p),
-        (n, h, w, k, heads),
-        (k, heads),
-        (n, h, w, k, heads, state),
-        (n, h, w, k, heads, state),
-        (k, heads),
-    )
-    x, dt, A, B, C, bias = (torch.randn(shape, generator=rand) for shape in shapes)
-    tensors = [t.to(dtype) for t in (x, dt, -A.abs(), B, C, bias)]
-    place, every = NAN_SOURCES[source], torch.arange(4)
-    index = (0, 2, 3, every, every) if source == "dt" else (every, every)
-    expected = where_nan(scan_2d_by_definition, with_nan([t.double() for t in tensors], place, index))
-    with fk.use_backend("triton"):
-        found = where_nan(
-            lambda *t: fk.ssd_scan_2d(*t[:5], dt_bias=t[5], dt_softplus=True), with_nan(tensors, place, index)
-        )
-    check_where_nan(found, expected, source, (1, 2))
-
-
-@pytest.mark.skipif(not backends.TRITON_INTERPRETS, reason="runs in the interpreter's process")
-@pytest.mark.parametrize(("name", "dtype"), [("reassemble", torch.float32)], ids=["reassemble-float32"])
-def test_nan_spoils_its_pixel_and_minus_infinity_none(name, dtype):
-    args = ahead.OPERATIONS[name].spec.cases[0].arguments(dtype)
-    results = []
-    for backend in ("reference", "triton"):
-        x, logits = (t.clone().requires_grad_() for t in args[:2])
-        with torch.no_grad():
-            logits[0, 41, 5, 2] = torch.nan
-            logits[0, 8:, 2, 3] = -torch.inf  # but for the first two taps of each of its four results
-        with fk.use_backend(backend):
-            y = fk.reassemble(x, logits, *args[2:])
-            gradients = torch.autograd.grad(y, (x, logits), torch.linspace(1, 2, y.numel()).view_as(y))
-            results.append((y, *gradients))
-    for ours, truth in zip(results[1], results[0], strict=True):
-        assert 0 < truth.isnan().sum() <= 8 * 25  # channels or none, and taps
-        torch.testing.assert_close(ours, truth, equal_nan=True, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.skipif(backends.TRITON_INTERPRETS, reason="kernels of this process are interpreted")

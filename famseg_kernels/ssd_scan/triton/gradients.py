@@ -16,9 +16,9 @@ from famseg_kernels.ssd_scan.triton.steps import (
     pixels_of,
     row,
     sequences,
+    state_of_zeros,
     two_floats,
     unclamped,
-    zero_or_nan,
 )
 
 
@@ -116,7 +116,7 @@ def matrix_gradients(
                 # Once: by direction 0 and the first block of N.
                 tl.store(of_skip + skip_at, product, mask=p0 + p < tl.where(direction + block == 0, P, 0))
 
-        sums_high, sums_low = two_floats(sums, step)
+        sums_high, sums_low = two_floats(sums)
         between = difference(sums_high, sums_low, sums_high, sums_low)
         pair = dM * tl.exp2(tl.where(side, between, float("-inf")))
         # Chosen, here and below, and not multiplied by 0: that is NaN of what is not finite.
@@ -129,15 +129,17 @@ def matrix_gradients(
             products = tl.where(side, products, 0.0)
         # across[t, j], read where t > j: over the tokens i ≥ t that read token j.
         across = tl.cumsum(products, 0, reverse=True)
-        arriving = tl.zeros((CHUNK,), tl.float32)
         if states is not None:
-            if resets is not None:
-                from_state = tl.where(enters[:, None], from_state, 0.0)
             arrive = decay_of(sums)
-            dC += arrive[:, None] * from_state
-            arriving = arrive * tl.sum(from_state * C_tile.to(tl.float32), 1)
-            if resets is not None:
-                arriving = tl.where(enters, arriving, 0.0)
+            from_state = arrive[:, None] * from_state
+            arriving = tl.sum(from_state * C_tile.to(tl.float32), 1)
+        else:
+            arriving = state_of_zeros(sums_high)
+            from_state = arriving[:, None]
+        if resets is not None:
+            from_state = tl.where(enters[:, None], from_state, 0.0)
+            arriving = tl.where(enters, arriving, 0.0)
+        dC += from_state
         if state_gradients is not None:
             leave = decay_of(total - sums)
             weight = leave * step
@@ -152,7 +154,7 @@ def matrix_gradients(
             across += (weight * leaving)[None, :]
         # The decay of token t lies between the tokens j < t and those from t on, between the entering state and the
         # tokens from t on, between the tokens j < t and the leaving state, and between both states.
-        d_log = tl.sum(tl.where(columns < rows, across, arriving[None, :]), 1) + zero_or_nan(step)
+        d_log = tl.sum(tl.where(columns < rows, across, arriving[None, :]), 1)
         through = decay_of(total) * tl.sum(passing, 0)
         if resets is not None:
             through = tl.where(last > 0, 0.0, through)
@@ -172,7 +174,7 @@ def matrix_gradients(
 
 @triton.jit
 def step_gradients(
-    steps, of_step, of_log, of_dt, of_A, of_bias, rows, tokens, columns,
+    steps, resets, of_step, of_log, of_dt, of_A, of_bias, rows, tokens, columns,
     SOFTPLUS: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """From the gradients of steps and log-decays (parts, rows, columns) those of dt, A and dt_bias.
@@ -198,12 +200,17 @@ def step_gradients(
         place = (pixel + part * rows)[:, None] * columns + column[None, :]
         d_step += tl.load(of_step + place, mask=inside, other=0.0)
         d_log += tl.load(of_log + place, mask=inside, other=0.0)
-    d_log = tl.where(step * (decay_rate * LOG2_E) < LOWEST, 0.0, d_log)
-    d_raw = d_step + d_log * decay_rate
-    d_raw = tl.where((value < steps.low) | (value > steps.high), 0.0, d_raw)
+    # 0, but NaN of what is not finite, as 0 times it is in the recurrence.
+    d_log = tl.where(step * (decay_rate * LOG2_E) < LOWEST, d_log * 0.0, d_log)
+    from_log, from_step = d_log * decay_rate, d_log * step
+    if resets is not None:  # A token that starts a sequence has no decay: not even 0 times an A that is NaN.
+        starts = (tl.load(resets + pixel, mask=pixel < rows, other=0) != 0)[:, None]
+        from_log, from_step = tl.where(starts, 0.0, from_log), tl.where(starts, 0.0, from_step)
+    # As of torch.clamp 0 for a NaN.
+    d_raw = tl.where((value >= steps.low) & (value <= steps.high), d_step + from_log, 0.0)
     if SOFTPLUS:
         d_raw = tl.where(raw > 20.0, d_raw, d_raw / (1.0 + tl.exp(-raw)))
     tl.store(of_dt + pixel[:, None] * columns + column[None, :], d_raw.to(of_dt.dtype.element_ty), mask=inside)
     sum_at = row_block * columns + column
-    tl.store(of_A + sum_at, tl.sum(tl.where(inside, d_log * step, 0.0), 0), mask=exists)
+    tl.store(of_A + sum_at, tl.sum(tl.where(inside, from_step, 0.0), 0), mask=exists)
     tl.store(of_bias + sum_at, tl.sum(tl.where(inside, d_raw, 0.0), 0), mask=exists)

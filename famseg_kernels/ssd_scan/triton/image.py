@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from famseg_kernels.ssd_scan.triton.mix import gram_of
-from famseg_kernels.ssd_scan.triton.steps import difference, load_steps, pixels_of, two_floats
+from famseg_kernels.ssd_scan.triton.steps import difference, load_steps, pixels_of, state_of_zeros, two_floats
 
 
 @triton.jit
@@ -15,8 +15,7 @@ def running_sums(
 ):  # fmt: skip
     """Steps and running sums of log-decays, (direction, batch, head, pixel), of images of at most TOKENS.
 
-    The sums are those `mix_axis` makes of a chunk: along the direction's axis, and the reverse directions leave the
-    token out.
+    The sums are those `mix_axis` makes of a chunk: in a direction's own order.
     """
     batches, heads = sizes.batches, sizes.heads
     head = tl.program_id(0) % heads
@@ -26,7 +25,8 @@ def running_sums(
     live = token < sizes.height * sizes.width
     pixels = pixels_of(token, direction // 2, sizes)
     value, log_decay = load_steps(steps, batch, pixels, live, direction * heads + head, SOFTPLUS)
-    higher, lower = two_floats(tl.cumsum(log_decay, 0) - tl.where(direction % 2 == 0, 0, log_decay), value)
+    sums = tl.cumsum(log_decay, 0)
+    higher, lower = two_floats(tl.where(direction % 2 == 0, sums, tl.sum(log_decay, 0) - sums + log_decay))
     place = ((direction * batches + batch) * heads + head) * sizes.height * sizes.width + pixels
     tl.store(step + place, value, mask=live)
     tl.store(sums_high + place, higher, mask=live)
@@ -94,7 +94,7 @@ def mix_image(
                 tl.load(sums_high + lower_at + j, mask=live_j, other=0.0),
                 tl.load(sums_low + lower_at + j, mask=live_j, other=0.0),
             )
-            above = -difference(
+            above = difference(
                 tl.load(sums_high + upper_at + i, mask=live_i, other=0.0),
                 tl.load(sums_low + upper_at + i, mask=live_i, other=0.0),
                 tl.load(sums_high + upper_at + j, mask=live_j, other=0.0),
@@ -109,7 +109,8 @@ def mix_image(
             order_i = i if axis == 0 else i % sizes.width * sizes.height + i // sizes.width
             order_j = j if axis == 0 else j % sizes.width * sizes.height + j // sizes.width
             later = order_i[:, None] >= order_j[None, :]
-            decay = tl.exp2(tl.where(both, tl.where(later, below, above), float("-inf")))
+            decay = tl.where(later, below, above)
+            decay = tl.exp2(tl.where(both, -decay if TRANSPOSED else decay, float("-inf")))
             mixing += decay * tl.where(later, gram * lower_weight, other_gram * upper_weight)
             # The diagonal belongs to both sides.
             mixing += tl.where(i[:, None] == j[None, :], other_gram * upper_weight, 0.0)
@@ -117,6 +118,10 @@ def mix_image(
         u_tile = tl.load(u_rows + column[None, :], mask=live_j[:, None] & exists[None, :], other=0.0)
         result = tl.dot(mixing.to(DOT), u_tile.to(DOT), result, input_precision=PRECISION)
 
+    if not TRANSPOSED:
+        for direction in tl.static_range(4):
+            at = ((direction * batches + batch) * heads + head) * tokens
+            result += state_of_zeros(tl.load(sums_high + at + i, mask=live_i, other=0.0))[:, None]
     inside = live_i[:, None] & exists[None, :]
     if skip is not None:
         weight_of_u = tl.load(skip + column, mask=exists, other=0.0).to(tl.float32)

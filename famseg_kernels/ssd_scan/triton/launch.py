@@ -330,6 +330,7 @@ class _Plan:
             (row_blocks * -(-columns // column_block),),
             launch.Config(_WARPS),
             steps=self.steps,
+            resets=self.resets,
             of_step=of_step,
             of_log=of_log,
             of_dt=of_dt,

@@ -6,7 +6,16 @@ import triton
 import triton.language as tl
 
 from famseg_kernels.finite import finite, nan_unless_finite
-from famseg_kernels.ssd_scan.triton.steps import decay_of, difference, load_steps, pixels_of, row, sequences, two_floats
+from famseg_kernels.ssd_scan.triton.steps import (
+    decay_of,
+    difference,
+    load_steps,
+    pixels_of,
+    row,
+    sequences,
+    state_of_zeros,
+    two_floats,
+)
 
 
 @triton.jit
@@ -97,7 +106,7 @@ def mix_direction(
         head = head_block * HEADS + h
         step, log_decay = load_steps(steps, batch, pixels, live, head, SOFTPLUS)
         sums, total = tl.cumsum(log_decay, 0), tl.sum(log_decay, 0)
-        high, low = two_floats(sums, step)
+        high, low = two_floats(sums)
         decay = difference(high, low, high, low)
         # A token's step goes with what it gives: that is a column of M and a row of its transpose.
         if TRANSPOSED:
@@ -107,6 +116,10 @@ def mix_direction(
         mixing = mixing.to(DOT)
         if states is not None:
             factor = decay_of(total - sums) * step if TRANSPOSED else decay_of(sums)
+        elif not TRANSPOSED:
+            entering = state_of_zeros(high)
+            if resets is not None:
+                entering = tl.where(reached, entering, 0.0)
 
         for p0 in range(0, P, BLOCK_P):
             inside = live[:, None] & (p0 + p < P)[None, :]
@@ -122,6 +135,8 @@ def mix_direction(
                     )  # fmt: skip
                 if resets is not None:
                     result = tl.where(reached[:, None], result, 0.0)
+            elif not TRANSPOSED:
+                result += entering[:, None]
             result = add_product(result, mixing, side, u_tile, DOT, PRECISION)
             if skip is not None:
                 weight_of_u = tl.load(skip + column, mask=(p0 + p < P)[None, :], other=0.0).to(tl.float32)
@@ -188,37 +203,31 @@ def mix_axis(
 
     for h in range(HEADS):
         head = head_block * HEADS + h
-        # Direction 0 or 2: sums from the chunk's start to the token. The decay of direction 1 or 3 from token j down
-        # to token i < j is that of tokens i to j - 1: so its sums leave the token itself out.
-        step, log_decay = load_steps(steps, batch, pixels, live, 2 * AXIS * heads + head, SOFTPLUS)
-        sums, total = tl.cumsum(log_decay, 0), tl.sum(log_decay, 0)
-        reverse_step, log_decay = load_steps(steps, batch, pixels, live, (2 * AXIS + 1) * heads + head, SOFTPLUS)
-        reverse_sums, reverse_total = tl.cumsum(log_decay, 0) - log_decay, tl.sum(log_decay, 0)
-        if TRANSPOSED:
-            lower_step, lower_sums, upper_step, upper_sums = reverse_step, reverse_sums, step, sums
-            upper_total = total
-        else:
-            lower_step, lower_sums, upper_step, upper_sums = step, sums, reverse_step, reverse_sums
-            upper_total = reverse_total
-
-        lower_high, lower_low = two_floats(lower_sums, lower_step)
-        upper_high, upper_low = two_floats(upper_sums, upper_step)
+        # The sums of a direction go from where it enters the chunk to the token: of 1 and 3 from the chunk's end.
+        lower_step, lower_log = load_steps(steps, batch, pixels, live, lower * heads + head, SOFTPLUS)
+        upper_step, upper_log = load_steps(steps, batch, pixels, live, upper * heads + head, SOFTPLUS)
+        lower_sums = tl.cumsum(lower_log, 0, reverse=TRANSPOSED)
+        upper_sums = tl.cumsum(upper_log, 0, reverse=not TRANSPOSED)
+        lower_high, lower_low = two_floats(lower_sums)
+        upper_high, upper_low = two_floats(upper_sums)
         below = difference(lower_high, lower_low, lower_high, lower_low)
-        above = -difference(upper_high, upper_low, upper_high, upper_low)
+        above = difference(upper_high, upper_low, upper_high, upper_low)
+        decay = tl.where(rows >= columns, below, above)
         # A token's step goes with what it gives: that is a column of M and a row of its transpose.
         lower_weight = lower_step[:, None] if TRANSPOSED else lower_step[None, :]
         upper_weight = upper_step[:, None] if TRANSPOSED else upper_step[None, :]
         # On its own side of the diagonal no sum of log-decays is positive.
-        decay = tl.exp2(tl.where(rows >= columns, below, above))
-        mixing = gram * decay * tl.where(rows >= columns, lower_weight, upper_weight)
+        mixing = gram * tl.exp2(-decay if TRANSPOSED else decay) * tl.where(rows >= columns, lower_weight, upper_weight)
         mixing += tl.where(rows == columns, (upper_diagonal * upper_step)[:, None], 0.0)
         mixing = mixing.to(DOT)
         if states is not None:
-            lower_factor = decay_of(lower_sums)
-            upper_factor = decay_of(upper_total - upper_sums)
             if TRANSPOSED:
-                lower_factor *= lower_step
-                upper_factor *= upper_step
+                lower_factor = decay_of(tl.sum(lower_log, 0) - lower_sums) * lower_step
+                upper_factor = decay_of(tl.sum(upper_log, 0) - upper_sums) * upper_step
+            else:
+                lower_factor, upper_factor = decay_of(lower_sums), decay_of(upper_sums)
+        elif not TRANSPOSED:
+            entering = state_of_zeros(lower_high) + state_of_zeros(upper_high)
 
         for p0 in range(0, P, BLOCK_P):
             inside = live[:, None] & (p0 + p < P)[None, :]
@@ -238,6 +247,8 @@ def mix_axis(
                         result, left_rows, upper_matrix, upper_factor, live, states, upper_at,
                         p0, p, n0, n, P, N, DOT, PRECISION,
                     )  # fmt: skip
+            elif not TRANSPOSED:
+                result += entering[:, None]
             # Every token reads every other one: no zeros to mind.
             result = tl.dot(mixing, u_tile.to(DOT), result, input_precision=PRECISION)
             if skip is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from famseg_kernels.ssd_scan.triton.steps import decay_of, load_steps, pixels_of, row, sequences, zero_or_nan
+from famseg_kernels.ssd_scan.triton.steps import decay_of, load_steps, pixels_of, row, sequences
 
 _CUT = tl.constexpr(-(1 << 62))  # in the place of a chunk's sum of log-decays: a sequence starts anew in it
 
@@ -42,7 +42,7 @@ def chunk_states(
     step, log_decay = load_steps(steps, batch, pixels, live, direction * heads + head, SOFTPLUS)
     total = tl.sum(log_decay, 0)
     sums = tl.cumsum(log_decay, 0)
-    factor = decay_of(sums) + zero_or_nan(step) if GRADIENT else decay_of(total - sums) * step
+    factor = decay_of(sums) if GRADIENT else decay_of(total - sums) * step
     if resets is not None:
         # Only the first sequence reads the state that enters, only the last one adds to the state that leaves.
         sequence = sequences(resets, batch, pixels, tokens, live)

@@ -10,7 +10,11 @@ import triton.language as tl
 LOG2_E = tl.constexpr(1.4426950408889634)
 # exp(-110) is 0 in fp32. The gradient of a step's decay is 0 below, as that of torch.clamp.
 LOWEST = tl.constexpr(-110.0 * 1.4426950408889634)
-_ONE = tl.constexpr(float(1 << 40))  # of the fixed-point numbers
+_ONE = tl.constexpr(float(1 << 33))  # of the fixed-point numbers
+# In the place of a log-decay that is NaN or has an infinite decay. 2 to the power of any sum with it is infinite, and
+# no sum of 1024 others is as large: they lie between LOWEST and _HIGHEST.
+_NO_NUMBER = tl.constexpr(float(1 << 19))
+_HIGHEST = tl.constexpr(128.0)
 
 
 class Rows(NamedTuple):
@@ -76,7 +80,7 @@ def clamped(value, low, high):
 def load_steps(steps, batch, pixels, live, column, SOFTPLUS: tl.constexpr):
     """Steps, and their log-decays to base 2 in fixed point. Tokens that are not live keep the state and add nothing.
 
-    A step is NaN where the log-decay is not finite, which becomes 0: what a conversion makes of it depends on the chip.
+    A decay that is not a finite number is infinite: so is then each product of decays with it, and no other.
     """
     raw = tl.load(row(steps.dt, batch, pixels) + column, mask=live, other=0.0).to(tl.float32)
     if steps.bias is not None:
@@ -84,15 +88,14 @@ def load_steps(steps, batch, pixels, live, column, SOFTPLUS: tl.constexpr):
     step = clamped(unclamped(raw, SOFTPLUS), steps.low, steps.high)
     log_decay = step * (tl.load(steps.A + column).to(tl.float32) * LOG2_E)
     log_decay = tl.maximum(log_decay, LOWEST, propagate_nan=tl.PropagateNan.ALL)
-    is_number = log_decay < float("inf")
-    step = tl.where(live, tl.where(is_number, step, float("nan")), 0.0)
-    return step, (tl.where(live & is_number, log_decay, 0.0) * _ONE).to(tl.int64)
+    log_decay = tl.where(log_decay < _HIGHEST, log_decay, _NO_NUMBER)  # of a NaN it is false
+    return tl.where(live, step, 0.0), (tl.where(live, log_decay, 0.0) * _ONE).to(tl.int64)
 
 
 @triton.jit
-def zero_or_nan(t):
-    """What is added to carry a NaN of t, and of t an infinity not."""
-    return tl.where(t == t, 0.0, t)
+def state_of_zeros(sums):
+    """What a state of zeros adds, by the sum of the log-decays up to a token: NaN once one of them was no number."""
+    return tl.where(sums > 0.5 * _NO_NUMBER, float("nan"), 0.0)
 
 
 @triton.jit
@@ -102,12 +105,11 @@ def sequences(resets, batch, pixels, tokens, live):
 
 
 @triton.jit
-def two_floats(sums, step):
-    """A fixed-point number as the sum of two floats, so that differences of large ones keep their digits; NaN where
-    the token's own decay is."""
+def two_floats(sums):
+    """A fixed-point number as the sum of two floats, so that differences of large ones keep their digits."""
     high = sums.to(tl.float32)
     low = (sums - high.to(tl.int64)).to(tl.float32)
-    return high * (1.0 / _ONE) + zero_or_nan(step), low * (1.0 / _ONE)
+    return high * (1.0 / _ONE), low * (1.0 / _ONE)
 
 
 @triton.jit
