@@ -72,11 +72,16 @@ def build(directory: Path) -> Emulation:
 
 
 class Launch(NamedTuple):
-    """What a launcher asked for: the kernel's symbol, threads of a block, bytes of its dynamic shared memory."""
+    """What a launcher asked for: the kernel's symbol, threads of a block, bytes of its dynamic shared memory.
+
+    grid: blocks along x, y and z. parameters: the kernel's, as they lie in a GPU's constant memory.
+    """
 
     kernel: str
     threads: int
     shared: int
+    grid: tuple[int, int, int]
+    parameters: bytes
 
 
 class Emulation:
@@ -103,11 +108,14 @@ class Emulation:
     def recorded(self) -> list[Launch]:
         self._settings.recorded.restype = ctypes.c_size_t
         self._settings.recorded_launch.restype = ctypes.c_char_p
-        threads, shared = ctypes.c_uint(), ctypes.c_size_t()
+        self._settings.recorded_parameters.restype = ctypes.c_void_p
+        threads, shared, size, grid = ctypes.c_uint(), ctypes.c_size_t(), ctypes.c_size_t(), (ctypes.c_uint * 3)()
         launches = []
         for index in range(self._settings.recorded()):
             symbol = self._settings.recorded_launch(ctypes.c_size_t(index), ctypes.byref(threads), ctypes.byref(shared))
-            launches.append(Launch(symbol.decode(), threads.value, shared.value))
+            at = self._settings.recorded_parameters(ctypes.c_size_t(index), ctypes.byref(size), grid)
+            parameters = ctypes.string_at(at, size.value)
+            launches.append(Launch(symbol.decode(), threads.value, shared.value, tuple(grid), parameters))
         return launches
 
     def install(self, monkeypatch: Any) -> None:

@@ -26,6 +26,7 @@
 #include <memory>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -97,13 +98,28 @@ inline std::map<const void*, size_t> allowed;
 // Called once, by the next launch, just before it: what another thread does at this moment.
 inline void (*interruption)() = nullptr;
 
-// What a launcher asked for. Where launches are only recorded, a GPU's occupancy can be counted for
-// shapes that would take the fibers hours.
+// What a launcher asked for. Where launches are only recorded, a GPU's occupancy and instructions can
+// be counted for shapes that would take the fibers hours.
 struct Launch {
   const void* kernel;
   unsigned threads;
   size_t shared_bytes;
+  dim3 grid;
+  std::string parameters;  // the kernel's, as a GPU finds them in its constant memory
 };
+
+// Each at a multiple of its alignment, as CUDA lays them out.
+template <typename... Parameters>
+std::string laid_out(const Parameters&... parameters) {
+  std::string bytes;
+  const auto add = [&](const auto& parameter) {
+    const size_t alignment = alignof(std::decay_t<decltype(parameter)>);
+    bytes.resize((bytes.size() + alignment - 1) / alignment * alignment);
+    bytes.append(reinterpret_cast<const char*>(&parameter), sizeof(parameter));
+  };
+  (add(parameters), ...);
+  return bytes;
+}
 inline std::vector<Launch> launches;
 inline bool only_recorded = false;
 
@@ -340,7 +356,8 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
     return cudaErrorInvalidValue;
   }
   if (only_recorded) {
-    launches.push_back({symbol, config->blockDim.x, config->dynamicSmemBytes});
+    launches.push_back({symbol, config->blockDim.x, config->dynamicSmemBytes, config->gridDim,
+                        laid_out<Parameters...>(arguments...)});
   } else {
     cuda_on_cpu::launch(config->gridDim, config->blockDim, config->dynamicSmemBytes,
                         [&] { kernel(arguments...); });

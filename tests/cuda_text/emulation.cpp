@@ -37,3 +37,13 @@ extern "C" const char* recorded_launch(size_t index, unsigned* threads, size_t* 
   Dl_info found;
   return dladdr(launch.kernel, &found) != 0 ? found.dli_sname : nullptr;
 }
+
+// Its parameters, of which there are `size` bytes; and the blocks along x, y and z.
+extern "C" const void* recorded_parameters(size_t index, size_t* size, unsigned* grid) {
+  const cuda_on_cpu::Launch& launch = cuda_on_cpu::launches.at(index);
+  *size = launch.parameters.size();
+  grid[0] = launch.grid.x;
+  grid[1] = launch.grid.y;
+  grid[2] = launch.grid.z;
+  return launch.parameters.data();
+}

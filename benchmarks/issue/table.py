@@ -1,0 +1,194 @@
+"""One row a kernel, and their sums: an operation, its forward and its forward with backward."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import famseg_kernels as fk
+from benchmarks.issue import chips, cuda, machine, model, sass
+from benchmarks.issue.chips import Chip
+from benchmarks.issue.launches import FIRST, Launch, triton_launches
+from benchmarks.issue.model import Work
+from benchmarks.issue.sass import Refusal
+from benchmarks.issue.steps import Constants
+from benchmarks.shapes import GPU_SHAPES
+from benchmarks.timing import DTYPES
+from famseg_kernels.testing.case import Case
+from famseg_kernels.torch_op import Operation
+
+Row = dict[str, Any]
+OPERATIONS = {operation.spec.name: operation for operation in fk.OPERATIONS}
+BACKENDS = ("triton", "cuda")
+UNITS = ("issue", "fma", "alu", "tensor", "xu", "shared memory", "fp64", "fp16", "uniform", "L2 port", "latency", "L2", "memory")  # fmt: skip
+SAMPLE = 7  # blocks of a launch that are run
+
+
+def sample(grid: tuple[int, int, int], most: int = SAMPLE) -> list[tuple[int, int, int]]:
+    """The first and the last block, and others spread over the grid so that no period of tiles is favoured."""
+    total, golden = math.prod(grid), 0.6180339887498949
+    inner = (int(total * (i * golden % 1)) for i in range(1, most - 1))
+    places = sorted({0, total - 1, *inner})
+    return [(i % grid[0], i // grid[0] % grid[1], i // grid[0] // grid[1]) for i in places]
+
+
+def counted(launch: Launch, capability: int) -> tuple[Work, sass.Usage]:
+    """What an average block of the launch does. Kept in the cache: it takes seconds.
+
+    Raises:
+        Refusal: an instruction or an access is not understood.
+    """
+    text = json.dumps([_version(), launch.symbol, capability, launch.grid, launch.threads, SAMPLE])
+    key = hashlib.sha256(text.encode() + launch.parameters + launch.cubin).hexdigest()[:32]
+    path = cuda.cache() / f"{key}.json"
+    if path.exists():
+        found = json.loads(path.read_text())
+        if "refusal" in found:
+            raise Refusal(found["refusal"])
+        work = Work(**found["work"])
+        work.loaded, work.stored = ({int(k): v for k, v in d.items()} for d in (work.loaded, work.stored))
+        return work, sass.Usage(*found["usage"])
+    try:
+        work, usage = _counted(launch, capability)
+    except Refusal as refusal:
+        path.write_text(json.dumps({"refusal": str(refusal)}))
+        raise
+    path.write_text(json.dumps({"work": dataclasses.asdict(work), "usage": list(usage)}))
+    return work, usage
+
+
+def _version() -> str:
+    sources = hashlib.sha256()
+    for name in ("arithmetic", "chips", "machine", "memory", "model", "sass", "steps"):
+        sources.update((Path(__file__).parent / f"{name}.py").read_bytes())
+    return sources.hexdigest()
+
+
+def _counted(launch: Launch, capability: int) -> tuple[Work, sass.Usage]:
+    kernel = sass.disassemble(launch.cubin, launch.symbol)
+    constants = Constants(capability, launch.threads, launch.grid, launch.parameters)
+    bases = sorted(launch.tensors)
+    run = machine.Machine(machine.analysed(kernel), constants, bases).run(sample(launch.grid), launch.threads // 32)
+    work = model.work(run, capability)
+    for base in {*work.loaded, *work.stored}:
+        if base < FIRST:
+            raise Refusal("an access outside all tensors")
+    if work.unknown > 0.01:
+        raise Refusal(f"{work.unknown:.0%} of the accesses have addresses that depend on data")
+    return work, sass.usage(launch.cubin)[launch.symbol]
+
+
+def launches(
+    backend: str, operation: Operation, case: Case, dtype: torch.dtype, capability: int
+) -> tuple[list[Launch], list[Launch]]:
+    made = {"triton": triton_launches, "cuda": cuda.cuda_launches}[backend]
+    return made(operation, case, dtype, capability)
+
+
+def rows_of(
+    backend: str, operation: Operation, case: Case, dtype: torch.dtype, some: Sequence[Chip] = chips.CHIPS
+) -> Iterator[Row]:
+    """Of every kernel that forward and backward launch, on every chip."""
+    for capability, alike in itertools.groupby(some, key=lambda chip: chip.capability):
+        same = list(alike)
+        passes = launches(backend, operation, case, dtype, capability)
+        for name, made in zip(("fwd", "bwd"), passes, strict=True):
+            for place, launch in enumerate(made):
+                where = {
+                    "op": operation.spec.name, "case": case.name, "dtype": name_of(dtype), "backend": backend,
+                    "pass": name, "launch": place, "kernel": launch.kernel,
+                }  # fmt: skip
+                for chip in same:
+                    yield where | {"chip": chip.name} | _predicted(launch, chip)
+
+
+def _predicted(launch: Launch, chip: Chip) -> Row:
+    if launch.torch_bytes:  # at the bandwidth of a copy, which a good kernel reaches
+        us = 1e6 * launch.torch_bytes / (chip.memory * chips.COPY)
+        return {"us": us, "binds": "memory", "memory us": us, "MB": launch.torch_bytes / 1e6, "refusal": ""}
+    row: Row = {"blocks": math.prod(launch.grid), "threads": launch.threads, "refusal": ""}
+    try:
+        work, usage = counted(launch, chip.capability)
+        static = usage.shared - cuda.RESERVED if chip.capability == 90 and usage.shared else usage.shared
+        shared = launch.shared + (static if launch.backend == "cuda" else 0)
+        row |= {"registers": usage.registers, "shared": shared}
+        found = model.predict(chip, work, launch.grid, launch.tensors, launch.threads, usage.registers, shared)
+    except Refusal as refusal:
+        return row | {"us": math.nan, "binds": "refused", "refusal": str(refusal)}
+    blocks = row["blocks"]
+    return row | {
+        "us": found.seconds * 1e6,
+        "binds": found.binds,
+        **{f"{unit} us": found.bounds[unit] * 1e6 for unit in UNITS},
+        "blocks a multiprocessor": found.resident,
+        "MB": found.memory_bytes / 1e6,
+        "instructions": work.instructions * blocks,
+        "tensor GFLOP": work.tensor_flops * blocks / 1e9,
+        "FMA GFLOP": work.fma_flops * blocks / 1e9,
+        "trips to memory": work.trips,
+    }
+
+
+def summed(rows: Sequence[Row]) -> list[Row]:
+    """One row for forward and one for forward with backward: the sum of their launches, one after the other."""
+    groups: dict[tuple[str, ...], list[Row]] = defaultdict(list)
+    for row in rows:
+        groups[tuple(row[k] for k in ("op", "case", "dtype", "backend", "chip"))].append(row)
+    found = []
+    for key, members in groups.items():
+        for name, passes in (("fwd", ("fwd",)), ("fwd+bwd", ("fwd", "bwd"))):
+            some = [row for row in members if row["pass"] in passes]
+            shares: dict[str, float] = defaultdict(float)
+            for row in some:
+                shares[row["binds"]] += row["us"]
+            us = sum(row["us"] for row in some)
+            bound, unit = bound_of(key[0], key[1], key[2], name == "fwd+bwd", _chip(key[4]))
+            refused = [row["kernel"] for row in some if row["refusal"]]
+            found.append(
+                dict(zip(("op", "case", "dtype", "backend", "chip"), key, strict=True))
+                | {
+                    "pass": name, "launches": len(some), "us": us,
+                    "binds": "refused" if refused else max(shares, key=lambda what: shares[what]),
+                    "share of it %": math.nan if refused else 100 * max(shares.values()) / us,
+                    "MB": sum(row.get("MB", math.nan) for row in some),
+                    "bound us": bound, "bound by": unit, "% of bound": 100 * bound / us,
+                    "refusal": ", ".join(refused),
+                }  # fmt: skip
+            )
+    return found
+
+
+def bound_of(op: str, case: str, dtype: str, backward: bool, chip: Chip) -> tuple[float, str]:
+    """Microseconds that no call of this work can beat: its FLOPs, or the bytes that any implementation moves.
+
+    Bytes of the backward as `benchmarks.timing` has them. 16 bits: on tensor cores; fp32: on FMA units.
+    """
+    operation = OPERATIONS[op]
+    shape = next(c for c in GPU_SHAPES[op] if c.name == case)
+    args = shape.arguments(DTYPES[dtype], "meta")
+    flops = operation.spec.flops(*args) * (3 if backward else 1)
+    results = operation.spec.fake(*args)
+    out = sum(t.nbytes for t in (results if isinstance(results, list) else [results]))
+    moved = operation.spec.moved_bytes(*args)
+    moved += (2 * (moved - out) + out) if backward else 0
+    rates = chips.FMA if dtype == "fp32" else chips.TENSOR
+    arithmetic = 1e6 * flops / (2 * rates[chip.capability] * chip.processors * chip.clock)
+    traffic = 1e6 * moved / (chip.memory * chips.COPY)
+    return (arithmetic, "arithmetic") if arithmetic > traffic else (traffic, "memory")
+
+
+def _chip(name: str) -> Chip:
+    return next(chip for chip in chips.CHIPS if chip.name == name)
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return next(name for name, value in DTYPES.items() if value == dtype)
