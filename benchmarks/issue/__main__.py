@@ -56,13 +56,20 @@ def main() -> int:
                     except Refusal as refusal:
                         failures += 1
                         print(f"{name} {case.name} {dtype} {backend}: {refusal}", file=sys.stderr)
-                    print(f"{name} {case.name} {dtype} {backend}: {time.monotonic() - begin:.1f} s", file=sys.stderr, flush=True)
+                    print(
+                        f"{name} {case.name} {dtype} {backend}: {time.monotonic() - begin:.1f} s",
+                        file=sys.stderr,
+                        flush=True,
+                    )
     if not rows:
         parser.error("nothing was asked for: no such case")
     for row in rows:
         if row["refusal"]:
             failures += 1
-            print(f"{row['op']} {row['case']} {row['dtype']} {row['kernel']} on {row['chip']}: {row['refusal']}", file=sys.stderr)
+            print(
+                f"{row['op']} {row['case']} {row['dtype']} {row['kernel']} on {row['chip']}: {row['refusal']}",
+                file=sys.stderr,
+            )
     sums = table.summed(rows)
     if options.measured:
         print(f"{report.join(sums, options.measured)} of {len(sums)} rows have a measurement", file=sys.stderr)

@@ -47,10 +47,11 @@ TENSOR = {80: 1024, 90: 2048}
 # Of which mma.sync (HMMA) reaches on Hopper; only wgmma (HGMMA) reaches all. L: 0.62.
 SYNCHRONOUS = {80: 1.0, 90: 0.63}
 # Clocks from issue to use. L: shared memory 29, L2 262, memory 466 and 479. S: HMMA 25 (k 16) on A100; 33 on H100, L.
+_ALIKE = {"shared": 29, "xu": 20, "fp64": 8, "other": 4, "shuffle": 23, "constant": 30, "barrier": 20}
 LATENCY = {
-    80: {"memory": 466, "shared": 29, "xu": 20, "tensor": 25, "fp64": 8, "other": 4, "shuffle": 23, "constant": 30, "barrier": 20},
-    90: {"memory": 479, "shared": 29, "xu": 20, "tensor": 33, "fp64": 8, "other": 4, "shuffle": 23, "constant": 30, "barrier": 20},
-}  # fmt: skip
+    80: _ALIKE | {"memory": 466, "tensor": 25},
+    90: _ALIKE | {"memory": 479, "tensor": 33},
+}
 
 # Clocks that a scheduler's share of a unit is taken by a warp's instruction: 32 lanes over a quarter of the lanes that
 # CG gives for a multiprocessor. Two units for "fp32": 64 lanes a multiprocessor on sm_80, 128 on sm_90, of which IMAD
@@ -135,5 +136,7 @@ def resident(chip: Chip, threads: int, registers: int, shared: int) -> int:
     of_registers = chip.registers // (warps * -(-registers * 32 // 256) * 256)
     found = min(of_registers, chip.shared // (shared + 1024), chip.warps // warps, chip.blocks)
     if found < 1:
-        raise Refusal(f"a block of {threads} threads, {registers} registers and {shared} bytes does not fit {chip.name}")
+        raise Refusal(
+            f"a block of {threads} threads, {registers} registers and {shared} bytes does not fit {chip.name}"
+        )
     return found

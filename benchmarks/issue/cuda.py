@@ -60,23 +60,35 @@ def _digest(*parts: str) -> str:
     return sources.hexdigest()[:16]
 
 
+def _places(capability: int) -> dict[Path, Path]:
+    """Source → where its cubin is kept."""
+    version = subprocess.run([str(nvcc()), "--version"], capture_output=True, text=True, check=True).stdout
+    digest = _digest(version, *FLAGS)
+    return {
+        source: cache() / f"{source.relative_to(ROOT / 'csrc').parts[0]}-{capability}-{digest}.cubin"
+        for source in sorted(ROOT.glob("csrc/*/cuda/launch.cu"))
+    }
+
+
+def compiled() -> bool:
+    """Whether nothing has to be compiled first."""
+    return nvcc() is not None and all(path.exists() for c in SHARED for path in _places(c).values())
+
+
 @functools.cache
 def cubins(capability: int) -> dict[str, bytes]:
     """By source, those of all operations."""
     compiler = nvcc()
     if compiler is None:
         raise Refusal(str(missing()))
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
     found = {}
-    for source in sorted(ROOT.glob("csrc/*/cuda/launch.cu")):
-        name = source.relative_to(ROOT / "csrc").parts[0]
-        path = cache() / f"{name}-{capability}-{_digest(version, *FLAGS)}.cubin"
+    for source, path in _places(capability).items():
         if not path.exists():
             partial = path.with_suffix(f".{os.getpid()}")
             command = [compiler, *FLAGS, f"-I{ROOT / 'csrc'}", f"-arch=sm_{capability}", "-cubin", str(source)]
             subprocess.run([*command, "-o", str(partial)], check=True)
             partial.rename(path)
-        found[name] = path.read_bytes()
+        found[source.parent.parent.name] = path.read_bytes()
     return found
 
 

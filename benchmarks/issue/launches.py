@@ -1,11 +1,12 @@
 """What an operation launches on a chip that is not there: grid, arguments and machine code of every kernel.
 
-Backends are called with tensors that hold no data. Triton's launches are caught at their door (famseg_kernels/launch.py)
-and compiled by Triton's own compiler; they are cached where Triton caches.
+Backends are called with tensors that hold no data. Triton's launches are caught at their door,
+famseg_kernels/launch.py, and compiled by Triton's own compiler; they are cached where Triton caches.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -37,9 +38,9 @@ class Addresses:
     def of(self, tensor: torch.Tensor) -> int:
         storage = tensor.untyped_storage()
         if storage._cdata not in self._base:
-            self._base[storage._cdata] = self.room(storage.nbytes())
+            self._base[storage._cdata] = self.room(int(storage.nbytes()))
             self._kept.append(tensor)
-        return self._base[storage._cdata] + tensor.storage_offset() * tensor.element_size()
+        return self._base[storage._cdata] + int(tensor.storage_offset()) * tensor.element_size()
 
     def room(self, nbytes: int) -> int:
         base = self._next
@@ -62,7 +63,10 @@ class Launch:
     torch_bytes: int = 0  # of an operator of torch between the kernels: what it reads and writes
 
 
-_FORMATS = {"i1": "b", "i8": "b", "u8": "B", "i16": "h", "u16": "H", "i32": "i", "u32": "I", "i64": "q", "u64": "Q", "fp32": "f", "fp64": "d"}  # fmt: skip
+_FORMATS = {
+    **{"i1": "b", "i8": "b", "u8": "B", "i16": "h", "u16": "H", "i32": "i", "u32": "I", "i64": "q", "u64": "Q"},
+    **{"fp32": "f", "fp64": "d"},
+}
 
 
 def triton_launches(
@@ -79,8 +83,17 @@ def triton_launches(
         parameters = _parameters(result.src.signature, arguments, addresses)
         whole = (*grid, 1, 1)[:3]
         found.append(
-            Launch("triton", kernel.__name__, result.metadata.name, result.asm["cubin"], whole, 32 * config.num_warps,
-                   result.metadata.shared, parameters, addresses.size)  # fmt: skip
+            Launch(
+                "triton",
+                kernel.__name__,
+                result.metadata.name,
+                result.asm["cubin"],
+                whole,
+                32 * config.num_warps,
+                result.metadata.shared,
+                parameters,
+                addresses.size,
+            )
         )
 
     def taken() -> list[Launch]:
@@ -132,19 +145,16 @@ class _Torch(TorchDispatchMode):
 
 
 def _without_data(operation: Operation, case: Case, dtype: torch.dtype) -> Sequence[Any]:
-    import dataclasses
-
     made = operation.flatten(case.make(ahead._nothing))
     args: Sequence[Any] = dataclasses.replace(case, make=lambda _: case.make(ahead._nothing)).arguments(dtype, "meta")
     flat = [
-        t if t is not None and t.is_floating_point() else m
-        for m, t in zip(made, operation.flatten(args), strict=True)
+        t if t is not None and t.is_floating_point() else m for m, t in zip(made, operation.flatten(args), strict=True)
     ]
     return operation.replace(args, flat)
 
 
 def _parameters(signature: Any, arguments: dict[str, Any], addresses: Addresses) -> bytes:
-    """The kernel's parameter bytes: those of its signature that are no compile-time constants, each aligned to its size.
+    """The kernel's parameters: those of its signature that are no compile-time constants, each aligned to its size.
 
     Two addresses of scratch memory follow, which no kernel here uses.
     """

@@ -10,7 +10,6 @@ is furthest behind catches up. Warps of a block run independently: what they exc
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,143 +18,22 @@ import numpy as np
 
 from benchmarks.issue import arithmetic as do
 from benchmarks.issue import sass
+from benchmarks.issue.forms import DATA
 from benchmarks.issue.memory import Access, Memory
-from benchmarks.issue.sass import Instruction, Kernel, Refusal, Register
-from benchmarks.issue.steps import COMPARED, DATA, Constants, State, Step, Steps, fresh
+from benchmarks.issue.program import (
+    ENDS,
+    GLOBAL_LOADS,
+    GLOBAL_STORES,
+    LOCAL,
+    PLAIN,
+    SHARED,
+    Program,
+    target,
+)
+from benchmarks.issue.sass import Instruction, Refusal
+from benchmarks.issue.steps import Constants, State, Step, Steps, fresh
 
-_ENDS = {"BRA", "EXIT", "RET", "CALL", "BSYNC", "BRX", "JMP"}
-_GLOBAL_LOADS, _GLOBAL_STORES = {"LDG"}, {"STG", "RED"}
-_SHARED = {"LDS", "STS", "LDSM", "STSM"}
-_LOCAL = {"LDL", "STL"}
-# Neither control flow nor registers depend on them, in this model.
-_PLAIN = {
-    *("BAR", "NOP", "DEPBAR", "LDGDEPBAR", "WARPSYNC", "WARPGROUP", "MEMBAR", "FENCE", "BSSY", "BREAK"),
-    *("ENDCOLLECTIVE", "ERRBAR", "CCTL", "YIELD"),
-}
 MOST_BLOCKS = 5_000_000  # basic blocks, after which a loop is taken for endless
-
-
-def _bit(register: Register) -> int:
-    return 1 << ({"R": 0, "UR": 256, "P": 320, "UP": 328}[register.bank] + register.index)
-
-
-def _bits(registers: Sequence[Register]) -> int:
-    total = 0
-    for register in registers:
-        if not register.constant:
-            total |= _bit(register)
-    return total
-
-
-@dataclass
-class Program:
-    """A kernel's basic blocks, and which instructions have to be computed."""
-
-    kernel: Kernel
-    starts: list[int]  # of blocks, in places of instructions; ends with their number
-    block_at: dict[int, int]  # address → block
-    needed: set[int]  # places of instructions
-
-    @functools.cached_property
-    def blocks(self) -> list[tuple[Instruction, ...]]:
-        return [self.kernel.instructions[a:b] for a, b in zip(self.starts, self.starts[1:], strict=False)]
-
-
-def _target(kernel: Kernel, instruction: Instruction) -> int:
-    label = next((o for o in instruction.operands if o.kind == "label"), None)
-    if label is None or label.text not in kernel.labels:
-        raise Refusal(f"{instruction.text}: where to?")
-    return kernel.labels[label.text]
-
-
-def analysed(kernel: Kernel) -> Program:
-    code = kernel.instructions
-    for instruction in code:
-        if instruction.name in ("BRX", "JMX", "JMP", "BRXU"):
-            raise Refusal(f"jump to a computed address: {instruction.text}")
-    leaders = {0}
-    for i, instruction in enumerate(code):
-        if instruction.name in _ENDS:
-            leaders.add(i + 1)
-    leaders |= {kernel.at[pc] for pc in kernel.labels.values() if pc in kernel.at}
-    starts = [*sorted(i for i in leaders if i < len(code)), len(code)]
-    block_at = {code[start].pc: b for b, start in enumerate(starts[:-1])}
-    returns = [b + 1 for b, end in enumerate(starts[1:]) if code[end - 1].name == "CALL"]
-    following: list[list[int]] = []
-    for b, end in enumerate(starts[1:]):
-        last = code[end - 1]
-        through = [b + 1] if b + 2 < len(starts) else []
-        if last.name == "BRA" and "DIV" not in last.modifiers:
-            jump = [block_at[_target(kernel, last)]]
-            following.append(jump + (through if _conditional(last) else []))
-        elif last.name == "CALL":
-            following.append([block_at[_target(kernel, last)], *through])
-        elif last.name == "RET":
-            following.append(returns)
-        elif last.name == "EXIT" and last.guard is None:
-            following.append([])
-        else:
-            following.append(through)
-    # Backwards, which registers are needed where each block begins, until nothing changes.
-    live, needed, changed = [0] * len(following), set(), True
-    while changed:
-        changed = False
-        for b in range(len(following) - 1, -1, -1):
-            need = 0
-            for other in following[b]:
-                need |= live[other]
-            for i in range(starts[b + 1] - 1, starts[b] - 1, -1):
-                need, computed = _needs(code[i], need)
-                if computed:
-                    needed.add(i)
-            if need | live[b] != live[b]:
-                live[b] |= need
-                changed = True
-    return Program(kernel, starts, block_at, needed)
-
-
-def _conditional(instruction: Instruction) -> bool:
-    return instruction.guard is not None or any(
-        o.register is not None and o.register.bank in ("P", "UP") for o in instruction.operands
-    )
-
-
-@functools.cache
-def _uses(instruction: Instruction) -> tuple[int, int, int, int]:
-    """Bits of registers: always needed, needed if the result is, written, written whatever the guard says."""
-    guard = _bits([instruction.guard]) if instruction.guard is not None else 0
-    written, everything, name = _bits(sass.written(instruction)), _bits(sass.read(instruction)), instruction.name
-    addresses = 0
-    for operand in instruction.operands:
-        if operand.kind == "address":
-            kept = Instruction(0, None, False, name, instruction.modifiers, (operand,), "")
-            addresses |= _bits([r for r in sass.read(kept)]) | _bits(_pairs(instruction, operand))
-    always = 0
-    if name in _GLOBAL_LOADS | _GLOBAL_STORES | _SHARED | _LOCAL | {"LDGSTS"}:
-        always = addresses | guard
-        always |= everything if name in ("STL", "LDGSTS") else 0
-    elif name in ("BRA", "EXIT", "RET", "CALL", "BSSY", "BSYNC", "BREAK") or (name == "BAR" and "RED" in instruction.modifiers):
-        always = everything
-    needed = guard if name in DATA else everything
-    if name in COMPARED:
-        needed = guard | _bits([r for r in sass.read(instruction) if r.bank in ("P", "UP")])
-    return always, needed, written, 0 if instruction.guard is not None else written
-
-
-def _pairs(instruction: Instruction, operand: sass.Operand) -> list[Register]:
-    return [
-        Register(r.bank, r.index + i)
-        for r, suffix in operand.terms
-        if not r.constant
-        for i in range(2 if suffix.startswith("64") else 1)
-    ]
-
-
-def _needs(instruction: Instruction, need: int) -> tuple[int, bool]:
-    always, if_needed, written, killed = _uses(instruction)
-    if written & need:
-        return (need & ~killed) | if_needed | always, True
-    return need | always, False
 
 
 @dataclass
@@ -218,17 +96,17 @@ class Machine:
             return [self._reduction(instruction)]
         if name == "STL":
             steps.append(self._steps.spill(instruction))
-        if name in _GLOBAL_LOADS | _GLOBAL_STORES:
+        if name in GLOBAL_LOADS | GLOBAL_STORES:
             operand = next(o for o in instruction.operands if o.kind == "address")
-            steps.append(self._global(instruction, operand, name in _GLOBAL_STORES))
-        elif name in _SHARED:
+            steps.append(self._global(instruction, operand, name in GLOBAL_STORES))
+        elif name in SHARED:
             operand = next(o for o in instruction.operands if o.kind == "address")
             matrices = sass.matrices(instruction) if name in ("LDSM", "STSM") else 0
             steps.append(self._shared(instruction, operand, matrices))
         elif name == "LDGSTS":
             steps.append(self._shared(instruction, instruction.operands[0], 0))
             steps.append(self._global(instruction, instruction.operands[1], False))
-        elif name not in DATA | _PLAIN | _ENDS | _LOCAL:
+        elif name not in DATA | PLAIN | ENDS | LOCAL:
             # Not needed, but what is not known is not passed over: an unknown instruction is an error here.
             step = self._steps.step(instruction)
             return [step] if needed else []
@@ -246,7 +124,11 @@ class Machine:
     def _global(self, instruction: Instruction, operand: sass.Operand, store: bool) -> Step:
         guard, address = self._steps.guard(instruction), self._steps.address(operand, 2)
         size = _size(instruction)
-        reads = [self._steps.predicate(o) for o in instruction.operands[2:] if o.register is not None and o.register.bank == "P"]
+        reads = [
+            self._steps.predicate(o)
+            for o in instruction.operands[2:]
+            if o.register is not None and o.register.bank == "P"
+        ]
         if instruction.name != "LDGSTS":
             reads = []
 
@@ -287,7 +169,10 @@ class Machine:
         return run
 
     def _reduction(self, instruction: Instruction) -> Step:
-        """__syncthreads_or: whether it holds for any thread of the block."""
+        """__syncthreads_or: whether it holds for any thread of the block.
+
+        Of data it is false: kernels ask so whether there is anything that is not finite.
+        """
         operand = instruction.operands[-1]
         if "OR" not in instruction.modifiers or operand.register is None or operand.register.bank != "P":
             raise Refusal(instruction.text)
@@ -298,7 +183,7 @@ class Machine:
             if isinstance(p, np.ndarray):
                 rows = np.broadcast_to(p, (len(state.warp), p.shape[1])).any(1)
                 p = np.isin(state.block_number[:, 0], state.block_number[rows, 0])[:, None]
-            state.reduced = p
+            state.reduced = False if p is None else p
 
         return run
 
@@ -346,7 +231,7 @@ class Machine:
         if instruction.name != "BRA":
             raise Refusal(f"what is run depends on data: {instruction.text}")
         kernel = self.program.kernel
-        here, there = kernel.at[instruction.pc], kernel.at[_target(kernel, instruction)]
+        here, there = kernel.at[instruction.pc], kernel.at[target(kernel, instruction)]
         if any(i.name == "CALL" and i.guard is None for i in kernel.instructions[here + 1 : there]):
             return True
         raise Refusal(f"what is run depends on data: {instruction.text}")
@@ -392,7 +277,7 @@ class Machine:
             branch = self._branches[b]
             assert branch is not None
             jumps = branch(state)
-            there = self.program.block_at[_target(self.program.kernel, last)] if "DIV" not in last.modifiers else b + 1
+            there = self.program.block_at[target(self.program.kernel, last)] if "DIV" not in last.modifiers else b + 1
             return jumps, there, b + 1
         if last.name == "EXIT":
             branch = self._branches[b]

@@ -111,4 +111,7 @@ class Memory:
         found = np.unique(np.concatenate(self._sectors[store])) & np.uint64((1 << 48) - 1)
         bases = np.array(self.bases, np.uint64)
         place = np.searchsorted(bases, (found + np.uint64(1)) * np.uint64(SECTOR) - np.uint64(1), side="right") - 1
-        return {int(bases[i]) if i >= 0 else 0: int(n) * SECTOR for i, n in zip(*np.unique(place, return_counts=True), strict=True)}
+        return {
+            int(bases[i]) if i >= 0 else 0: int(n) * SECTOR
+            for i, n in zip(*np.unique(place, return_counts=True), strict=True)
+        }

@@ -24,7 +24,9 @@ MEASURED_COLUMNS = ("measured us", "corrected us", "residual %")
 
 
 def write_csv(path: Path, rows: Sequence[Row], columns: Iterable[str]) -> None:
-    columns = [*columns, *dict.fromkeys(k for row in rows for k in row if k not in columns and k != "refusal"), "refusal"]
+    wanted = list(columns)
+    wanted += dict.fromkeys(k for row in rows for k in row if k not in wanted and k != "refusal")
+    columns = [*wanted, "refusal"]
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, dict.fromkeys(columns), restval="")
         writer.writeheader()
@@ -50,8 +52,8 @@ def markdown(rows: Sequence[Row], chips: Sequence[str]) -> str:
     for key, by_chip in groups.items():
         cells = list(key)
         for chip in chips:
-            row = by_chip.get(chip)
-            if row is None or math.isnan(row["us"]):
+            row = by_chip.get(chip, {})
+            if not row or math.isnan(row["us"]):
                 cells += ["–", "refused" if row else "–", "–", *(["–"] if measured else [])]
                 continue
             cells += [f"{row['us']:.0f}", str(row["binds"]), f"{row['% of bound']:.0f}"]
@@ -73,18 +75,18 @@ def join(rows: list[Row], paths: Sequence[Path]) -> int:
                 chip = next((name for name in ("A100", "H100", "H200") if name in device), None)
                 backend = (line.get("contestant") or "").removeprefix("famseg ")
                 if chip and line.get("ms"):
-                    times[tuple(line[k] for k in ("op", "case", "dtype")) + (backend, chip, line["pass"])] = float(line["ms"])
+                    key = (line["op"], line["case"], line["dtype"], backend, chip, line["pass"])
+                    times[key] = float(line["ms"])
     found = []
     for row in rows:
         key = tuple(row[k] for k in ("op", "case", "dtype", "backend", "chip", "pass"))
         if key in times and not math.isnan(row["us"]):
             row["measured us"] = 1e3 * times[key]
             found.append(row)
-    for factor in fitted(found).items():
-        for row in found:
-            if row["binds"] == factor[0]:
-                row["corrected us"] = row["us"] * factor[1]
-                row["residual %"] = 100 * (row["measured us"] / row["corrected us"] - 1)
+    factors = fitted(found)
+    for row in found:
+        row["corrected us"] = row["us"] * factors[row["binds"]]
+        row["residual %"] = 100 * (row["measured us"] / row["corrected us"] - 1)
     return len(found)
 
 
@@ -110,7 +112,9 @@ def plot(path: Path, rows: Sequence[Row], units: Sequence[str], chip: str) -> No
     for row in some:
         groups[f"{row['op']} {row['kernel']} {row['dtype']} ({row['backend']})"].append(row)
     names = sorted(groups)
-    grid = np.array([[sum(r[f"{u} us"] for r in groups[n]) / sum(r["us"] for r in groups[n]) for u in units] for n in names])
+    grid = np.array(
+        [[sum(r[f"{u} us"] for r in groups[n]) / sum(r["us"] for r in groups[n]) for u in units] for n in names]
+    )
     figure, axes = plt.subplots(figsize=(9, 0.24 * len(names) + 1.6))
     image = axes.imshow(grid, aspect="auto", cmap="magma_r", vmin=0, vmax=1)
     axes.set_xticks(range(len(units)), units, rotation=45, ha="right", fontsize=8)

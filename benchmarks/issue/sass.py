@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import re
 import shutil
+import struct
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -41,7 +42,7 @@ class Operand:
     terms: tuple[tuple[Register, str], ...] = ()  # of an address: registers and their suffixes (X4, 64, U32)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # itself and no other: what is known of it is remembered
 class Instruction:
     pc: int
     guard: Register | None
@@ -56,7 +57,7 @@ class Instruction:
         return ".".join((self.name, *self.modifiers))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Kernel:
     name: str
     instructions: tuple[Instruction, ...]
@@ -118,13 +119,26 @@ def usage(cubin: bytes) -> dict[str, Usage]:
     return {name: Usage(int(registers), int(shared)) for name, registers, shared in found}
 
 
+def literals(cubin: bytes, symbol: str) -> bytes:
+    """Constant bank 2 of a kernel: numbers that the compiler put there. ELF's sections, of 64 bits."""
+    (table,) = struct.unpack_from("<Q", cubin, 0x28)
+    size, count, names = struct.unpack_from("<HHH", cubin, 0x3A)
+    sections = [struct.unpack_from("<IIQQQQ", cubin, table + i * size) for i in range(count)]
+    strings = sections[names][4]
+    for name, *_, offset, length in sections:
+        start = strings + name
+        if cubin[start : cubin.index(b"\0", start)].decode() == f".nv.constant2.{symbol}":
+            return cubin[offset : offset + length]
+    return b""
+
+
 def parse(text: str) -> Iterator[Kernel]:
     name, instructions, labels, waiting = "", [], {}, []
     for line in text.splitlines():
         if re.match(r"\s*\.section\s", line):
             if name:
                 yield Kernel(name, tuple(instructions), labels)
-            found = re.match(r'\s*\.section\s+\.text\.([^,]+),', line)
+            found = re.match(r"\s*\.section\s+\.text\.([^,]+),", line)
             name, instructions, labels, waiting = found[1] if found else "", [], {}, []
         elif not name:
             continue
@@ -282,7 +296,7 @@ def _width_of_destination(instruction: Instruction) -> int:
     return 2 if name == "F2I" and {"U64", "S64"} & set(modifiers) else 1
 
 
-def _width_of_source(instruction: Instruction, place: int) -> int:
+def width_of_source(instruction: Instruction, place: int) -> int:
     name, modifiers = instruction.name, instruction.modifiers
     if name in ("STG", "STS", "STL") and place == 1:
         return width(instruction)
@@ -330,13 +344,21 @@ def read(instruction: Instruction) -> tuple[Register, ...]:
     for place, operand in enumerate(split(instruction)[1]):
         if operand.register is not None:
             wide = operand.register.bank in ("R", "UR")
-            found += _several(operand.register, _width_of_source(instruction, place) if wide else 1)
+            found += _several(operand.register, width_of_source(instruction, place) if wide else 1)
         for register, suffix in operand.terms:
             far = instruction.name in ("LDG", "STG", "RED", "LDGSTS", "ATOMG", "LD") and register.bank == "UR"
-            found += _several(register, 2 if suffix.startswith("64") or (far and operand is not _shared(instruction)) else 1)
+            found += _several(
+                register, 2 if suffix.startswith("64") or (far and operand is not _shared(instruction)) else 1
+            )
         if match := re.match(r"gdesc\[UR(\d+)\]", operand.text):
             found += _several(Register("UR", int(match[1])), 4 if operand.kind == "other" else 2)
     return tuple(found)
+
+
+def forget() -> None:
+    """What is remembered of instructions, of which a table meets a million."""
+    for remembered in (split, written, read):
+        remembered.cache_clear()
 
 
 def _shared(instruction: Instruction) -> Operand | None:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 import famseg_kernels as fk
-from benchmarks.issue import chips, cuda, machine, model, sass
+from benchmarks.issue import chips, cuda, machine, model, program, sass
 from benchmarks.issue.chips import Chip
 from benchmarks.issue.launches import FIRST, Launch, triton_launches
 from benchmarks.issue.model import Work
@@ -29,8 +29,11 @@ from famseg_kernels.torch_op import Operation
 Row = dict[str, Any]
 OPERATIONS = {operation.spec.name: operation for operation in fk.OPERATIONS}
 BACKENDS = ("triton", "cuda")
-UNITS = ("issue", "fma", "alu", "tensor", "xu", "shared memory", "fp64", "fp16", "uniform", "L2 port", "latency", "L2", "memory")  # fmt: skip
-SAMPLE = 7  # blocks of a launch that are run
+UNITS = (
+    *("issue", "fma", "alu", "tensor", "xu", "shared memory", "fp64", "fp16", "uniform", "L2 port"),
+    *("latency", "L2", "memory"),
+)
+SAMPLE = 5  # blocks of a launch that are run
 
 
 def sample(grid: tuple[int, int, int], most: int = SAMPLE) -> list[tuple[int, int, int]]:
@@ -68,17 +71,19 @@ def counted(launch: Launch, capability: int) -> tuple[Work, sass.Usage]:
 
 def _version() -> str:
     sources = hashlib.sha256()
-    for name in ("arithmetic", "chips", "machine", "memory", "model", "sass", "steps"):
+    for name in ("arithmetic", "chips", "forms", "machine", "memory", "model", "program", "sass", "steps"):
         sources.update((Path(__file__).parent / f"{name}.py").read_bytes())
     return sources.hexdigest()
 
 
 def _counted(launch: Launch, capability: int) -> tuple[Work, sass.Usage]:
     kernel = sass.disassemble(launch.cubin, launch.symbol)
-    constants = Constants(capability, launch.threads, launch.grid, launch.parameters)
+    literals = sass.literals(launch.cubin, launch.symbol)
+    constants = Constants(capability, launch.threads, launch.grid, launch.parameters, literals)
     bases = sorted(launch.tensors)
-    run = machine.Machine(machine.analysed(kernel), constants, bases).run(sample(launch.grid), launch.threads // 32)
+    run = machine.Machine(program.analysed(kernel), constants, bases).run(sample(launch.grid), launch.threads // 32)
     work = model.work(run, capability)
+    sass.forget()
     for base in {*work.loaded, *work.stored}:
         if base < FIRST:
             raise Refusal("an access outside all tensors")
@@ -104,9 +109,14 @@ def rows_of(
         for name, made in zip(("fwd", "bwd"), passes, strict=True):
             for place, launch in enumerate(made):
                 where = {
-                    "op": operation.spec.name, "case": case.name, "dtype": name_of(dtype), "backend": backend,
-                    "pass": name, "launch": place, "kernel": launch.kernel,
-                }  # fmt: skip
+                    "op": operation.spec.name,
+                    "case": case.name,
+                    "dtype": name_of(dtype),
+                    "backend": backend,
+                    "pass": name,
+                    "launch": place,
+                    "kernel": launch.kernel,
+                }
                 for chip in same:
                     yield where | {"chip": chip.name} | _predicted(launch, chip)
 
@@ -156,13 +166,17 @@ def summed(rows: Sequence[Row]) -> list[Row]:
             found.append(
                 dict(zip(("op", "case", "dtype", "backend", "chip"), key, strict=True))
                 | {
-                    "pass": name, "launches": len(some), "us": us,
+                    "pass": name,
+                    "launches": len(some),
+                    "us": us,
                     "binds": "refused" if refused else max(shares, key=lambda what: shares[what]),
                     "share of it %": math.nan if refused else 100 * max(shares.values()) / us,
                     "MB": sum(row.get("MB", math.nan) for row in some),
-                    "bound us": bound, "bound by": unit, "% of bound": 100 * bound / us,
+                    "bound us": bound,
+                    "bound by": unit,
+                    "% of bound": 100 * bound / us,
                     "refusal": ", ".join(refused),
-                }  # fmt: skip
+                }
             )
     return found
 
