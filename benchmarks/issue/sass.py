@@ -133,13 +133,13 @@ def literals(cubin: bytes, symbol: str) -> bytes:
 
 
 def parse(text: str) -> Iterator[Kernel]:
-    name, instructions, labels, waiting = "", [], {}, []
+    name, instructions, labels, waiting = _nothing("")
     for line in text.splitlines():
         if re.match(r"\s*\.section\s", line):
             if name:
                 yield Kernel(name, tuple(instructions), labels)
             found = re.match(r"\s*\.section\s+\.text\.([^,]+),", line)
-            name, instructions, labels, waiting = found[1] if found else "", [], {}, []
+            name, instructions, labels, waiting = _nothing(found[1] if found else "")
         elif not name:
             continue
         elif found := _LINE.match(line):
@@ -151,6 +151,10 @@ def parse(text: str) -> Iterator[Kernel]:
             waiting.append(found[1])
     if name:
         yield Kernel(name, tuple(instructions), labels)
+
+
+def _nothing(name: str) -> tuple[str, list[Instruction], dict[str, int], list[str]]:
+    return name, [], {}, []
 
 
 def _instruction(pc: int, text: str) -> Instruction:

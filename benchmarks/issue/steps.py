@@ -177,13 +177,17 @@ class Steps:
             return lambda state: low
         offset = self.address(operand)
 
+        def word(place: int) -> int | None:
+            low = self.constants.word(operand.bank, place)
+            return _paired(low, self.constants.word(operand.bank, place + 4)) if words == 2 else low
+
         def get(state: State) -> Value:
             place = offset(state)
             if place is None:
                 return None
             if isinstance(place, int):
-                return self.constants.word(operand.bank, place)
-            found = [self.constants.word(operand.bank, int(v)) for v in place.ravel()]
+                return word(place)
+            found = [word(int(v)) for v in place.ravel()]
             return None if None in found else np.array(found, np.uint64).reshape(place.shape)
 
         return get
