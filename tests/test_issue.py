@@ -196,6 +196,21 @@ def test_an_address_among_the_parameters_is_read_whole() -> None:
     assert run(store, 8, 0, 64, 1)[1].stored == {TENSOR: 32}
 
 
+def test_nothing_taken_away_from_an_address_leaves_its_upper_half() -> None:
+    """x - y of 64 bits in two words: taking away 0 borrows nothing, by IADD3 or by LEA."""
+    store = """
+        MOV R2, 0x100
+        MOV R3, 0x1
+        MOV R5, c[0x0][0x160]
+        {}
+        IADD3.X R3, R3, -0x1, RZ, P2, !PT
+        STG.E [R2.64], R4
+        EXIT
+    """
+    for way in ("LEA R2, P2, -R5, R2, 0x2", "IADD3 R2, P2, R2, -R5, RZ"):
+        assert [run(store.format(way), y)[1].stored for y in (0, 4)] == [{TENSOR: 32}] * 2
+
+
 LANES = np.arange(32, dtype=np.uint64)[None]
 ALL = np.ones((1, 32), bool)
 

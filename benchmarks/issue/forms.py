@@ -63,6 +63,8 @@ def _lea(instruction: Instruction, values: list[Value], count: int) -> Any:
         a, b, places, *carry = values
         top = do.shifted_left(a, places) & M32
     total = top + b
+    if count > 1 and sass.split(instruction)[1][0].negated == "-":  # as in IADD3
+        total = total + do.shifted_left(do.as_number(do.boolean(top == 0)), 32)
     if "X" in modifiers and carry:
         total = total + do.as_number(carry[0])
     return [total & M32, do.boolean(do.shifted_right(total, 32) > 0)][:count]

@@ -110,7 +110,7 @@ def called(
     operation: Operation, case: Case, dtype: torch.dtype, backend: str, taken: Callable[[], list[Launch]]
 ) -> tuple[list[Launch], list[Launch]]:
     """Call forward and backward without data; `taken` gives what was launched since it was last asked."""
-    args = _without_data(operation, case, dtype)
+    args = without_data(operation, case, dtype)
     implementation = operation.implementations[backend]
     if (reason := implementation.unsupported(*args)) is not None:
         raise Refusal(reason)
@@ -144,7 +144,7 @@ class _Torch(TorchDispatchMode):
         return result
 
 
-def _without_data(operation: Operation, case: Case, dtype: torch.dtype) -> Sequence[Any]:
+def without_data(operation: Operation, case: Case, dtype: torch.dtype) -> Sequence[Any]:
     made = operation.flatten(case.make(ahead._nothing))
     args: Sequence[Any] = dataclasses.replace(case, make=lambda _: case.make(ahead._nothing)).arguments(dtype, "meta")
     flat = [

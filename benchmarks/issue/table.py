@@ -17,7 +17,7 @@ import torch
 import famseg_kernels as fk
 from benchmarks.issue import chips, cuda, machine, model, program, sass
 from benchmarks.issue.chips import Chip
-from benchmarks.issue.launches import FIRST, Launch, triton_launches
+from benchmarks.issue.launches import FIRST, Launch, triton_launches, without_data
 from benchmarks.issue.model import Work
 from benchmarks.issue.sass import Refusal
 from benchmarks.issue.steps import Constants
@@ -188,7 +188,7 @@ def bound_of(op: str, case: str, dtype: str, backward: bool, chip: Chip) -> tupl
     """
     operation = OPERATIONS[op]
     shape = next(c for c in GPU_SHAPES[op] if c.name == case)
-    args = shape.arguments(DTYPES[dtype], "meta")
+    args = without_data(operation, shape, DTYPES[dtype])
     flops = operation.spec.flops(*args) * (3 if backward else 1)
     results = operation.spec.fake(*args)
     out = sum(t.nbytes for t in (results if isinstance(results, list) else [results]))
