@@ -269,20 +269,20 @@ __global__ void __launch_bounds__(kThreads, 1)
     __syncthreads();
 
     constexpr int kRowTaps = K > 0 ? padded(K) : kChunk;
-    const int size = row.size;
-    for (int base = 0; base < padded(size); base += kRowTaps) {
+    const int row_size = row.size;
+    for (int base = 0; base < padded(row_size); base += kRowTaps) {
       float sum[kRowTaps] = {};
       for (Walk at(me.id, me.threads, own_rows); at.slow < segments; at.next()) {
         correlate_along_v<K>(sum, r + at.fast * plan.r_pitch + kOutputs * at.slow,
                              a + (own_row + at.fast) * plan.a_pitch + left + kOutputs * at.slow -
-                                 round4(size / 2) + base);
+                                 round4(row_size / 2) + base);
       }
-      const int from = max(0, lead(size) - base);
-      const int until = min(kRowTaps, lead(size) + size - base);
-      reduce(sum, scratch, to + base + from - lead(size), from, until);
+      const int from = max(0, lead(row_size) - base);
+      const int until = min(kRowTaps, lead(row_size) + row_size - base);
+      reduce(sum, scratch, to + base + from - lead(row_size), from, until);
     }
-    sum_over(r, 0, to + size);
-    to += size + 1;
+    sum_over(r, 0, to + row_size);
+    to += row_size + 1;
   };
   for_branches<TUNED>(args.branch_count, branch);
 }
