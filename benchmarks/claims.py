@@ -1,8 +1,8 @@
 """`python -m benchmarks.claims`: the paper's cost claims (Eq. 1–5), counted and timed on this machine.
 
 Every count is made by the formula (`fk.flops.eq1` … `eq5`), by torch's FlopCounterMode on plain convolutions, by
-FlopCounterMode on our operation, and by the running CPU kernels themselves (benchmarks/counted.py). Then what the
-saving is worth in time, ours and torch's, in one run. `--write` replaces the generated part of docs/claims.md.
+FlopCounterMode on our operation, and by the running CPU kernels themselves (benchmarks/multiplications.py). Then what
+the saving is worth in time, ours and torch's, in one run. `--write` replaces the generated part of docs/claims.md.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import famseg_kernels as fk
-from benchmarks import counted, measure
+from benchmarks import measure, multiplications
 from famseg_kernels import flops
 
 PAGE = Path(__file__).parent.parent / "docs" / "claims.md"
@@ -50,7 +50,7 @@ def multiply_adds(call: Callable[[], Tensor]) -> int:
     return counter.get_total_flops() // 2
 
 
-def counts_table(kernels: counted.Counted | None) -> list[str]:
+def counts_table(kernels: multiplications.Counted | None) -> list[str]:
     """Eq. 1–5 per channel of an H×W plane: formula, plain convolutions, our operation, our running kernels."""
     channels, height, width = 4, 40, 56
     x = torch.randn(1, channels, height, width)
@@ -86,7 +86,7 @@ def counts_table(kernels: counted.Counted | None) -> list[str]:
     return lines
 
 
-def operations_table(kernels: counted.Counted) -> list[str]:
+def operations_table(kernels: multiplications.Counted) -> list[str]:
     """Multiplications of a forward at real widths, by fk.flops and by the running kernels."""
     x = torch.randn(1, 64, 32, 32)
     rows = [torch.randn(64, 1, 1, k) for k in (7, 11, 21)]
@@ -168,12 +168,12 @@ def main() -> int:
     parser.add_argument("--write", action="store_true", help=f"replace the generated part of docs/{PAGE.name}")
     options = parser.parse_args()
     where = measure.provenance(options.device)
-    if (reason := counted.missing()) is not None:
+    if (reason := multiplications.missing()) is not None:
         print(f"not counted in the running kernels: {reason}")
         counts, operations = counts_table(None), []
     else:
         with tempfile.TemporaryDirectory() as folder:
-            kernels = counted.build(Path(folder))
+            kernels = multiplications.build(Path(folder))
         counts, operations = counts_table(kernels), ["", *operations_table(kernels)]
     times, ratios = times_table(options.device, options.seconds)
     text = "\n".join(

@@ -91,31 +91,49 @@ struct ExponentialOf<double> {
                                           1.0 / 24.0,         1.0 / 6.0,         1.0 / 2.0};
 };
 
-// e^x to about an ulp; 0 where that would be below 4 times the smallest normal number, infinity
-// where it overflows, NaN for NaN.
+// e^x is mantissa * 2^exponent, the exponent in the low bits of a larger integer.
 template <typename T>
-[[gnu::always_inline]] inline Vector<T> exponential(Vector<T> x) {
+struct Exponential {
+  Vector<T> mantissa;
+  Vector<typename ExponentialOf<T>::Integer> exponent;
+};
+
+template <typename T>
+[[gnu::always_inline]] inline Exponential<T> exponential_parts(Vector<T> x) {
   using Of = ExponentialOf<T>;
   using Integer = typename Of::Integer;
   constexpr T log2_e = T(1.44269504088896340736);
   // Adding it rounds to an integer, which then is the low bits of the sum.
   constexpr T magic = T(3) * static_cast<T>(Integer(1) << (Of::mantissa_bits - 1));
-  const Vector<T> top = broadcast(Of::high), bottom = broadcast(Of::low);
-  const Vector<T> bounded = x > top ? top : (x < bottom ? bottom : x);
-  const Vector<T> shifted = bounded * log2_e + magic;
+  const Vector<T> shifted = x * log2_e + magic;
   const Vector<T> n = shifted - magic;
-  const Vector<T> r = bounded - n * Of::ln2_high - n * Of::ln2_low;
+  const Vector<T> r = x - n * Of::ln2_high - n * Of::ln2_low;
   Vector<T> sum = broadcast(Of::polynomial[0]);
 #pragma GCC unroll 16
   for (int i = 1; i < static_cast<int>(sizeof Of::polynomial / sizeof(T)); ++i) {
     sum = sum * r + Of::polynomial[i];
   }
-  sum = sum * r * r + r + T(1);
-  // 2^n as 2^(n - 1) * 2: n may be one more than the exponent of the largest number. The shift
-  // drops the bits of `magic`.
-  const Vector<Integer> exponent = reinterpret_cast<Vector<Integer>>(shifted) + (Of::bias - 1);
-  const Vector<T> power = reinterpret_cast<Vector<T>>(exponent << Of::mantissa_bits);
-  return x < bottom ? Vector<T>{} : sum * power * T(2);
+  return {sum * r * r + r + T(1), reinterpret_cast<Vector<Integer>>(shifted)};
+}
+
+// 2^exponent, with the bias of the type. The shift drops the bits above the exponent.
+template <typename T>
+[[gnu::always_inline]] inline Vector<T> power_of_two(
+    Vector<typename ExponentialOf<T>::Integer> exponent, typename ExponentialOf<T>::Integer bias) {
+  return reinterpret_cast<Vector<T>>((exponent + bias) << ExponentialOf<T>::mantissa_bits);
+}
+
+// e^x to about an ulp; 0 where that would be below 4 times the smallest normal number, infinity
+// where it overflows, NaN for NaN.
+template <typename T>
+[[gnu::always_inline]] inline Vector<T> exponential(Vector<T> x) {
+  using Of = ExponentialOf<T>;
+  const Vector<T> top = broadcast(Of::high), bottom = broadcast(Of::low);
+  const Vector<T> bounded = x > top ? top : (x < bottom ? bottom : x);
+  const Exponential<T> parts = exponential_parts<T>(bounded);
+  // 2^n as 2^(n - 1) * 2: n may be one more than the exponent of the largest number.
+  const Vector<T> power = power_of_two<T>(parts.exponent, Of::bias - 1);
+  return x < bottom ? Vector<T>{} : parts.mantissa * power * T(2);
 }
 
 }  // namespace famseg::FAMSEG_ISA

@@ -20,8 +20,8 @@ from famseg.cli.command import build_parser, parse, progress, required, run
 from famseg.data.dataset import open_data
 from famseg.data.sample import Sample
 from famseg.evaluation import Evaluation, ImageScore
-from famseg.files.claim import claimed
 from famseg.files.errors import DataError
+from famseg.files.lock import locked
 from famseg.files.tables import write_table
 from famseg.files.writing import write_atomic
 from famseg.inference import Network, load_network, predict
@@ -76,7 +76,7 @@ def _evaluate(options: Options) -> int:
     required("out", options.out, "--out DIR")
     assert options.checkpoint is not None and options.out is not None
     device = device_for(options.device, options.backend)
-    with claimed(Path(options.out)) as out:
+    with locked(Path(options.out)) as out:
         return _score(load_network(options.checkpoint), options, device, out)
 
 

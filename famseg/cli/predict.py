@@ -23,11 +23,11 @@ import numpy as np
 from famseg.anatomy import REPORTED
 from famseg.biometrics import Axis, Ellipse, doubts
 from famseg.cli.command import build_parser, parse, progress, required, run
-from famseg.files.claim import claimed
 from famseg.files.errors import DataError
 from famseg.files.images import read_image, write_image
 from famseg.files.labels import write_labels
 from famseg.files.listing import given_path, list_images, stem
+from famseg.files.lock import locked
 from famseg.files.tables import parse_positive, read_table, write_table
 from famseg.inference import Network, load_network, predict
 from famseg.options import CHECKPOINT_HELP, ConfigError, InferenceOptions, device_for, option
@@ -73,7 +73,7 @@ def _predict(options: Options) -> int:
     pixel_size = _pixel_sizes(options.pixel_size)
     paths = _files(options.images)
     network = load_network(options.checkpoint)
-    with claimed(Path(options.out)) as out:
+    with locked(Path(options.out)) as out:
         return _predict_all(network, paths, pixel_size, options, device, out)
 
 

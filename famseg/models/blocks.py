@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Literal
 
 import torch
@@ -138,13 +137,3 @@ class StripBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.drop_path(self.layer_scale_1[:, None, None] * self.attn(self.norm1(x)))
         return x + self.drop_path(self.layer_scale_2[:, None, None] * self.mlp(self.norm2(x)))
-
-
-def init_convolutions(module: nn.Module) -> None:
-    """SegNeXt's initialisation for every convolution: N(0, √(2 / fan_out)), bias 0."""
-    for conv in module.modules():
-        if isinstance(conv, nn.Conv2d):
-            fan_out = math.prod(conv.kernel_size) * conv.out_channels // conv.groups
-            nn.init.normal_(conv.weight, 0.0, math.sqrt(2.0 / fan_out))
-            if conv.bias is not None:
-                nn.init.zeros_(conv.bias)

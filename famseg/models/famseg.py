@@ -11,9 +11,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from famseg.models.blocks import BottleMamba, ConvBlock, ConvBNReLU, Shortcut, StripBlock, init_convolutions
+from famseg.models.blocks import BottleMamba, ConvBlock, ConvBNReLU, Shortcut, StripBlock
 from famseg.models.hamburger import GROUPS, AggregatedDepthConv, Hamburger, LightHam
 from famseg_kernels import FeatureAwareUpsample, Mamba2Scan2d, StripConv2d
+from famseg_kernels.strip_conv.layer import init_convolutions
 
 
 @dataclass(frozen=True)

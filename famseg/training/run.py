@@ -24,8 +24,8 @@ from famseg.data.dataset import SegmentationDataset, open_data
 from famseg.data.sample import CLASSES
 from famseg.data.split import k_folds, split_by_subject
 from famseg.evaluation import evaluate
-from famseg.files.claim import claimed
 from famseg.files.errors import DataError
+from famseg.files.lock import locked
 from famseg.files.writing import write_atomic
 from famseg.inference import load_network, predict, read_checkpoint
 from famseg.reporting.figures import plot_history, plot_overlays
@@ -340,7 +340,7 @@ def _accelerator(config: TrainConfig, processes: Processes) -> str:
 
 
 def _output_folder(config: TrainConfig, processes: Processes) -> AbstractContextManager[Path]:
-    """The run's folder, claimed by the first process."""
+    """The run's folder, locked by the first process."""
     out = Path(config.out or f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{config.model}")
     if config.resume is None:
         fresh, remedy = True, "choose another --out, or continue the run in it with --resume auto"
@@ -350,7 +350,7 @@ def _output_folder(config: TrainConfig, processes: Processes) -> AbstractContext
         fresh, remedy = not (out / "config.yaml").exists(), "but no run to continue; choose another --out"
         if path is not None and not path.exists():
             return nullcontext(out)  # reading it will say so
-    return claimed(out, remedy, fresh=fresh) if processes.rank == 0 else nullcontext(out)
+    return locked(out, remedy, fresh=fresh) if processes.rank == 0 else nullcontext(out)
 
 
 def _after_divergence(config: TrainConfig, last: Path) -> str:

@@ -58,7 +58,7 @@ class _Call:
 
     def forward(self, wants_states: bool) -> list[Tensor]:
         """[y] or [y, final states]."""
-        y = torch.empty_like(self._x)
+        y = torch.empty_like(self._x, memory_format=torch.contiguous_format)
         states = self._x.new_empty(self._sizes.states, dtype=self._wide) if wants_states else None
         if not backends.native("_cpu").ssd_scan_forward(
             **self._arguments, y=y.data_ptr(), final_states=backends.address(states)

@@ -66,6 +66,16 @@ def _departure(conv: nn.Module, thin: int | None) -> str:
     return "" if own["groups"] == own["in_channels"] == own["out_channels"] else "is not depthwise"
 
 
+def init_convolutions(module: nn.Module) -> None:
+    """SegNeXt's initialisation for every convolution: N(0, √(2 / fan_out)), bias 0."""
+    for conv in module.modules():
+        if isinstance(conv, nn.Conv2d):
+            fan_out = math.prod(conv.kernel_size) * conv.out_channels // conv.groups
+            nn.init.normal_(conv.weight, 0.0, math.sqrt(2.0 / fan_out))
+            if conv.bias is not None:
+                nn.init.zeros_(conv.bias)
+
+
 class StripConv2d(nn.Module):
     """Multi-branch strip depthwise convolution, y = a + Σ_i col_i(row_i(a)) with a = square(x).
 
@@ -105,12 +115,7 @@ class StripConv2d(nn.Module):
 
     def reset_parameters(self) -> None:
         """SegNeXt's initialisation: N(0, √(2 / fan_out)) with fan_out = kernel area (depthwise), biases 0."""
-        for conv in self.modules():
-            if isinstance(conv, nn.Conv2d):
-                fan_out = math.prod(conv.kernel_size) * conv.out_channels // conv.groups
-                nn.init.normal_(conv.weight, 0.0, math.sqrt(2.0 / fan_out))
-                if conv.bias is not None:
-                    nn.init.zeros_(conv.bias)
+        init_convolutions(self)
 
     def forward(self, x: Tensor) -> Tensor:
         children: Any = self._modules  # an attribute of a module costs ten times as much

@@ -11,23 +11,9 @@ namespace famseg::FAMSEG_ISA {
 // for all below that, which beside a softmax's largest term 1 is nothing.
 template <typename T>
 [[gnu::always_inline]] inline Vector<T> exponential_of_negative(Vector<T> x) {
-  using Of = ExponentialOf<T>;
-  using Integer = typename Of::Integer;
-  constexpr T log2_e = T(1.44269504088896340736);
-  constexpr T magic = T(3) * static_cast<T>(Integer(1) << (Of::mantissa_bits - 1));
-  const Vector<T> bottom = broadcast(Of::low);
-  x = x < bottom ? bottom : x;
-  const Vector<T> shifted = x * log2_e + magic;
-  const Vector<T> n = shifted - magic;
-  const Vector<T> r = x - n * Of::ln2_high - n * Of::ln2_low;
-  Vector<T> sum = broadcast(Of::polynomial[0]);
-#pragma GCC unroll 16
-  for (int i = 1; i < static_cast<int>(sizeof Of::polynomial / sizeof(T)); ++i) {
-    sum = sum * r + Of::polynomial[i];
-  }
-  sum = sum * r * r + r + T(1);
-  const Vector<Integer> exponent = reinterpret_cast<Vector<Integer>>(shifted) + Of::bias;
-  return sum * reinterpret_cast<Vector<T>>(exponent << Of::mantissa_bits);
+  const Vector<T> bottom = broadcast(ExponentialOf<T>::low);
+  const Exponential<T> parts = exponential_parts<T>(x < bottom ? bottom : x);
+  return parts.mantissa * power_of_two<T>(parts.exponent, ExponentialOf<T>::bias);
 }
 
 // Softmax over the taps of one vector of some phases, in place: a few independent chains of maxima

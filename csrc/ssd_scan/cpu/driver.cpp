@@ -208,7 +208,7 @@ bool backward(Isa isa, const Problem& problem, const Gradients& gradients, int t
     return all_finite(problem, gradient, count, false, threads);
   };
   // Only what is finite is 0 without itself; not std::isfinite, which does not know the wider
-  // number of benchmarks/counted.h.
+  // number of benchmarks/multiplications.h.
   return std::all_of(steps.begin(), steps.end(), [](double sum) { return sum - sum == 0; }) &&
          finite(gradients.x, problem.elements()) && finite(gradients.z, problem.elements()) &&
          finite(gradients.B, problem.matrix_elements()) &&

@@ -227,7 +227,7 @@ def mix_axis(
             else:
                 lower_factor, upper_factor = decay_of(lower_sums), decay_of(upper_sums)
         elif not TRANSPOSED:
-            entering = state_of_zeros(lower_high) + state_of_zeros(upper_high)
+            entering = state_of_zeros(lower_high + upper_high)  # of a chunk neither is as large by other means
 
         for p0 in range(0, P, BLOCK_P):
             inside = live[:, None] & (p0 + p < P)[None, :]

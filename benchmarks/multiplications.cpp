@@ -1,5 +1,5 @@
 // Arithmetic that counts itself, and plain functions around the drivers of the CPU kernels, for
-// counted.py. Compiled after counted.h as the kernels are.
+// multiplications.py. Compiled after multiplications.h as the kernels are.
 
 #include <vector>
 

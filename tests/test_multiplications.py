@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 import famseg_kernels as fk
-from benchmarks import counted
+from benchmarks import multiplications
+from benchmarks.multiplications import Counted
 from famseg_kernels.strip_conv.reference import forward as strip_reference
 
-pytestmark = pytest.mark.skipif(counted.missing() is not None, reason=str(counted.missing()))
+pytestmark = pytest.mark.skipif(multiplications.missing() is not None, reason=str(multiplications.missing()))
 
 # height, width, square size or None, strips
 STRIPS = {
@@ -24,8 +25,8 @@ STRIPS = {
 
 
 @pytest.fixture(scope="module")
-def kernels(tmp_path_factory: pytest.TempPathFactory) -> counted.Counted:
-    return counted.build(tmp_path_factory.mktemp("counted"))
+def kernels(tmp_path_factory: pytest.TempPathFactory) -> Counted:
+    return multiplications.build(tmp_path_factory.mktemp("counted"))
 
 
 def rand(*shape: int) -> Tensor:
@@ -46,7 +47,7 @@ def strip_arguments(channels: int, height: int, width: int, square: int | None, 
 
 @pytest.mark.parametrize("case", STRIPS)
 @pytest.mark.parametrize("channels", [2, 3])
-def test_strips_multiply_as_often_as_the_formula_says(kernels: counted.Counted, case: str, channels: int) -> None:
+def test_strips_multiply_as_often_as_the_formula_says(kernels: Counted, case: str, channels: int) -> None:
     """Exactly: zeros beside the image count in both. Channels are rounded up to a vector's, here two."""
     args = strip_arguments(channels, *STRIPS[case])
     y, count = kernels.strip_conv2d(*args)
@@ -54,14 +55,14 @@ def test_strips_multiply_as_often_as_the_formula_says(kernels: counted.Counted, 
     assert 2 * count == fk.flops.strip_conv2d(*strip_arguments(-(-channels // 2) * 2, *STRIPS[case]))
 
 
-def test_taps_that_cannot_reach_the_image_are_left_out(kernels: counted.Counted) -> None:
+def test_taps_that_cannot_reach_the_image_are_left_out(kernels: Counted) -> None:
     """21 taps on a plane of 4 are 7."""
     y, count = kernels.strip_conv2d(*(args := strip_arguments(2, 4, 4, None, (21,))))
     torch.testing.assert_close(y, strip_reference(*args), rtol=1e-12, atol=1e-12)
     assert 2 * count == fk.flops.strip_conv2d(*strip_arguments(2, 4, 4, None, (7,)))
 
 
-def test_eq1_to_eq5_are_what_the_kernels_multiply(kernels: counted.Counted) -> None:
+def test_eq1_to_eq5_are_what_the_kernels_multiply(kernels: Counted) -> None:
     def of_a_channel(square: int | None, strips: tuple[int, ...]) -> int:
         return kernels.strip_conv2d(*strip_arguments(2, 40, 56, square, strips))[1] // 4
 
@@ -74,7 +75,7 @@ def test_eq1_to_eq5_are_what_the_kernels_multiply(kernels: counted.Counted) -> N
 
 @pytest.mark.parametrize(("kernel", "scale", "groups"), [(5, 2, 1), (3, 1, 2), (3, 3, 2)])
 def test_reassembly_multiplies_as_often_as_the_formula_says(
-    kernels: counted.Counted, kernel: int, scale: int, groups: int
+    kernels: Counted, kernel: int, scale: int, groups: int
 ) -> None:
     x, masks = rand(2, 6, 12, 20), rand(2, groups * kernel**2, 12 * scale, 20 * scale)
     y, count = kernels.carafe(x, masks, kernel, groups, scale)
@@ -84,9 +85,7 @@ def test_reassembly_multiplies_as_often_as_the_formula_says(
 
 
 @pytest.mark.parametrize("shared", [False, True])
-def test_the_chunked_scan_multiplies_less_than_twice_as_often_as_the_recurrence(
-    kernels: counted.Counted, shared: bool
-) -> None:
+def test_the_chunked_scan_multiplies_less_than_twice_as_often_as_the_recurrence(kernels: Counted, shared: bool) -> None:
     """At headdim and state 64; the formula is the recurrence's, which no kernel runs."""
     side, directions = 16, 4
     matrices = 1 if shared else directions

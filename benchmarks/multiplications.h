@@ -1,7 +1,7 @@
-// Included before everything else when the CPU kernels are compiled for counting (counted.py):
+// Included before everything else when the CPU kernels are compiled for counting (multiplications.py):
 // from here on `double` is a number of 128 bits. No CPU computes with those, so GCC makes every
 // product and every sum of the fp64 kernels a call, of __multf3 or __addtf3, also those of each
-// lane of a vector. counted.cpp defines these calls. The kernels' text stays as it is.
+// lane of a vector. multiplications.cpp defines these calls. The kernels' text stays as it is.
 #pragma once
 
 // Of the standard library, whose headers mean what they say by `double`.

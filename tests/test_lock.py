@@ -15,8 +15,8 @@ import pytest
 from famseg.cli.evaluate import main as evaluate
 from famseg.cli.predict import main as predict
 from famseg.cli.train import main as train
-from famseg.files.claim import claimed
 from famseg.files.errors import DataError
+from famseg.files.lock import locked
 from tests.checkpoints import write_checkpoint
 
 
@@ -46,7 +46,7 @@ def test_one_of_many_that_start_at_once_gets_the_folder(there: bool, tmp_path: P
     def claim() -> None:
         while time.monotonic() < start:
             pass
-        with claimed(out):
+        with locked(out):
             time.sleep(0.5)
             (out / "result").write_text("x")
 
@@ -59,18 +59,18 @@ def test_a_killed_process_leaves_nothing_in_the_way(tmp_path: Path) -> None:
     out = tmp_path / "out"
 
     def claim() -> None:
-        with claimed(out):
-            (tmp_path / "claimed").touch()
+        with locked(out):
+            (tmp_path / "locked").touch()
             time.sleep(60)
 
     child = other_process(claim)
-    while not (tmp_path / "claimed").exists():
+    while not (tmp_path / "locked").exists():
         time.sleep(0.01)
-    with pytest.raises(DataError, match=f"another run is at work in {out}"), claimed(out):
+    with pytest.raises(DataError, match=f"another run is at work in {out}"), locked(out):
         pass
     os.kill(child, signal.SIGKILL)
     assert code(child) == -signal.SIGKILL
-    with claimed(out):
+    with locked(out):
         pass
     assert [path.name for path in out.iterdir()] == []
 
@@ -80,10 +80,10 @@ def test_without_locks_whoever_creates_the_file_holds_it(tmp_path: Path, monkeyp
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "flock", flock)
-    with claimed(tmp_path / "out"):
-        with pytest.raises(DataError, match=r"holds \.lock"), claimed(tmp_path / "out"):
+    with locked(tmp_path / "out"):
+        with pytest.raises(DataError, match=r"holds \.lock"), locked(tmp_path / "out"):
             pass
-        with pytest.raises(DataError, match=r"holds \.lock"), claimed(tmp_path / "out", fresh=False):
+        with pytest.raises(DataError, match=r"holds \.lock"), locked(tmp_path / "out", fresh=False):
             pass
     assert not list(tmp_path.iterdir())
 
@@ -96,18 +96,18 @@ def test_a_folder_in_use_or_that_cannot_be_made_is_named(tmp_path: Path) -> None
         (tmp_path / "old" / "deeper", "cannot be written to"),
         (Path("/proc/out"), "cannot be written to"),
     ):
-        with pytest.raises(DataError, match=words), claimed(path):
+        with pytest.raises(DataError, match=words), locked(path):
             pass
-    with claimed(tmp_path, fresh=False):
+    with locked(tmp_path, fresh=False):
         pass
     assert [path.name for path in tmp_path.iterdir()] == ["old"]
 
 
 def test_a_folder_that_a_failed_command_made_is_removed_again(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError), claimed(tmp_path / "a" / "b"):
+    with pytest.raises(RuntimeError), locked(tmp_path / "a" / "b"):
         raise RuntimeError
     assert not list(tmp_path.iterdir())
-    with pytest.raises(RuntimeError), claimed(tmp_path / "a" / "b"):
+    with pytest.raises(RuntimeError), locked(tmp_path / "a" / "b"):
         (tmp_path / "a" / "b" / "result").touch()
         raise RuntimeError
     assert (tmp_path / "a" / "b" / "result").exists()
@@ -116,7 +116,7 @@ def test_a_folder_that_a_failed_command_made_is_removed_again(tmp_path: Path) ->
 @pytest.mark.parametrize("command", ["train", "resume", "evaluate", "predict"])
 def test_commands_keep_off_a_folder_in_use(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
-    with claimed(out):
+    with locked(out):
         if command == "resume":
             (out / "config.yaml").write_text("data: phantom:6\n")
             assert train(["--out", str(out), "--resume", "auto"]) == 2

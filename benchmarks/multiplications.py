@@ -1,9 +1,9 @@
 """How many multiplications the CPU kernels make, counted while they run.
 
 The kernels' own sources and drivers, unchanged, are compiled once more with a scalar whose arithmetic is a call that
-counts (counted.h says how); the results come back too and can be checked. Every multiplication of an fp64 forward
-counts, those with zeros beside the image included; exponentials do not. A vector holds two numbers here. On wide
-vectors more is rounded up (channels to as many as a vector holds, say); that is not in the count.
+counts (multiplications.h says how); the results come back too and can be checked. Every multiplication of an fp64
+forward counts, those with zeros beside the image included; exponentials do not. A vector holds two numbers here. On
+wide vectors more is rounded up (channels to as many as a vector holds, say); that is not in the count.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from famseg_kernels.strip_conv.spec import unpacked
 ROOT = Path(__file__).resolve().parent.parent
 COMPILER = shutil.which("g++")
 KERNELS = [path for path in ROOT.glob("csrc/*/cpu/*.cpp") if path.stem != "bind" and not path.stem.endswith("_amx")]
-SOURCES = (*sorted(str(path.relative_to(ROOT)) for path in KERNELS), "benchmarks/counted.cpp")
+SOURCES = (*sorted(str(path.relative_to(ROOT)) for path in KERNELS), "benchmarks/multiplications.cpp")
 
 
 def missing() -> str | None:
@@ -36,7 +36,7 @@ def build(directory: Path) -> Counted:
     """Compile for counting; 5 seconds of a core."""
     assert COMPILER is not None, missing()
     flags = ["-std=c++17", "-O0", "-fPIC", "-fopenmp", "-Wno-psabi", "-DFAMSEG_ISA=baseline", f"-I{ROOT / 'csrc'}"]
-    flags += ["-include", str(ROOT / "benchmarks" / "counted.h")]
+    flags += ["-include", str(ROOT / "benchmarks" / "multiplications.h")]
     objects = [directory / f"{source.replace('/', '_')}.o" for source in SOURCES]
     compilations = [
         subprocess.Popen([COMPILER, *flags, "-c", str(ROOT / source), "-o", str(target)])
@@ -44,7 +44,7 @@ def build(directory: Path) -> Counted:
     ]
     if any([process.wait() for process in compilations]):
         raise RuntimeError("the kernels do not compile for counting; the compiler's message is above")
-    library = directory / "counted.so"
+    library = directory / "multiplications.so"
     subprocess.run([COMPILER, "-shared", "-fopenmp", *map(str, objects), "-o", str(library)], check=True)
     return Counted(ctypes.CDLL(str(library)))
 

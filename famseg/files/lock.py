@@ -14,7 +14,7 @@ _LOCK = ".lock"
 
 
 @contextmanager
-def claimed(path: Path, remedy: str = "choose another --out", *, fresh: bool = True) -> Iterator[Path]:
+def locked(path: Path, remedy: str = "choose another --out", *, fresh: bool = True) -> Iterator[Path]:
     """`path` as this process's own inside the `with`: made where it is missing, and locked against every other process.
 
     The lock comes first and the checks after it, so two runs that start at once cannot both pass them. It is a file
