@@ -60,7 +60,7 @@ class Compiled(NamedTuple):
     warps: int
 
 
-class _Chip:
+class Chip:
     """What Triton asks of a GPU's driver before it compiles."""
 
     def __init__(self, capability: int) -> None:
@@ -101,7 +101,7 @@ def compiled(
             _build_launcher(result)
         found[id(result)] = (kernel.__name__, result, config.num_warps)
 
-    driver.set_active(_Chip(capability))
+    driver.set_active(Chip(capability))
     with mock.patch.object(launch, "run", warm_up), mock.patch.object(launch, "capability", lambda _: capability):
         for case in cases:
             _call(operation, case, dtype, LAYOUTS[layout])
@@ -118,19 +118,31 @@ def _build_launcher(result: Any) -> None:
 
 
 def _call(operation: Operation, case: Case, dtype: torch.dtype, move: Callable[[torch.Tensor], torch.Tensor]) -> None:
-    """Forward and backward on floating-point tensors without data; integers (ends of sequences) are read."""
+    """Forward and backward on tensors without data."""
+    args = without_data(operation, case, dtype, move)
+    implementation = operation.implementations["triton"]
+    if implementation.unsupported(*args) is None:
+        results = implementation.forward(*args)
+        grads = [move(r) for r in results] if isinstance(results, list) else move(results)
+        implementation.backward(
+            grads, [t is not None and t.is_floating_point() for t in operation.flatten(args)], *args
+        )
+
+
+def without_data(
+    operation: Operation,
+    case: Case,
+    dtype: torch.dtype,
+    move: Callable[[torch.Tensor], torch.Tensor] = lambda t: t,
+) -> Sequence[Any]:
+    """A case's arguments, floating-point tensors without data; integers (ends of sequences) are read."""
     made = operation.flatten(case.make(_nothing))
     args: Sequence[Any] = dataclasses.replace(case, make=lambda _: case.make(_nothing)).arguments(dtype, "meta")
     flat = [
         move(t) if t is not None and t.is_floating_point() else m
         for m, t in zip(made, operation.flatten(args), strict=True)
     ]
-    args = operation.replace(args, flat)
-    implementation = operation.implementations["triton"]
-    if implementation.unsupported(*args) is None:
-        results = implementation.forward(*args)
-        grads = [move(r) for r in results] if isinstance(results, list) else move(results)
-        implementation.backward(grads, [t is not None and t.is_floating_point() for t in flat], *args)
+    return operation.replace(args, flat)
 
 
 def _nothing(*shape: int) -> torch.Tensor:

@@ -78,14 +78,20 @@ _ISSUE = {
 }
 
 
-def unit(instruction: Instruction) -> str:
-    name = instruction.name
-    for found, names in (
+_UNITS = {
+    name: unit
+    for unit, names in (
         ("alu", _ALU), ("fp32", _FP32), ("fp16", _FP16), ("xu", _XU), ("fp64", _FP64), ("tensor", _MATRIX),
         ("memory", MEMORY), ("issue", _ISSUE), ("imad", {"IMAD"}), ("shuffle", {"SHFL"}),
-    ):  # fmt: skip
-        if name in names:
-            return found
+    )
+    for name in names
+}  # fmt: skip
+
+
+def unit(instruction: Instruction) -> str:
+    name = instruction.name
+    if name in _UNITS:
+        return _UNITS[name]
     if name.startswith("U") or name in ("S2UR", "VOTEU"):
         return "uniform"
     raise Refusal(f"no unit is known for {instruction.text}")

@@ -6,9 +6,8 @@ famseg_kernels/launch.py, and compiled by Triton's own compiler; they are cached
 
 from __future__ import annotations
 
-import dataclasses
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
@@ -101,7 +100,7 @@ def triton_launches(
         found.clear()
         return forward
 
-    driver.set_active(ahead._Chip(capability))
+    driver.set_active(ahead.Chip(capability))
     with mock.patch.object(launch, "run", catch), mock.patch.object(launch, "capability", lambda _: capability):
         return called(operation, case, dtype, "triton", taken)
 
@@ -110,7 +109,7 @@ def called(
     operation: Operation, case: Case, dtype: torch.dtype, backend: str, taken: Callable[[], list[Launch]]
 ) -> tuple[list[Launch], list[Launch]]:
     """Call forward and backward without data; `taken` gives what was launched since it was last asked."""
-    args = without_data(operation, case, dtype)
+    args = ahead.without_data(operation, case, dtype)
     implementation = operation.implementations[backend]
     if (reason := implementation.unsupported(*args)) is not None:
         raise Refusal(reason)
@@ -142,15 +141,6 @@ class _Torch(TorchDispatchMode):
                     Launch("torch", f"torch {name}", "", b"", (1, 1, 1), 0, 0, b"", {}, torch_bytes=moved)
                 )
         return result
-
-
-def without_data(operation: Operation, case: Case, dtype: torch.dtype) -> Sequence[Any]:
-    made = operation.flatten(case.make(ahead._nothing))
-    args: Sequence[Any] = dataclasses.replace(case, make=lambda _: case.make(ahead._nothing)).arguments(dtype, "meta")
-    flat = [
-        t if t is not None and t.is_floating_point() else m for m, t in zip(made, operation.flatten(args), strict=True)
-    ]
-    return operation.replace(args, flat)
 
 
 def _parameters(signature: Any, arguments: dict[str, Any], addresses: Addresses) -> bytes:

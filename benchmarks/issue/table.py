@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
@@ -15,9 +16,10 @@ from typing import Any
 import torch
 
 import famseg_kernels as fk
+from benchmarks.ahead import without_data
 from benchmarks.issue import chips, cuda, machine, model, program, sass
 from benchmarks.issue.chips import Chip
-from benchmarks.issue.launches import FIRST, Launch, triton_launches, without_data
+from benchmarks.issue.launches import FIRST, Launch, triton_launches
 from benchmarks.issue.model import Work
 from benchmarks.issue.sass import Refusal
 from benchmarks.issue.steps import Constants
@@ -69,6 +71,7 @@ def counted(launch: Launch, capability: int) -> tuple[Work, sass.Usage]:
     return work, usage
 
 
+@functools.cache
 def _version() -> str:
     sources = hashlib.sha256()
     for name in ("arithmetic", "chips", "forms", "machine", "memory", "model", "program", "sass", "steps"):
