@@ -22,7 +22,6 @@ import multiprocessing
 import os
 import platform
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -35,6 +34,7 @@ import torch
 
 import famseg_kernels as fk
 from benchmarks import tune
+from benchmarks.issue.sass import tool
 from benchmarks.shapes import GATE_SHAPES, TINY, network_shapes, shapes_for
 from famseg_kernels import launch
 from famseg_kernels.testing import gate
@@ -150,15 +150,12 @@ def _nothing(*shape: int) -> torch.Tensor:
 
 
 def _inspected(name: str, result: Any, warps: int) -> Compiled:
-    import triton
-
-    beside = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    tool = str(beside) if beside.exists() else shutil.which("cuobjdump")
-    assert tool, "cuobjdump: expected in Triton's wheel or on the PATH"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(result.asm["cubin"])
         cubin.flush()
-        usage = subprocess.run([tool, "-res-usage", cubin.name], capture_output=True, text=True, check=True).stdout
+        usage = subprocess.run(
+            [tool("cuobjdump"), "-res-usage", cubin.name], capture_output=True, text=True, check=True
+        ).stdout
     registers, stack = re.findall(r"REG:(\d+) STACK:(\d+)", usage)[-1]
     return Compiled(name, int(registers), int(stack), result.metadata.shared, warps)
 
