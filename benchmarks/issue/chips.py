@@ -46,11 +46,12 @@ FMA = {80: 64, 90: 128}
 TENSOR = {80: 1024, 90: 2048}
 # Of which mma.sync (HMMA) reaches on Hopper; only wgmma (HGMMA) reaches all. L: 0.62.
 SYNCHRONOUS = {80: 1.0, 90: 0.63}
-# Clocks from issue to use. L: shared memory 29, L2 262, memory 466 and 479. S: HMMA 25 (k 16) on A100; 33 on H100, L.
+# Clocks from issue to use. L: shared memory 29, L1 38 and 41, L2 262 and 263, memory 466 and 479. S: HMMA 25 (k 16) on
+# A100; 33 on H100, L.
 _ALIKE = {"shared": 29, "xu": 20, "fp64": 8, "other": 4, "shuffle": 23, "constant": 30, "barrier": 20}
 LATENCY = {
-    80: _ALIKE | {"memory": 466, "tensor": 25},
-    90: _ALIKE | {"memory": 479, "tensor": 33},
+    80: _ALIKE | {"L1": 38, "L2": 262, "memory": 466, "tensor": 25},
+    90: _ALIKE | {"L1": 41, "L2": 263, "memory": 479, "tensor": 33},
 }
 
 # Clocks that a scheduler's share of a unit is taken by a warp's instruction: 32 lanes over a quarter of the lanes that
@@ -124,10 +125,12 @@ def matrix_bytes(instruction: Instruction) -> int:
 
 
 def latency(instruction: Instruction, capability: int) -> int:
-    """Clocks from issue until the result can be used."""
+    """Clocks from issue until the result can be used; of global loads `model.replay` knows more."""
     kind, table = unit(instruction), LATENCY[capability]
+    if instruction.name in ("LDG", "LDGSTS"):
+        return table["other"]
     if kind == "memory":
-        return table["memory" if instruction.name in ("LDG", "LDGSTS", "ATOMG") else "shared"]
+        return table["memory" if instruction.name == "ATOMG" else "shared"]
     if instruction.name in ("LDC", "ULDC", "S2UR"):
         return table["constant"]
     if instruction.name == "HGMMA":

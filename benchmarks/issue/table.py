@@ -52,7 +52,9 @@ def counted(launch: Launch, capability: int) -> tuple[Work, sass.Usage]:
     Raises:
         Refusal: an instruction or an access is not understood.
     """
-    text = json.dumps([_version(), launch.symbol, capability, launch.grid, launch.threads, SAMPLE])
+    text = json.dumps(
+        [_version(), launch.symbol, capability, launch.grid, launch.threads, SAMPLE, sorted(launch.tensors.items())]
+    )
     key = hashlib.sha256(text.encode() + launch.parameters + launch.cubin).hexdigest()[:32]
     path = cuda.cache() / f"{key}.json"
     if path.exists():
@@ -85,7 +87,7 @@ def _counted(launch: Launch, capability: int) -> tuple[Work, sass.Usage]:
     constants = Constants(capability, launch.threads, launch.grid, launch.parameters, literals)
     bases = sorted(launch.tensors)
     run = machine.Machine(program.analysed(kernel), constants, bases).run(sample(launch.grid), launch.threads // 32)
-    work = model.work(run, capability)
+    work = model.work(run, capability, math.prod(launch.grid), launch.tensors)
     sass.forget()
     for base in {*work.loaded, *work.stored}:
         if base < FIRST:
