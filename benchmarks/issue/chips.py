@@ -27,7 +27,6 @@ class Chip:
     clock: float  # Hz: boost, A; H100, H200: at which the datasheet's 989 TFLOP/s of bf16 are reached, H
     memory: float  # bytes/s, datasheet
     cache: float  # bytes/s of L2: ? about two thirds of 5120 bytes a clock (A), which are not reached
-    shared: int  # bytes a multiprocessor, CG
     registers: int = 65536  # CG
     warps: int = 64  # CG
     blocks: int = 32  # CG
@@ -36,10 +35,15 @@ class Chip:
 COPY = 0.92  # of the datasheet's memory bandwidth that a copy reaches: ?, 0.9 to 0.94 are common
 
 CHIPS = (
-    Chip("A100", 80, 108, 1.41e9, 2.039e12, 4.7e12, 164 * 1024),
-    Chip("H100", 90, 132, 1.83e9, 3.35e12, 5.7e12, 228 * 1024),
-    Chip("H200", 90, 132, 1.83e9, 4.8e12, 5.7e12, 228 * 1024),
+    Chip("A100", 80, 108, 1.41e9, 2.039e12, 4.7e12),
+    Chip("H100", 90, 132, 1.83e9, 3.35e12, 5.7e12),
+    Chip("H200", 90, 132, 1.83e9, 4.8e12, 5.7e12),
 )
+
+# Bytes of shared memory, CG: of a multiprocessor; the driver's own of every block; what a block can have.
+SHARED = {80: 164 * 1024, 90: 228 * 1024}
+RESERVED = 1024
+SHARED_OF_BLOCK = {capability: size - RESERVED for capability, size in SHARED.items()}
 
 # Multiply–adds a clock and multiprocessor. A: 312 TFLOP/s of bf16, 19.5 of fp32. H: 989 and 67.
 FMA = {80: 64, 90: 128}
@@ -139,11 +143,11 @@ def latency(instruction: Instruction, capability: int) -> int:
 
 
 def resident(chip: Chip, threads: int, registers: int, shared: int) -> int:
-    """Blocks that a multiprocessor holds at once. Registers are given to warps in pieces of 256; CG: 1 KB of shared
-    memory is the driver's of every block."""
+    """Blocks that a multiprocessor holds at once. Registers are given to warps in pieces of 256, from a scheduler's
+    quarter of them."""
     warps = threads // 32
-    of_registers = chip.registers // (warps * -(-registers * 32 // 256) * 256)
-    found = min(of_registers, chip.shared // (shared + 1024), chip.warps // warps, chip.blocks)
+    of_registers = chip.registers // 4 // (-(-registers * 32 // 256) * 256) * 4 // warps
+    found = min(of_registers, SHARED[chip.capability] // (shared + RESERVED), chip.warps // warps, chip.blocks)
     if found < 1:
         raise Refusal(
             f"a block of {threads} threads, {registers} registers and {shared} bytes does not fit {chip.name}"

@@ -95,7 +95,8 @@ def replay(run: Run, capability: int, first: dict[int, float] | None = None) -> 
     from_memory: dict[object, int] = {}  # register → the trip that brings it
     busy: dict[str, float] = {}
     now, end, trips = 0.0, 0.0, 0
-    group, groups, products = 0.0, [], 0.0  # copies not yet committed, committed ones, matrix products
+    groups: list[float] = []  # copies that are committed
+    group, products = 0.0, 0.0  # copies that are not, matrix products
     arrivals: list[float] = []  # of the loads' sectors in L1
     latencies = chips.LATENCY[capability]
     for b in run.trace:
