@@ -1,7 +1,8 @@
 """The CUDA kernels' launches and machine code, without a GPU.
 
-nvcc compiles every launch.cu for a chip (a minute each, kept in the cache). The launcher itself, compiled by g++
-(tests/emulated_cuda.py, kept too), records what it launches for tensors without data.
+Machine code is that of the installed module, where it is newer than its sources. Else nvcc compiles every launch.cu for
+a chip (a minute each, kept in the cache). The launcher itself, compiled by g++ (tests/emulated_cuda.py, kept too),
+records what it launches for tensors without data.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import hashlib
 import os
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ from unittest import mock
 
 import torch
 
-from benchmarks.issue import chips
+from benchmarks.issue import chips, sass
 from benchmarks.issue.launches import Addresses, Launch, called
 from benchmarks.issue.sass import Refusal
 from famseg_kernels.testing.case import Case
@@ -44,17 +46,28 @@ def missing() -> str | None:
     """Why CUDA kernels cannot be counted here, or None."""
     from tests import emulated_cuda
 
-    if nvcc() is None:
-        return "no nvcc on the PATH"
+    if _module() is None and nvcc() is None:
+        return "no CUDA module of these sources is installed, and no nvcc on the PATH"
     return emulated_cuda.missing()
+
+
+def _sources() -> list[Path]:
+    found = sorted(path for path in (ROOT / "csrc").rglob("*") if path.suffix in (".cu", ".cuh", ".h"))
+    return [path for path in found if "cpu" not in str(path.relative_to(ROOT))]
 
 
 def _digest(*parts: str) -> str:
     sources = hashlib.sha256(" ".join(parts).encode())
-    for path in sorted((ROOT / "csrc").rglob("*")):
-        if path.suffix in (".cu", ".cuh", ".h") and "cpu" not in str(path.relative_to(ROOT)):
-            sources.update(path.read_bytes())
+    for path in _sources():
+        sources.update(path.read_bytes())
     return sources.hexdigest()[:16]
+
+
+def _module() -> Path | None:
+    """The installed CUDA module, unless a source has changed since."""
+    newest = max(path.stat().st_mtime for path in _sources())
+    found = (ROOT / "famseg_kernels").glob("_cuda*.so")
+    return next((path for path in found if path.stat().st_mtime > newest), None)
 
 
 def _places(capability: int) -> dict[Path, Path]:
@@ -67,26 +80,29 @@ def _places(capability: int) -> dict[Path, Path]:
     }
 
 
-def compiled() -> bool:
-    """Whether nothing has to be compiled first."""
-    return nvcc() is not None and all(path.exists() for c in chips.SHARED for path in _places(c).values())
+def compiled(capability: int) -> bool:
+    """Whether nothing has to be compiled by nvcc first."""
+    return _module() is not None or (nvcc() is not None and all(path.exists() for path in _places(capability).values()))
 
 
 @functools.cache
-def cubins(capability: int) -> dict[str, bytes]:
-    """By source, those of all operations."""
-    compiler = nvcc()
+def cubins(capability: int) -> list[bytes]:
+    """Of all operations."""
+    module, compiler = _module(), nvcc()
+    if module is not None:
+        with tempfile.TemporaryDirectory() as folder:
+            command = [sass.tool("cuobjdump"), "-xelf", f"sm_{capability}", str(module)]
+            subprocess.run(command, cwd=folder, capture_output=True, check=True)
+            return [path.read_bytes() for path in sorted(Path(folder).iterdir())]
     if compiler is None:
         raise Refusal(str(missing()))
-    found = {}
     for source, path in _places(capability).items():
         if not path.exists():
             partial = path.with_suffix(f".{os.getpid()}")
             command = [compiler, *FLAGS, f"-I{ROOT / 'csrc'}", f"-arch=sm_{capability}", "-cubin", str(source)]
             subprocess.run([*command, "-o", str(partial)], check=True)
             partial.rename(path)
-        found[source.parent.parent.name] = path.read_bytes()
-    return found
+    return [path.read_bytes() for path in _places(capability).values()]
 
 
 @functools.cache
@@ -114,10 +130,8 @@ def template(mangled: str) -> str:
 @functools.cache
 def symbols(capability: int) -> dict[str, tuple[str, bytes]]:
     """Template → (symbol, cubin)."""
-    from benchmarks.issue import sass
-
     found = {}
-    for cubin in cubins(capability).values():
+    for cubin in cubins(capability):
         for symbol in sass.usage(cubin):
             found[template(symbol)] = (symbol, cubin)
     return found

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 Row = dict[str, Any]
+COMMITTED = Path(__file__).parent.parent / "results" / "predicted"
 # In the order in which a reader asks.
 KERNEL_COLUMNS = (
     *("op", "case", "dtype", "backend", "pass", "launch", "kernel", "chip", "us", "binds", "blocks", "threads"),
@@ -18,7 +19,7 @@ KERNEL_COLUMNS = (
 )
 OPERATION_COLUMNS = (
     *("op", "case", "dtype", "backend", "pass", "chip", "us", "binds", "share of it %", "bound us", "bound by"),
-    *("% of bound", "launches", "MB"),
+    *("% of bound", "target", "reached %", "verdict", "launches", "MB"),
 )
 MEASURED_COLUMNS = ("measured us", "corrected us", "residual %")
 
@@ -40,23 +41,26 @@ def _rounded(value: Any) -> Any:
 
 
 def markdown(rows: Sequence[Row], chips: Sequence[str]) -> str:
-    """One line an operation, dtype, pass and backend; for each chip the prediction, what binds, and % of the bound."""
+    """One line an operation, dtype, pass and backend; for each chip the prediction, what binds, % of the bound, and how
+    much of the target is reached."""
     measured = any("measured us" in row for row in rows)
-    head = ["operation", "dtype", "pass", "backend"]
+    head = ["operation", "dtype", "pass", "backend", "target"]
     for chip in chips:
-        head += [f"{chip}, µs", "binds", "% of the work's bound", *(["measured, µs"] if measured else [])]
+        head += [f"{chip}, µs", "binds", "% of the work's bound", "target", *(["measured, µs"] if measured else [])]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     groups: dict[tuple[str, ...], dict[str, Row]] = defaultdict(dict)
     for row in rows:
         groups[(f"{row['op']} {row['case']}", row["dtype"], row["pass"], row["backend"])][row["chip"]] = row
     for key, by_chip in groups.items():
-        cells = list(key)
+        cells = [*key, next(iter(by_chip.values()))["target"] or "–"]
         for chip in chips:
             row = by_chip.get(chip, {})
             if not row or math.isnan(row["us"]):
-                cells += ["–", "refused" if row else "–", "–", *(["–"] if measured else [])]
+                cells += ["–", "refused" if row else "–", "–", "–", *(["–"] if measured else [])]
                 continue
             cells += [f"{row['us']:.0f}", str(row["binds"]), f"{row['% of bound']:.0f}"]
+            met = " met" if row["verdict"] == "met" else ""
+            cells.append(f"{row['reached %']:.0f} %{met}" if row["target"] else "–")
             cells += [f"{row['measured us']:.0f}" if "measured us" in row else "–"] if measured else []
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"

@@ -182,6 +182,7 @@ def _register(text: str) -> Register | None:
     return Register(found[1], _LAST[found[1]] if found[2] in "ZT" else int(found[2]))
 
 
+@functools.lru_cache(1 << 14)  # the same few thousand all over
 def _operand(text: str) -> Operand:
     plain = text.replace(".reuse", "")
     if plain.startswith("`("):
@@ -322,9 +323,9 @@ def width_of_source(instruction: Instruction, place: int) -> int:
     return 2 if name in ("RET", "BRX") else 1
 
 
-def _several(register: Register, count: int) -> Iterator[Register]:
-    if not register.constant:
-        yield from (Register(register.bank, register.number + i) for i in range(count))
+@functools.cache
+def _several(register: Register, count: int) -> tuple[Register, ...]:
+    return () if register.constant else tuple(Register(register.bank, register.number + i) for i in range(count))
 
 
 @functools.cache

@@ -187,6 +187,8 @@ class Steps:
                 return None
             if isinstance(place, int):
                 return word(place)
+            if state.mask is not None:  # lanes that are elsewhere may hold anything
+                place = np.where(state.mask, place, np.uint64(self.constants.start))
             found = [word(int(v)) for v in place.ravel()]
             return None if None in found else np.array(found, np.uint64).reshape(place.shape)
 

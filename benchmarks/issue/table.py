@@ -15,26 +15,25 @@ from typing import Any
 
 import torch
 
-import famseg_kernels as fk
-from benchmarks.ahead import without_data
-from benchmarks.issue import chips, cuda, machine, model, program, sass
+from benchmarks.issue import chips, cuda, machine, model, program, sass, targets
 from benchmarks.issue.chips import Chip
 from benchmarks.issue.launches import FIRST, Launch, triton_launches
 from benchmarks.issue.model import Work
 from benchmarks.issue.sass import Refusal
 from benchmarks.issue.steps import Constants
-from benchmarks.shapes import GPU_SHAPES
+from benchmarks.issue.targets import Target
 from benchmarks.timing import DTYPES
 from famseg_kernels.testing.case import Case
 from famseg_kernels.torch_op import Operation
 
 Row = dict[str, Any]
-OPERATIONS = {operation.spec.name: operation for operation in fk.OPERATIONS}
+OPERATIONS = targets.OPERATIONS
 BACKENDS = ("triton", "cuda")
 UNITS = (
     *("issue", "fma", "alu", "tensor", "xu", "shared memory", "fp64", "fp16", "uniform", "L2 port"),
     *("latency", "L2", "memory"),
 )
+DTYPES_OF_TABLE = ("bf16", "fp32")
 SAMPLE = 5  # blocks of a launch that are run
 
 
@@ -107,22 +106,21 @@ def launches(
 def rows_of(
     backend: str, operation: Operation, case: Case, dtype: torch.dtype, some: Sequence[Chip] = chips.CHIPS
 ) -> Iterator[Row]:
-    """Of every kernel that forward and backward launch, on every chip."""
+    """Of every kernel that forward and backward launch, on every chip; where a call is refused, a row that says why."""
+    call = {"op": operation.spec.name, "case": case.name, "dtype": name_of(dtype), "backend": backend}
     for capability, alike in itertools.groupby(some, key=lambda chip: chip.capability):
         same = list(alike)
-        passes = launches(backend, operation, case, dtype, capability)
+        try:
+            passes = launches(backend, operation, case, dtype, capability)
+        except Refusal as refusal:
+            for name, chip in itertools.product(("fwd", "bwd"), same):
+                none = {"us": math.nan, "binds": "refused", "refusal": str(refusal)}
+                yield call | {"pass": name, "launch": 0, "kernel": "-", "chip": chip.name} | none
+            continue
         for name, made in zip(("fwd", "bwd"), passes, strict=True):
             for place, launch in enumerate(made):
                 known = _counted_or_refused(launch, capability)
-                where = {
-                    "op": operation.spec.name,
-                    "case": case.name,
-                    "dtype": name_of(dtype),
-                    "backend": backend,
-                    "pass": name,
-                    "launch": place,
-                    "kernel": launch.kernel,
-                }
+                where = call | {"pass": name, "launch": place, "kernel": launch.kernel}
                 for chip in same:
                     yield where | {"chip": chip.name} | _predicted(launch, known, chip)
 
@@ -170,55 +168,43 @@ def _predicted(launch: Launch, known: Counted | Refusal | None, chip: Chip) -> R
 
 
 def summed(rows: Sequence[Row]) -> list[Row]:
-    """One row for forward and one for forward with backward: the sum of their launches, one after the other."""
+    """One row for forward, for backward and for both: the sum of their launches, one after the other."""
     groups: dict[tuple[str, ...], list[Row]] = defaultdict(list)
     for row in rows:
         groups[tuple(row[k] for k in ("op", "case", "dtype", "backend", "chip"))].append(row)
     found = []
-    for key, members in groups.items():
-        for name, passes in (("fwd", ("fwd",)), ("fwd+bwd", ("fwd", "bwd"))):
-            some = [row for row in members if row["pass"] in passes]
-            shares: dict[str, float] = defaultdict(float)
-            for row in some:
-                shares[row["binds"]] += row["us"]
-            us = sum(row["us"] for row in some)
-            bound, unit = bound_of(key[0], key[1], key[2], name == "fwd+bwd", _chip(key[4]))
-            refused = [row["kernel"] for row in some if row["refusal"]]
-            found.append(
-                dict(zip(("op", "case", "dtype", "backend", "chip"), key, strict=True))
-                | {
-                    "pass": name,
-                    "launches": len(some),
-                    "us": us,
-                    "binds": "refused" if refused else max(shares, key=lambda what: shares[what]),
-                    "share of it %": math.nan if refused else 100 * max(shares.values()) / us,
-                    "MB": sum(row.get("MB", math.nan) for row in some),
-                    "bound us": bound,
-                    "bound by": unit,
-                    "% of bound": 100 * bound / us,
-                    "refusal": ", ".join(refused),
-                }
-            )
+    for (op, case, dtype, backend, chip), members in groups.items():
+        for passed in targets.PASSES:
+            some = [row for row in members if row["pass"] in passed.split("+")]
+            where = {"op": op, "case": case, "dtype": dtype, "backend": backend, "chip": chip, "pass": passed}
+            of_work = targets.bounds(op, case, dtype, passed, _chip(chip))
+            found.append(where | _summed(some, of_work, targets.of(op, case, dtype, passed)))
     return found
 
 
-def bound_of(op: str, case: str, dtype: str, backward: bool, chip: Chip) -> tuple[float, str]:
-    """Microseconds that no call of this work can beat: its FLOPs, or the bytes that any implementation moves.
-
-    Bytes of the backward as `benchmarks.timing` has them. 16 bits: on tensor cores; fp32: on FMA units.
-    """
-    operation = OPERATIONS[op]
-    shape = next(c for c in GPU_SHAPES[op] if c.name == case)
-    args = without_data(operation, shape, DTYPES[dtype])
-    flops = operation.spec.flops(*args) * (3 if backward else 1)
-    results = operation.spec.fake(*args)
-    out = sum(t.nbytes for t in (results if isinstance(results, list) else [results]))
-    moved = operation.spec.moved_bytes(*args)
-    moved += (2 * (moved - out) + out) if backward else 0
-    rates = chips.FMA if dtype == "fp32" else chips.TENSOR
-    arithmetic = 1e6 * flops / (2 * rates[chip.capability] * chip.processors * chip.clock)
-    traffic = 1e6 * moved / (chip.memory * chips.COPY)
-    return (arithmetic, "arithmetic") if arithmetic > traffic else (traffic, "memory")
+def _summed(some: Sequence[Row], of_work: dict[str, float], target: Target | None) -> Row:
+    shares: dict[str, float] = defaultdict(float)
+    for row in some:
+        shares[row["binds"]] += row["us"]
+    us = sum(row["us"] for row in some)
+    refused = list(dict.fromkeys(f"{row['kernel']}: {row['refusal']}" for row in some if row["refusal"]))
+    binds = "refused" if refused else max(shares, key=lambda what: shares[what])
+    bound, unit = targets.least(of_work)
+    reached = math.nan if target is None else 100 * of_work[target.of] / us
+    return {
+        "launches": len(some),
+        "us": us,
+        "binds": binds,
+        "share of it %": math.nan if refused else 100 * max(shares.values()) / us,
+        "MB": sum(row.get("MB", math.nan) for row in some),
+        "bound us": bound,
+        "bound by": unit,
+        "% of bound": 100 * bound / us,
+        "target": "" if target is None else f"{target.percent} % of {target.of}",
+        "reached %": reached,
+        "verdict": "" if target is None or refused else "met" if reached >= target.percent else f"{binds} binds",
+        "refusal": "; ".join(refused),
+    }
 
 
 def _chip(name: str) -> Chip:
