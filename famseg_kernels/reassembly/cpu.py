@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from famseg_kernels import backends, checks
-from famseg_kernels.reassembly.problem import Problem, operations
+from famseg_kernels.reassembly.problem import Problem, chain, operations
 
 
 def _forward(problem: Problem) -> Tensor:
@@ -44,3 +44,4 @@ def _dense(problem: Problem) -> Problem:
 
 
 reassemble, carafe = operations(_forward, _backward)
+feature_aware_upsample = chain(_forward, _backward)

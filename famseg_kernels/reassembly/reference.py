@@ -1,6 +1,6 @@
-"""reassemble and carafe in plain PyTorch: the definitions that every kernel is held to.
+"""reassemble, carafe and feature_aware_upsample in plain PyTorch: the definitions that every kernel is held to.
 
-Both are one weighted sum over the taps of a window. With w as (N·g, k², s², H, W) and x shifted by a tap as
+All are one weighted sum over the taps of a window. With w as (N·g, k², s², H, W) and x shifted by a tap as
 (N·g, C/g, 1, H, W) it is a loop of k² multiply–adds without an unfolded tensor.
 """
 
@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from famseg_kernels import checks
+from famseg_kernels.reassembly.problem import encode
 from famseg_kernels.spec import Backend
 
 
@@ -25,6 +26,23 @@ def _carafe(features: Tensor, masks: Tensor, kernel_size: int, group_size: int, 
     s = scale_factor
     weights = _wide(masks).view(n * group_size, kernel_size**2, h, s, w, s).permute(0, 1, 3, 5, 2, 4)
     return _weighted_sum(features, weights.flatten(2, 3), group_size, kernel_size, s)
+
+
+def _upsample(
+    x: Tensor,
+    compressed: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    kernel_size: int,
+    scale: int,
+    groups: int,
+    dilation: int,
+) -> Tensor:
+    """The logits stay in fp32 or better where the chain of two ops would round them to x's dtype."""
+    logits = encode(_wide(compressed), _wide(weight), None if bias is None else _wide(bias), dilation)
+    n, _, h, w = x.shape
+    weights = logits.view(n * groups, kernel_size**2, scale**2, h, w).softmax(dim=1)
+    return _weighted_sum(x, weights, groups, kernel_size, scale)
 
 
 def _weighted_sum(x: Tensor, weights: Tensor, g: int, k: int, s: int) -> Tensor:
@@ -45,3 +63,4 @@ def _wide(t: Tensor) -> Tensor:
 
 reassemble = Backend(_reassemble)
 carafe = Backend(_carafe)
+feature_aware_upsample = Backend(_upsample)
