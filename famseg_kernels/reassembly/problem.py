@@ -44,6 +44,36 @@ class Problem(NamedTuple):
         }
 
 
+class Encoded(NamedTuple):
+    """A call of `feature_aware_upsample`."""
+
+    x: Tensor  # (N, C, H, W)
+    compressed: Tensor  # (N, C_d, H, W)
+    weight: Tensor  # (groups·k²·s², C_d, k_e, k_e)
+    bias: Tensor | None
+    kernel_size: int
+    scale: int
+    groups: int
+    dilation: int
+
+    def problem(self, logits: Tensor) -> Problem:
+        return Problem(True, self.x, logits, self.kernel_size, self.scale, self.groups)
+
+    def native(self) -> dict[str, Any]:
+        """The named arguments of the native upsample functions: x and compressed dense, the others contiguous."""
+        return {
+            **self.problem(self.compressed).native(),
+            "weights": 0,
+            "compressed": self.compressed.data_ptr(),
+            "weight": self.weight.data_ptr(),
+            "bias": 0 if self.bias is None else self.bias.data_ptr(),
+            "compressed_channels": self.compressed.shape[1],
+            "encoder_kernel_size": self.weight.shape[3],
+            "dilation": self.dilation,
+            "compressed_channels_last": not self.compressed.is_contiguous(),
+        }
+
+
 Forward = Callable[[Problem], Tensor]
 Backward = Callable[[Problem, Tensor, Sequence[bool]], list[Tensor | None]]
 Unsupported = Callable[[Problem], str | None]
@@ -73,8 +103,7 @@ def chain(forward: Forward, backward: Backward, unsupported: Unsupported | None 
     """
 
     def problem(call: Encoded) -> Problem:
-        logits = encode(call.compressed, call.weight, call.bias, call.dilation)
-        return Problem(True, call.x, logits, call.kernel_size, call.scale, call.groups)
+        return call.problem(encode(call))
 
     def run_forward(*arguments: Any) -> Tensor:
         return forward(problem(Encoded(*arguments)))
@@ -90,32 +119,19 @@ def chain(forward: Forward, backward: Backward, unsupported: Unsupported | None 
     def refused(*arguments: Any) -> str | None:
         call = Encoded(*arguments)
         # Whether there is a kernel does not depend on the logits, which are not there yet.
-        likeness = Problem(True, call.x, call.compressed, call.kernel_size, call.scale, call.groups)
-        return None if unsupported is None else unsupported(likeness)
+        return None if unsupported is None else unsupported(call.problem(call.compressed))
 
     return Backend(run_forward, run_backward, refused)
 
 
-class Encoded(NamedTuple):
-    """A call of `feature_aware_upsample`."""
-
-    x: Tensor  # (N, C, H, W)
-    compressed: Tensor  # (N, C_d, H, W)
-    weight: Tensor  # (groups·k²·s², C_d, k_e, k_e)
-    bias: Tensor | None
-    kernel_size: int
-    scale: int
-    groups: int
-    dilation: int
-
-
-def encode(compressed: Tensor, weight: Tensor, bias: Tensor | None, dilation: int) -> Tensor:
+def encode(call: Encoded) -> Tensor:
     """The content encoder: logits (N, groups·k²·s², H, W) of a zero-padded "same" convolution."""
-    if not compressed.numel():  # conv2d refuses an image without pixels or channels
-        n, _, h, w = compressed.shape
-        logits = compressed.new_zeros(n, weight.shape[0], h, w)
-        return logits if bias is None else logits + bias.view(-1, 1, 1)
-    return F.conv2d(compressed, weight, bias, padding=weight.shape[3] // 2 * dilation, dilation=dilation)
+    if not call.compressed.numel():  # conv2d refuses an image without pixels or channels
+        n, _, h, w = call.compressed.shape
+        logits = call.compressed.new_zeros(n, call.weight.shape[0], h, w)
+        return logits if call.bias is None else logits + call.bias[:, None, None]
+    padding = call.weight.shape[3] // 2 * call.dilation
+    return F.conv2d(call.compressed, call.weight, call.bias, padding=padding, dilation=call.dilation)
 
 
 def encode_backward(gradient: Tensor, call: Encoded, needs: Sequence[bool]) -> list[Tensor | None]:

@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from famseg_kernels import checks
-from famseg_kernels.reassembly.problem import encode
 from famseg_kernels.spec import Backend
 
 
@@ -39,8 +38,13 @@ def _upsample(
     dilation: int,
 ) -> Tensor:
     """The logits stay in fp32 or better where the chain of two ops would round them to x's dtype."""
-    logits = encode(_wide(compressed), _wide(weight), None if bias is None else _wide(bias), dilation)
     n, _, h, w = x.shape
+    logits = _wide(x).new_zeros(n, weight.shape[0], h, w)
+    if compressed.numel():  # conv2d refuses an image without pixels or channels
+        padding = weight.shape[3] // 2 * dilation
+        logits = F.conv2d(_wide(compressed), _wide(weight), padding=padding, dilation=dilation)
+    if bias is not None:
+        logits = logits + _wide(bias)[:, None, None]
     weights = logits.view(n * groups, kernel_size**2, scale**2, h, w).softmax(dim=1)
     return _weighted_sum(x, weights, groups, kernel_size, scale)
 

@@ -1,4 +1,4 @@
-// The backward pass of reassemble and carafe for one instruction set (see common/simd.h: this file
+// The backward pass of the room's operations for one instruction set (see common/simd.h: this file
 // is compiled once for each).
 //
 // Blocks, and the weights of a block, are as in forward.cpp. Lanes are always pixels of x, because
@@ -8,8 +8,12 @@
 // pixels that they come from, one sum for each column of taps, and only the sums move to the side:
 // all loads are aligned, and there are 9 to 20 FMAs. Gathering products took 5 to 4, 4 of them
 // across cache lines.
+//
+// With an encoder the gradient of the logits stays in the planes of a block, and what it gives to
+// the gradients of compressed, weight and bias is added up by piece: some blocks, one below the
+// other. These blocks hand on the weights that their halos share.
 
-#include "reassembly/cpu/softmax.h"
+#include "reassembly/cpu/encoder.h"
 
 namespace famseg::FAMSEG_ISA {
 namespace {
@@ -93,26 +97,43 @@ Geometry block_geometry(const Problem& p, const Gradients& gradients) {
   return g;
 }
 
+// Planes of whole rows, for sums over blocks.
+template <typename T>
+Geometry sum_geometry(const Geometry& g) {
+  Geometry q = g;
+  if (g.run_rows == 1) q.pitch = round_up(g.width, kLanes<T>) + 2 * g.side;
+  return q;
+}
+
 template <typename T>
 struct Space {
   Planes<T> weights;           // (tap, phase), the block's rows and the halo
-  Planes<T> weights_gradient;  // (tap, phase), the block's rows
+  Planes<T> weights_gradient;  // (tap, phase), the block's rows; zeros around them for an encoder
+  Planes<T> compressed;        // with one: its channels, rows as the weights and its reach
   Planes<T> y_gradient;        // (channel, phase) of a chunk, rows as the weights
   Planes<T> x;                 // a chunk of channels, the block's rows and the reach
   Planes<T> sums;              // (channel, column of taps) of a chunk, one run; see x_gradient_tile
   Planes<T> x_gradient;        // a chunk of channels, one run
+  Planes<T> row;  // with an encoder: a vector of channels of the gradient of compressed
 };
 
 template <typename T>
-Space<T> take_space(const Geometry& g, Arena& arena) {
+Space<T> take_space(const Problem& p, const Geometry& g, Arena& arena) {
   Space<T> space;
   const int64_t run_rows = min(g.run_rows, g.rows);
   space.weights = take_planes<T>(arena, g, g.taps * g.phases, g.rows + 2 * g.halo);
-  space.weights_gradient = take_planes<T>(arena, g, g.taps * g.phases, g.rows);
+  const int64_t reach = g.encoder_reach_y();
+  space.weights_gradient = take_planes<T>(arena, g, g.taps * g.phases, g.rows + 4 * reach);
+  space.weights_gradient.at += 2 * reach * g.pitch;
+  if (p.encoder != nullptr) {
+    space.compressed = take_planes<T>(arena, compressed_geometry(g), p.encoder->channels,
+                                      g.rows + 2 * (g.halo + reach));
+  }
   space.y_gradient = take_planes<T>(arena, g, g.chunk * g.phases, g.rows + 2 * g.halo);
   space.x = take_planes<T>(arena, g, g.chunk, g.rows + 2 * g.reach_y);
   space.sums = take_planes<T>(arena, g, g.chunk * kMostColumns, run_rows);
   space.x_gradient = take_planes<T>(arena, g, g.chunk, run_rows);
+  if (p.encoder != nullptr) space.row = take_planes<T>(arena, sum_geometry<T>(g), kLanes<T>, 1);
   return space;
 }
 
@@ -186,15 +207,15 @@ void store_x_gradient(const Geometry& g, const Space<T>& space, const Region& re
   });
 }
 
+// The gradients of a block; with an encoder, that of the weights is left in space.weights_gradient.
+// `kept`: so many of the first rows of weights are there already.
 template <typename S, typename T>
-void compute_block(const Problem& p, const Gradients& gradients, int64_t number, void* scratch) {
-  const Geometry g = block_geometry<T>(p, gradients);
-  Arena arena{static_cast<char*>(scratch)};
-  const Space<T> space = take_space<T>(g, arena);
-  const auto [index, region] = block_at(g, number);
+void compute_block(const Problem& p, const Gradients& gradients, const Geometry& g,
+                   const Space<T>& space, const Block& block, int64_t kept) {
+  const auto [index, region] = block;
   const Region with_halo = region.grown(g.halo, g.halo_side);
   const Region with_reach = region.grown(g.reach_y, g.side);
-  const bool wants_x = gradients.x != nullptr, wants_weights = gradients.weights != nullptr;
+  const bool wants_x = gradients.x != nullptr, wants_weights = gradients.of_weights();
 
   const auto y_gradient_from = [&](int64_t chunk) {
     return features_image(p, g, static_cast<const S*>(gradients.y), g.scale, index, chunk);
@@ -210,16 +231,25 @@ void compute_block(const Problem& p, const Gradients& gradients, int64_t number,
     const int64_t vectors = vectors_of<T>(g, with_halo);
     Ahead y_gradient(g, y_gradient_from(0), channels, with_halo, vectors);
     Ahead x(g, x_from(0), wants_weights ? channels : 0, with_reach, vectors);
-    load_weights<S>(p, g, index, with_halo, shifted(space.weights, -g.halo_side),
-                    [&](int64_t done) {
-                      y_gradient.ask(done);
-                      x.ask(done);
-                    });
+    const auto during = [&](int64_t done) {
+      y_gradient.ask(done);
+      x.ask(done);
+    };
+    if (p.encoder == nullptr) {
+      load_weights<S>(p, g, index, with_halo, shifted(space.weights, -g.halo_side), during);
+    } else {
+      const Region rows = region.grown(g.halo, 0);
+      load_compressed<S>(p, g, index, rows, g.halo_side, space.compressed);
+      const int64_t pitch = compressed_geometry(g).pitch;
+      encode_weights(p, g, index, {rows.row + kept, rows.rows - kept, rows.column, rows.columns},
+                     g.halo_side, shifted(space.compressed, (g.encoder_reach_y() + kept) * pitch),
+                     shifted(space.weights, kept * g.pitch), during);
+    }
   }
   // Taps that nothing is added to: those that cannot reach the image, or all without channels.
   const bool all_reach = 2 * min(g.reach_y, g.reach_x) + 1 == g.kernel;
   if (wants_weights && (!all_reach || g.channels == 0)) {
-    T* from = space.weights_gradient.at - g.margin;
+    T* from = space.weights_gradient.at - 2 * g.encoder_reach_y() * g.pitch - g.margin;
     for (int64_t i = 0; i < g.taps * g.phases * space.weights_gradient.stride; ++i) from[i] = T(0);
   }
   for (int64_t chunk = 0; chunk < g.channels; chunk += g.chunk) {
@@ -230,9 +260,9 @@ void compute_block(const Problem& p, const Gradients& gradients, int64_t number,
     Ahead y_gradient(g, y_gradient_from(chunk + channels), next, with_halo, work);
     Ahead x(g, x_from(chunk + channels), wants_weights ? next : 0, with_reach, work);
     // Where no gradient is wanted, nothing is asked for, of an image that is there.
-    const void* weights = wants_weights ? gradients.weights : p.weights;
+    const void* weights = gradients.weights != nullptr ? gradients.weights : p.weights;
     Ahead result(g, weights_image(p, g, static_cast<const S*>(weights), index),
-                 wants_weights && next == 0 ? planes : 0, region, work);
+                 gradients.weights != nullptr && next == 0 ? planes : 0, region, work);
     const auto during = [&](int64_t done) {
       y_gradient.ask(done);
       x.ask(done);
@@ -254,9 +284,187 @@ void compute_block(const Problem& p, const Gradients& gradients, int64_t number,
       normalise_backward(g, region, shifted(space.weights, g.halo * g.pitch),
                          space.weights_gradient);
     }
+    if (p.encoder != nullptr) return;
     // All phases of a tap of a mask are one channel and have one gradient each.
     store_planes(g, space.weights_gradient, planes, region,
                  weights_image(p, g, static_cast<S*>(gradients.weights), index));
+  }
+}
+
+// ---- with an encoder ----------------------------------------------------------------------------
+
+// How row blocks are cut into pieces: a piece is `segment` of a (n, group).
+struct Pieces {
+  int64_t segments, row_blocks;  // of an image, and of a segment
+  int64_t rows;                  // of a segment
+
+  Region region(const Geometry& g, int64_t segment) const {
+    return {segment * rows, min(rows, g.height - segment * rows), 0, g.width};
+  }
+};
+
+inline Pieces pieces_of(const Problem& p, const Geometry& g) {
+  const int64_t wanted = min(max(kBlocks / (p.n * p.groups), 1), g.row_blocks);
+  const int64_t row_blocks = (g.row_blocks + wanted - 1) / wanted;
+  return {(g.row_blocks + row_blocks - 1) / row_blocks, row_blocks, row_blocks * g.rows};
+}
+
+// A piece's part of the encoder's gradients.
+template <typename T>
+struct Partial {
+  Planes<T> compressed;  // the segment's rows and the encoder's reach; `at` is the segment's first
+  T* weight;
+  T* bias;
+};
+
+template <typename T>
+Partial<T> take_partial(const Problem& p, const Geometry& g, Arena& arena) {
+  const int64_t planes = g.taps * g.phases, reach = g.encoder_reach_y();
+  const Geometry q = sum_geometry<T>(g);
+  Partial<T> partial;
+  partial.compressed =
+      take_planes<T>(arena, q, p.encoder->channels, pieces_of(p, g).rows + 2 * reach);
+  if (partial.compressed.at != nullptr) partial.compressed.at += reach * q.pitch;
+  // A vector more: sums are made by whole vectors.
+  partial.weight = arena.take<T>(planes * p.encoder->channels * encoder_taps(p) + kLanes<T>);
+  partial.bias = arena.take<T>(planes);
+  return partial;
+}
+
+template <typename T>
+int64_t partial_bytes(const Problem& p, const Geometry& g) {
+  Arena counting;
+  take_partial<T>(p, g, counting);
+  return counting.used;
+}
+
+template <typename T>
+Partial<T> partial_of(const Problem& p, const Geometry& g, const void* partial, int64_t piece) {
+  char* base = static_cast<char*>(const_cast<void*>(partial));
+  Arena arena{base + piece * partial_bytes<T>(p, g)};
+  return take_partial<T>(p, g, arena);
+}
+
+// The next block's weights begin with those that it shares with this one.
+template <typename T>
+void keep_weights(const Geometry& g, Planes<T> weights) {
+  for (int64_t plane = 0; plane < g.taps * g.phases; ++plane) {
+    __builtin_memmove(weights[plane], weights[plane] + g.rows * g.pitch,
+                      2 * g.halo * g.pitch * sizeof(T));
+  }
+}
+
+template <typename S, typename T>
+void compute_piece(const Problem& p, const Gradients& gradients, void* all_partial, int64_t number,
+                   void* scratch) {
+  const Geometry g = block_geometry<T>(p, gradients);
+  Arena arena{static_cast<char*>(scratch)};
+  const Space<T> space = take_space<T>(p, g, arena);
+  const Pieces pieces = pieces_of(p, g);
+  const int64_t index = number / pieces.segments, segment = number % pieces.segments;
+  const int64_t bytes = partial_bytes<T>(p, g);
+  __builtin_memset(static_cast<char*>(all_partial) + number * bytes, 0, bytes);
+  const Partial<T> partial = partial_of<T>(p, g, all_partial, number);
+
+  const int64_t pitch = compressed_geometry(g).pitch, sum_pitch = sum_geometry<T>(g).pitch;
+  const int64_t planes = g.taps * g.phases, reach = g.encoder_reach_y();
+  const Region rows = pieces.region(g, segment);
+  bool shares = false;
+  for (int64_t block = 0; block < pieces.row_blocks * g.column_blocks; ++block) {
+    const int64_t row_block = segment * pieces.row_blocks + block / g.column_blocks;
+    if (row_block >= g.row_blocks) break;
+    const Block at =
+        block_at(g, (index * g.row_blocks + row_block) * g.column_blocks + block % g.column_blocks);
+    if (shares) keep_weights(g, space.weights);
+    compute_block<S, T>(p, gradients, g, space, at, shares ? 2 * g.halo : 0);
+    shares = g.column_blocks == 1;
+    if (!gradients.of_weights()) continue;
+
+    const Region& region = at.region;
+    clear_outside(g, planes, region, 0, space.weights_gradient);
+    if (region.rows < g.rows) {  // what the block above has left below
+      for (int64_t plane = 0; plane < planes; ++plane) {
+        T* from = space.weights_gradient[plane] + region.rows * g.pitch;
+        for (int64_t i = 0; i < (g.rows - region.rows) * g.pitch; ++i) from[i] = T(0);
+      }
+    }
+    const Planes<T> compressed = shifted(space.compressed, (g.halo + reach) * pitch);
+    if (gradients.compressed != nullptr) {
+      add_compressed_gradient(
+          p, g, index, region, space.weights_gradient,
+          shifted(partial.compressed, (region.row - rows.row) * sum_pitch + region.column + g.side),
+          sum_pitch);
+    }
+    if (gradients.weight != nullptr) {
+      add_encoder_weight_gradient(p, g, region, compressed, space.weights_gradient, partial.weight);
+    }
+    if (gradients.bias != nullptr) {
+      add_encoder_bias_gradient(g, region, space.weights_gradient, partial.bias);
+    }
+  }
+}
+
+// The gradient of compressed at the rows of a segment, some channels at a time.
+template <typename S, typename T>
+void sum_compressed(const Problem& p, const Gradients& gradients, const void* all_partial,
+                    const Geometry& g, int64_t n, int64_t segment, void* scratch) {
+  const Geometry q = sum_geometry<T>(g);
+  const Pieces pieces = pieces_of(p, g);
+  const Region region = pieces.region(g, segment);
+  const int64_t reach = g.encoder_reach_y();
+  Arena arena{static_cast<char*>(scratch)};
+  const Planes<T> sums = take_space<T>(p, g, arena).row;
+  for (int64_t first = 0; first < p.encoder->channels; first += kLanes<T>) {
+    const int64_t channels = min(kLanes<T>, p.encoder->channels - first);
+    const auto to = compressed_image(p, g, static_cast<S*>(gradients.compressed), n, first);
+    for (int64_t row = region.row; row < region.row + region.rows; ++row) {
+      for (int64_t c = 0; c < channels; ++c) {
+        for (int64_t j = 0; j < g.width; j += kLanes<T>) {
+          Vector<T> sum{};
+          for (int64_t group = 0; group < p.groups; ++group) {
+            for (int64_t s = 0; s < pieces.segments; ++s) {
+              const Region from = pieces.region(g, s);
+              if (row < from.row - reach || row >= from.row + from.rows + reach) continue;
+              const int64_t piece = (n * p.groups + group) * pieces.segments + s;
+              const Partial<T> partial = partial_of<T>(p, g, all_partial, piece);
+              sum += load(partial.compressed[first + c] + (row - from.row) * q.pitch + g.side + j);
+            }
+          }
+          store(sums[c] + j, sum);
+        }
+      }
+      store_planes(q, sums, channels, {row, 1, 0, g.width}, to);
+    }
+  }
+}
+
+// The gradients of the weight and the bias of one logit.
+template <typename S, typename T>
+void sum_weight(const Problem& p, const Gradients& gradients, const void* all_partial,
+                const Geometry& g, int64_t logit) {
+  const int64_t planes = g.taps * g.phases, group = logit / planes, plane = logit % planes;
+  const int64_t products = p.encoder->channels * encoder_taps(p);
+  const int64_t segments = pieces_of(p, g).segments;
+  const auto for_each_partial = [&](const auto& f) {
+    for (int64_t n = 0; n < p.n; ++n) {
+      for (int64_t s = 0; s < segments; ++s) {
+        f(partial_of<T>(p, g, all_partial, (n * p.groups + group) * segments + s));
+      }
+    }
+  };
+  if (gradients.weight != nullptr) {
+    S* to = static_cast<S*>(gradients.weight) + logit * products;
+    for (int64_t i = 0; i < products; i += kLanes<T>) {
+      Vector<T> sum{};
+      for_each_partial(
+          [&](const Partial<T>& partial) { sum += load(partial.weight + plane * products + i); });
+      store_some(to + i, sum, products - i);
+    }
+  }
+  if (gradients.bias != nullptr) {
+    T sum{};
+    for_each_partial([&](const Partial<T>& partial) { sum += partial.bias[plane]; });
+    narrow(static_cast<S*>(gradients.bias)[logit], sum);
   }
 }
 
@@ -270,7 +478,7 @@ size_t scratch(const Problem& p, const Gradients& gradients) {
   return by_dtype(p.dtype, [&](auto element) {
     using T = Compute<decltype(element)>;
     Arena counting;
-    take_space<T>(block_geometry<T>(p, gradients), counting);
+    take_space<T>(p, block_geometry<T>(p, gradients), counting);
     return static_cast<size_t>(counting.used);
   });
 }
@@ -278,7 +486,69 @@ size_t scratch(const Problem& p, const Gradients& gradients) {
 void block(const Problem& p, const Gradients& gradients, int64_t block, void* scratch) {
   by_dtype(p.dtype, [&](auto element) {
     using S = decltype(element);
-    compute_block<S, Compute<S>>(p, gradients, block, scratch);
+    using T = Compute<S>;
+    const Geometry g = block_geometry<T>(p, gradients);
+    Arena arena{static_cast<char*>(scratch)};
+    compute_block<S, T>(p, gradients, g, take_space<T>(p, g, arena), block_at(g, block), 0);
+  });
+}
+
+size_t packed(const Problem& p) {
+  return by_dtype(p.dtype, [&](auto element) {
+    Arena counting;
+    take_packed<Compute<decltype(element)>>(p, counting);
+    return static_cast<size_t>(counting.used);
+  });
+}
+
+void pack(const Problem& p, int64_t piece) {
+  by_dtype(p.dtype, [&](auto element) { pack_piece<decltype(element)>(p, piece); });
+}
+
+int64_t pieces(const Problem& p, const Gradients& gradients) {
+  return by_dtype(p.dtype, [&](auto element) {
+    const Geometry g = block_geometry<Compute<decltype(element)>>(p, gradients);
+    return p.n * p.groups * pieces_of(p, g).segments;
+  });
+}
+
+size_t partial(const Problem& p, const Gradients& gradients) {
+  return by_dtype(p.dtype, [&](auto element) {
+    using T = Compute<decltype(element)>;
+    const int64_t bytes = partial_bytes<T>(p, block_geometry<T>(p, gradients));
+    return static_cast<size_t>(pieces(p, gradients) * bytes);
+  });
+}
+
+void piece(const Problem& p, const Gradients& gradients, void* partial, int64_t piece,
+           void* scratch) {
+  by_dtype(p.dtype, [&](auto element) {
+    using S = decltype(element);
+    compute_piece<S, Compute<S>>(p, gradients, partial, piece, scratch);
+  });
+}
+
+// First those of compressed, then those of the weight and the bias.
+int64_t sums(const Problem& p, const Gradients& gradients) {
+  const int64_t of_compressed =
+      gradients.compressed == nullptr ? 0 : pieces(p, gradients) / p.groups;
+  const bool of_weight = gradients.weight != nullptr || gradients.bias != nullptr;
+  return of_compressed + (of_weight ? p.groups * plane_count(p) : 0);
+}
+
+void sum(const Problem& p, const Gradients& gradients, const void* partial, int64_t sum,
+         void* scratch) {
+  by_dtype(p.dtype, [&](auto element) {
+    using S = decltype(element);
+    using T = Compute<S>;
+    const Geometry g = block_geometry<T>(p, gradients);
+    const int64_t segments = pieces_of(p, g).segments;
+    const int64_t of_compressed = gradients.compressed == nullptr ? 0 : p.n * segments;
+    if (sum < of_compressed) {
+      sum_compressed<S, T>(p, gradients, partial, g, sum / segments, sum % segments, scratch);
+    } else {
+      sum_weight<S, T>(p, gradients, partial, g, sum - of_compressed);
+    }
   });
 }
 
@@ -287,5 +557,8 @@ void block(const Problem& p, const Gradients& gradients, int64_t block, void* sc
 // `extern` because a const object is otherwise local to its file.
 extern const reassembly::BackwardKernels reassembly_backward_kernels;
 const reassembly::BackwardKernels reassembly_backward_kernels = {blocks, scratch, block};
+extern const reassembly::EncoderKernels reassembly_encoder_kernels;
+const reassembly::EncoderKernels reassembly_encoder_kernels = {packed,  pack_pieces, pack, pieces,
+                                                               partial, piece,       sums, sum};
 
 }  // namespace famseg::FAMSEG_ISA
