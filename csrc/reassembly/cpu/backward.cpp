@@ -114,12 +114,15 @@ struct Space {
   Planes<T> x;                 // a chunk of channels, the block's rows and the reach
   Planes<T> sums;              // (channel, column of taps) of a chunk, one run; see x_gradient_tile
   Planes<T> x_gradient;        // a chunk of channels, one run
-  Planes<T> row;  // with an encoder: a vector of channels of the gradient of compressed
+  // With an encoder: the gradient of the weights turned over, see turn_over; and a row of a vector of
+  // channels of the gradient of compressed.
+  T* turned;
+  Planes<T> row;
 };
 
 template <typename T>
 Space<T> take_space(const Problem& p, const Geometry& g, Arena& arena) {
-  Space<T> space;
+  Space<T> space{};
   const int64_t run_rows = min(g.run_rows, g.rows);
   space.weights = take_planes<T>(arena, g, g.taps * g.phases, g.rows + 2 * g.halo);
   const int64_t reach = g.encoder_reach_y();
@@ -133,7 +136,10 @@ Space<T> take_space(const Problem& p, const Geometry& g, Arena& arena) {
   space.x = take_planes<T>(arena, g, g.chunk, g.rows + 2 * g.reach_y);
   space.sums = take_planes<T>(arena, g, g.chunk * kMostColumns, run_rows);
   space.x_gradient = take_planes<T>(arena, g, g.chunk, run_rows);
-  if (p.encoder != nullptr) space.row = take_planes<T>(arena, sum_geometry<T>(g), kLanes<T>, 1);
+  if (p.encoder != nullptr) {
+    space.turned = arena.take<T>(turned_tiles<T>(g) * kTurnedLanes<T> * g.rows * g.columns);
+    space.row = take_planes<T>(arena, sum_geometry<T>(g), kLanes<T>, 1);
+  }
   return space;
 }
 
@@ -304,7 +310,9 @@ struct Pieces {
 };
 
 inline Pieces pieces_of(const Problem& p, const Geometry& g) {
-  const int64_t wanted = min(max(kBlocks / (p.n * p.groups), 1), g.row_blocks);
+  // Weights of the halo are made twice at a segment's ends: at most a third more.
+  const int64_t worth = max(g.height / max(6 * g.halo, 1), min(2, g.row_blocks));
+  const int64_t wanted = min(max(kBlocks / (p.n * p.groups), 1), min(worth, g.row_blocks));
   const int64_t row_blocks = (g.row_blocks + wanted - 1) / wanted;
   return {(g.row_blocks + row_blocks - 1) / row_blocks, row_blocks, row_blocks * g.rows};
 }
@@ -313,7 +321,7 @@ inline Pieces pieces_of(const Problem& p, const Geometry& g) {
 template <typename T>
 struct Partial {
   Planes<T> compressed;  // the segment's rows and the encoder's reach; `at` is the segment's first
-  T* weight;
+  T* weight;             // (channel, ty, tx, plane), see add_weight_gradient
   T* bias;
 };
 
@@ -325,23 +333,24 @@ Partial<T> take_partial(const Problem& p, const Geometry& g, Arena& arena) {
   partial.compressed =
       take_planes<T>(arena, q, p.encoder->channels, pieces_of(p, g).rows + 2 * reach);
   if (partial.compressed.at != nullptr) partial.compressed.at += reach * q.pitch;
-  // A vector more: sums are made by whole vectors.
-  partial.weight = arena.take<T>(planes * p.encoder->channels * encoder_taps(p) + kLanes<T>);
-  partial.bias = arena.take<T>(planes);
+  const int64_t products = p.encoder->channels * encoder_taps(p);
+  partial.weight = arena.take<T>(products * turned_tiles<T>(g) * kTurnedLanes<T>);
+  partial.bias = arena.take<T>(round_up(planes, kLanes<T>));
   return partial;
 }
 
+// Elements between the parts of two pieces.
 template <typename T>
-int64_t partial_bytes(const Problem& p, const Geometry& g) {
+int64_t partial_stride(const Problem& p, const Geometry& g) {
   Arena counting;
   take_partial<T>(p, g, counting);
-  return counting.used;
+  return counting.used / static_cast<int64_t>(sizeof(T));
 }
 
 template <typename T>
 Partial<T> partial_of(const Problem& p, const Geometry& g, const void* partial, int64_t piece) {
-  char* base = static_cast<char*>(const_cast<void*>(partial));
-  Arena arena{base + piece * partial_bytes<T>(p, g)};
+  T* base = static_cast<T*>(const_cast<void*>(partial)) + piece * partial_stride<T>(p, g);
+  Arena arena{reinterpret_cast<char*>(base)};
   return take_partial<T>(p, g, arena);
 }
 
@@ -362,8 +371,8 @@ void compute_piece(const Problem& p, const Gradients& gradients, void* all_parti
   const Space<T> space = take_space<T>(p, g, arena);
   const Pieces pieces = pieces_of(p, g);
   const int64_t index = number / pieces.segments, segment = number % pieces.segments;
-  const int64_t bytes = partial_bytes<T>(p, g);
-  __builtin_memset(static_cast<char*>(all_partial) + number * bytes, 0, bytes);
+  const int64_t stride = partial_stride<T>(p, g);
+  __builtin_memset(static_cast<T*>(all_partial) + number * stride, 0, stride * sizeof(T));
   const Partial<T> partial = partial_of<T>(p, g, all_partial, number);
 
   const int64_t pitch = compressed_geometry(g).pitch, sum_pitch = sum_geometry<T>(g).pitch;
@@ -396,7 +405,8 @@ void compute_piece(const Problem& p, const Gradients& gradients, void* all_parti
           sum_pitch);
     }
     if (gradients.weight != nullptr) {
-      add_encoder_weight_gradient(p, g, region, compressed, space.weights_gradient, partial.weight);
+      turn_over(g, region, space.weights_gradient, space.turned);
+      add_weight_gradient(p, g, region, compressed, space.turned, partial.weight);
     }
     if (gradients.bias != nullptr) {
       add_encoder_bias_gradient(g, region, space.weights_gradient, partial.bias);
@@ -412,6 +422,8 @@ void sum_compressed(const Problem& p, const Gradients& gradients, const void* al
   const Pieces pieces = pieces_of(p, g);
   const Region region = pieces.region(g, segment);
   const int64_t reach = g.encoder_reach_y();
+  const int64_t images = p.groups * pieces.segments, stride = partial_stride<T>(p, g);
+  const Planes<T> first_part = partial_of<T>(p, g, all_partial, n * images).compressed;
   Arena arena{static_cast<char*>(scratch)};
   const Planes<T> sums = take_space<T>(p, g, arena).row;
   for (int64_t first = 0; first < p.encoder->channels; first += kLanes<T>) {
@@ -419,18 +431,14 @@ void sum_compressed(const Problem& p, const Gradients& gradients, const void* al
     const auto to = compressed_image(p, g, static_cast<S*>(gradients.compressed), n, first);
     for (int64_t row = region.row; row < region.row + region.rows; ++row) {
       for (int64_t c = 0; c < channels; ++c) {
-        for (int64_t j = 0; j < g.width; j += kLanes<T>) {
-          Vector<T> sum{};
-          for (int64_t group = 0; group < p.groups; ++group) {
-            for (int64_t s = 0; s < pieces.segments; ++s) {
-              const Region from = pieces.region(g, s);
-              if (row < from.row - reach || row >= from.row + from.rows + reach) continue;
-              const int64_t piece = (n * p.groups + group) * pieces.segments + s;
-              const Partial<T> partial = partial_of<T>(p, g, all_partial, piece);
-              sum += load(partial.compressed[first + c] + (row - from.row) * q.pitch + g.side + j);
-            }
+        for (int64_t j = 0; j < g.width; j += kLanes<T>) store(sums[c] + j, Vector<T>{});
+        for (int64_t i = 0; i < images; ++i) {
+          const Region from = pieces.region(g, i % pieces.segments);
+          if (row < from.row - reach || row >= from.row + from.rows + reach) continue;
+          const T* part = first_part[first + c] + i * stride + (row - from.row) * q.pitch + g.side;
+          for (int64_t j = 0; j < g.width; j += kLanes<T>) {
+            store(sums[c] + j, load(sums[c] + j) + load(part + j));
           }
-          store(sums[c] + j, sum);
         }
       }
       store_planes(q, sums, channels, {row, 1, 0, g.width}, to);
@@ -438,33 +446,36 @@ void sum_compressed(const Problem& p, const Gradients& gradients, const void* al
   }
 }
 
-// The gradients of the weight and the bias of one logit.
+// The gradients of the weight, and of the bias, of one vector of a group's planes.
 template <typename S, typename T>
 void sum_weight(const Problem& p, const Gradients& gradients, const void* all_partial,
-                const Geometry& g, int64_t logit) {
-  const int64_t planes = g.taps * g.phases, group = logit / planes, plane = logit % planes;
+                const Geometry& g, int64_t number) {
+  constexpr int64_t lanes = kLanes<T>;
+  const int64_t planes = g.taps * g.phases, vectors = (planes + lanes - 1) / lanes;
+  const int64_t group = number / vectors, plane = number % vectors * lanes;
   const int64_t products = p.encoder->channels * encoder_taps(p);
-  const int64_t segments = pieces_of(p, g).segments;
-  const auto for_each_partial = [&](const auto& f) {
+  const int64_t width = turned_tiles<T>(g) * kTurnedLanes<T>;
+  const int64_t segments = pieces_of(p, g).segments, stride = partial_stride<T>(p, g);
+  const Partial<T> first = partial_of<T>(p, g, all_partial, group * segments);
+  // In the order of images, then of segments.
+  const auto sum_of = [&](const T* part) {
+    Vector<T> sum{};
     for (int64_t n = 0; n < p.n; ++n) {
-      for (int64_t s = 0; s < segments; ++s) {
-        f(partial_of<T>(p, g, all_partial, (n * p.groups + group) * segments + s));
-      }
+      const T* image = part + n * p.groups * segments * stride;
+      for (int64_t s = 0; s < segments; ++s) sum += load(image + s * stride);
     }
+    return sum;
   };
+  const int64_t count = min(lanes, planes - plane), logit = group * planes + plane;
   if (gradients.weight != nullptr) {
     S* to = static_cast<S*>(gradients.weight) + logit * products;
-    for (int64_t i = 0; i < products; i += kLanes<T>) {
-      Vector<T> sum{};
-      for_each_partial(
-          [&](const Partial<T>& partial) { sum += load(partial.weight + plane * products + i); });
-      store_some(to + i, sum, products - i);
+    for (int64_t i = 0; i < products; ++i) {
+      const Vector<T> sum = sum_of(first.weight + i * width + plane);
+      for (int64_t k = 0; k < count; ++k) narrow(to[k * products + i], sum[k]);
     }
   }
   if (gradients.bias != nullptr) {
-    T sum{};
-    for_each_partial([&](const Partial<T>& partial) { sum += partial.bias[plane]; });
-    narrow(static_cast<S*>(gradients.bias)[logit], sum);
+    store_some(static_cast<S*>(gradients.bias) + logit, sum_of(first.bias + plane), count);
   }
 }
 
@@ -515,8 +526,8 @@ int64_t pieces(const Problem& p, const Gradients& gradients) {
 size_t partial(const Problem& p, const Gradients& gradients) {
   return by_dtype(p.dtype, [&](auto element) {
     using T = Compute<decltype(element)>;
-    const int64_t bytes = partial_bytes<T>(p, block_geometry<T>(p, gradients));
-    return static_cast<size_t>(pieces(p, gradients) * bytes);
+    const int64_t stride = partial_stride<T>(p, block_geometry<T>(p, gradients));
+    return static_cast<size_t>(pieces(p, gradients) * stride) * sizeof(T);
   });
 }
 
@@ -533,7 +544,12 @@ int64_t sums(const Problem& p, const Gradients& gradients) {
   const int64_t of_compressed =
       gradients.compressed == nullptr ? 0 : pieces(p, gradients) / p.groups;
   const bool of_weight = gradients.weight != nullptr || gradients.bias != nullptr;
-  return of_compressed + (of_weight ? p.groups * plane_count(p) : 0);
+  if (!of_weight) return of_compressed;
+  const int64_t vectors = by_dtype(p.dtype, [&](auto element) {
+    constexpr int64_t lanes = kLanes<Compute<decltype(element)>>;
+    return (plane_count(p) + lanes - 1) / lanes;
+  });
+  return of_compressed + p.groups * vectors;
 }
 
 void sum(const Problem& p, const Gradients& gradients, const void* partial, int64_t sum,

@@ -17,9 +17,13 @@ using reassembly::Encoder;
 constexpr int kTileVectors = kVectorRegisters >= 32 ? 4 : 2;
 constexpr int kTilePlanes = 5;
 constexpr int kTileChannels = 4;
-// 4 planes x 3 taps of the gradient of the weight, 3 inputs and a factor are 16 registers.
-constexpr int kGradientPlanes = kVectorRegisters >= 32 ? 5 : 4;
-constexpr int kGradientTaps = 3;
+// 2 vectors of planes x 5 channels of the gradient of the weight.
+constexpr int kGradientVectors = 2;
+constexpr int kGradientChannels = 5;
+// So many channels of compressed, and planes of the gradient of the logits, are read at a time: at
+// three rows of 64 pixels they stay in an L1 cache of 32 KB.
+constexpr int64_t kChannelsAtATime = 8;
+constexpr int64_t kPlanesAtATime = 20;
 
 // ---- weights ------------------------------------------------------------------------------------
 
@@ -169,35 +173,40 @@ void clear_outside(const Geometry& g, int64_t planes, const Region& region, int6
 
 // ---- logits -------------------------------------------------------------------------------------
 
-template <int VECTORS, int PLANES, typename T>
-void logits_tile(const Problem& p, const Geometry& g, int64_t pitch, Planes<T> compressed,
-                 const int64_t* in, const T* panel, Planes<T> logits, const int64_t* out) {
-  const int64_t size = p.encoder->kernel_size;
+// Some vectors of some planes of logits: begins with the bias, or adds the products of some channels.
+// TAPS: taps of a row of the encoder, where that is 3; else 0.
+template <int VECTORS, int PLANES, int TAPS, typename T>
+void logits_tile(const Problem& p, const Geometry& g, int64_t pitch, int64_t first,
+                 int64_t channels, Planes<T> compressed, const int64_t* in, const T* panel,
+                 Planes<T> logits, const int64_t* out) {
+  const int64_t size = p.encoder->kernel_size, dilation = g.dilation;
+  const int64_t taps = TAPS > 0 ? TAPS : 2 * g.encoder_x + 1;
   const T* from[VECTORS];
   Vector<T> sum[PLANES][VECTORS];
 #pragma GCC unroll 4
   for (int v = 0; v < VECTORS; ++v) {
-    from[v] = compressed.at + in[v];
+    from[v] = compressed.at + in[v] - g.encoder_reach_x();
 #pragma GCC unroll 5
-    for (int plane = 0; plane < PLANES; ++plane) sum[plane][v] = broadcast(panel[plane]);
+    for (int plane = 0; plane < PLANES; ++plane) {
+      sum[plane][v] = first == 0 ? broadcast(panel[plane]) : load(logits[plane] + out[v]);
+    }
   }
   const T* middle = panel + (size * size / 2 + 1) * PLANES;
-  for (int64_t c = 0; c < p.encoder->channels; ++c) {
+  for (int64_t c = first; c < first + channels; ++c) {
     for (int64_t ty = -g.encoder_y; ty <= g.encoder_y; ++ty) {
-      int64_t at = c * compressed.stride + ty * g.dilation * pitch - g.encoder_reach_x();
+      const int64_t at = c * compressed.stride + ty * dilation * pitch;
       const T* weight = middle + ((c * size + ty) * size - g.encoder_x) * PLANES;
-      for (int64_t tx = -g.encoder_x; tx <= g.encoder_x; ++tx) {
+#pragma GCC unroll 3
+      for (int64_t tap = 0; tap < taps; ++tap) {
         Vector<T> pixels[VECTORS];
 #pragma GCC unroll 4
-        for (int v = 0; v < VECTORS; ++v) pixels[v] = load(from[v] + at);
+        for (int v = 0; v < VECTORS; ++v) pixels[v] = load(from[v] + at + tap * dilation);
 #pragma GCC unroll 5
         for (int plane = 0; plane < PLANES; ++plane) {
-          const Vector<T> factor = broadcast(weight[plane]);
+          const Vector<T> factor = broadcast(weight[tap * PLANES + plane]);
 #pragma GCC unroll 4
           for (int v = 0; v < VECTORS; ++v) sum[plane][v] += factor * pixels[v];
         }
-        at += g.dilation;
-        weight += PLANES;
       }
     }
   }
@@ -205,6 +214,16 @@ void logits_tile(const Problem& p, const Geometry& g, int64_t pitch, Planes<T> c
   for (int plane = 0; plane < PLANES; ++plane) {
 #pragma GCC unroll 4
     for (int v = 0; v < VECTORS; ++v) store(logits[plane] + out[v], sum[plane][v]);
+  }
+}
+
+// Calls f(Constant<taps of a row of the encoder>), 0 where there is no code for their number.
+template <typename F>
+[[gnu::always_inline]] inline void with_row_taps(const Geometry& g, const F& f) {
+  if (g.encoder_x == 1) {
+    f(Constant<3>());
+  } else {
+    f(Constant<0>());
   }
 }
 
@@ -225,12 +244,20 @@ void encode_weights(const Problem& p, const Geometry& g, int64_t index, const Re
                          region.columns};
     const Planes<T> in = shifted(compressed, row * pitch), rows = shifted(to, row * g.pitch);
     for_each_place<T>(g, part, side, pitch, g.pitch, [&](const Places& places) {
-      for_each_piece<kTilePlanes>(planes, [&](auto plane_tile, int64_t plane) {
-        for_each_piece<kTileVectors>(places.count, [&](auto tile, int64_t v) {
-          logits_tile<decltype(tile)::value, decltype(plane_tile)::value, T>(
-              p, g, pitch, in, places.in + v, packed.logits + plane * panel,
-              shifted(rows, plane * rows.stride), places.out + v);
-        });
+      with_row_taps(g, [&](auto row_taps) {
+        int64_t c = 0;
+        do {  // once without channels, for the bias
+          const int64_t channels = min(kChannelsAtATime, p.encoder->channels - c);
+          for_each_piece<kTilePlanes>(planes, [&](auto plane_tile, int64_t plane) {
+            for_each_piece<kTileVectors>(places.count, [&](auto tile, int64_t v) {
+              logits_tile<decltype(tile)::value, decltype(plane_tile)::value,
+                          decltype(row_taps)::value, T>(
+                  p, g, pitch, c, channels, in, places.in + v, packed.logits + plane * panel,
+                  shifted(rows, plane * rows.stride), places.out + v);
+            });
+          });
+          c += kChannelsAtATime;
+        } while (c < p.encoder->channels);
       });
     });
     clear_outside(g, planes, part, side, rows);
@@ -247,38 +274,40 @@ void encode_weights(const Problem& p, const Geometry& g, int64_t index, const Re
 
 // ---- gradients ----------------------------------------------------------------------------------
 
-// Adds to some vectors of the gradient of some channels of compressed what the gradient of the
-// logits at rows ty_begin .. ty_end of taps away gives.
-template <int VECTORS, int CHANNELS, typename T>
-void compressed_gradient_tile(const Problem& p, const Geometry& g, Planes<T> logits_gradient,
-                              const int64_t* in, int64_t ty_begin, int64_t ty_end, const T* panel,
-                              Planes<T> gradient, const int64_t* out) {
-  const int64_t size = p.encoder->kernel_size, planes = g.taps * g.phases;
+// Adds to some vectors of the gradient of some channels of compressed what the gradient of some
+// planes of logits at rows ty_begin .. ty_end of taps away gives. TAPS as in logits_tile.
+template <int VECTORS, int CHANNELS, int TAPS, typename T>
+void compressed_gradient_tile(const Problem& p, const Geometry& g, int64_t first, int64_t planes,
+                              Planes<T> logits_gradient, const int64_t* in, int64_t ty_begin,
+                              int64_t ty_end, const T* panel, Planes<T> gradient,
+                              const int64_t* out) {
+  const int64_t size = p.encoder->kernel_size, dilation = g.dilation;
+  const int64_t taps = TAPS > 0 ? TAPS : 2 * g.encoder_x + 1;
   const T* from[VECTORS];
   Vector<T> sum[CHANNELS][VECTORS];
 #pragma GCC unroll 4
   for (int v = 0; v < VECTORS; ++v) {
-    from[v] = logits_gradient.at + in[v];
+    from[v] = logits_gradient.at + in[v] - g.encoder_reach_x();
 #pragma GCC unroll 4
     for (int c = 0; c < CHANNELS; ++c) sum[c][v] = load(gradient[c] + out[v]);
   }
   for (int64_t ty = ty_begin; ty <= ty_end; ++ty) {
-    const T* row = panel + ((ty + size / 2) * planes * size + size / 2 - g.encoder_x) * CHANNELS;
-    for (int64_t plane = 0; plane < planes; ++plane) {
-      int64_t at = plane * logits_gradient.stride - ty * g.dilation * g.pitch + g.encoder_reach_x();
+    const T* row =
+        panel + ((ty + size / 2) * g.taps * g.phases * size + size / 2 + g.encoder_x) * CHANNELS;
+    for (int64_t plane = first; plane < first + planes; ++plane) {
+      const int64_t at = plane * logits_gradient.stride - ty * dilation * g.pitch;
       const T* weight = row + plane * size * CHANNELS;
-      for (int64_t tx = -g.encoder_x; tx <= g.encoder_x; ++tx) {
+#pragma GCC unroll 3
+      for (int64_t tap = 0; tap < taps; ++tap) {
         Vector<T> pixels[VECTORS];
 #pragma GCC unroll 4
-        for (int v = 0; v < VECTORS; ++v) pixels[v] = load(from[v] + at);
+        for (int v = 0; v < VECTORS; ++v) pixels[v] = load(from[v] + at + tap * dilation);
 #pragma GCC unroll 4
         for (int c = 0; c < CHANNELS; ++c) {
-          const Vector<T> factor = broadcast(weight[c]);
+          const Vector<T> factor = broadcast(weight[c - tap * CHANNELS]);
 #pragma GCC unroll 4
           for (int v = 0; v < VECTORS; ++v) sum[c][v] += factor * pixels[v];
         }
-        at -= g.dilation;
-        weight += CHANNELS;
       }
     }
   }
@@ -296,7 +325,8 @@ void add_compressed_gradient(const Problem& p, const Geometry& g, int64_t index,
                              const Region& region, Planes<T> logits_gradient, Planes<T> gradient,
                              int64_t gradient_pitch) {
   const Packed<T> packed = packed_weights<T>(p, index % p.groups);
-  const int64_t reach = g.encoder_reach_y(), products = g.taps * g.phases * encoder_taps(p);
+  const int64_t planes = g.taps * g.phases, products = planes * encoder_taps(p);
+  const int64_t reach = g.encoder_reach_y();
   // Rows of few vectors go together, with taps that add zeros; of others each has its taps.
   const bool narrow = region.columns < kTileVectors * kLanes<T>;
   const int64_t together = narrow ? region.rows + 2 * reach : 1;
@@ -311,97 +341,113 @@ void add_compressed_gradient(const Problem& p, const Geometry& g, int64_t index,
     const Planes<T> in = shifted(logits_gradient, row * g.pitch);
     const Planes<T> to = shifted(gradient, row * gradient_pitch);
     for_each_place<T>(g, part, g.side, g.pitch, gradient_pitch, [&](const Places& places) {
-      for_each_piece<kTileChannels>(p.encoder->channels, [&](auto channel_tile, int64_t c) {
-        for_each_piece<kTileVectors>(places.count, [&](auto tile, int64_t v) {
-          compressed_gradient_tile<decltype(tile)::value, decltype(channel_tile)::value, T>(
-              p, g, in, places.in + v, begin, end, packed.compressed + c * products,
-              shifted(to, c * to.stride), places.out + v);
-        });
+      with_row_taps(g, [&](auto row_taps) {
+        for (int64_t plane = 0; plane < planes; plane += kPlanesAtATime) {
+          for_each_piece<kTileChannels>(p.encoder->channels, [&](auto channel_tile, int64_t c) {
+            for_each_piece<kTileVectors>(places.count, [&](auto tile, int64_t v) {
+              compressed_gradient_tile<decltype(tile)::value, decltype(channel_tile)::value,
+                                       decltype(row_taps)::value, T>(
+                  p, g, plane, min(kPlanesAtATime, planes - plane), in, places.in + v, begin, end,
+                  packed.compressed + c * products, shifted(to, c * to.stride), places.out + v);
+            });
+          });
+        }
       });
     });
   }
 }
 
-// Sums of the lanes of as many vectors as there are lanes, one a lane.
-template <int STEP, typename T>
-[[gnu::always_inline]] inline Vector<T> sums_of_lanes(Vector<T> (&v)[kLanes<T>]) {
-  if constexpr (STEP < kLanes<T>) {
-#pragma GCC unroll 16
-    for (int r = 0; r < kLanes<T>; r += 2 * STEP) {
-      swap_blocks<STEP, T>(v[r], v[r + STEP], typename CountTo<kLanes<T>>::type());
-      v[r] += v[r + STEP];
-    }
-    return sums_of_lanes<2 * STEP, T>(v);
-  } else {
-    return v[0];
-  }
-}
-
-// Adds to the gradient of the weight of some planes and neighbouring tx of one channel and ty.
-template <int PLANES, int TAPS, typename T>
-void encoder_weight_tile(const Geometry& g, const Region& region, int64_t pitch,
-                         Planes<T> logits_gradient, const T* compressed, T* gradient,
-                         int64_t gradient_stride) {
-  constexpr int lanes = kLanes<T>;
-  Vector<T> sum[PLANES][TAPS] = {};
-  const int64_t stride = logits_gradient.stride;
-  for (int64_t row = 0; row < region.rows; row += g.run_rows) {
-    const int64_t rows = min(g.run_rows, region.rows - row);
-    const int64_t end = (rows - 1) * g.pitch + region.columns;
-    const T* pixels = compressed + row * pitch;
-    const T* factors = logits_gradient.at + row * g.pitch;
-    for (int64_t j = 0; j < end; j += lanes) {
-      Vector<T> v[TAPS];
-#pragma GCC unroll 3
-      for (int tap = 0; tap < TAPS; ++tap) v[tap] = load(pixels + j + tap * g.dilation);
-#pragma GCC unroll 5
-      for (int plane = 0; plane < PLANES; ++plane) {
-        const Vector<T> factor = load(factors + j + plane * stride);
-#pragma GCC unroll 3
-        for (int tap = 0; tap < TAPS; ++tap) sum[plane][tap] += factor * v[tap];
-      }
-    }
-  }
-  constexpr int padded = (PLANES * TAPS + lanes - 1) / lanes * lanes;
-  T sums[padded];
-#pragma GCC unroll 16
-  for (int first = 0; first < PLANES * TAPS; first += lanes) {
-    Vector<T> v[lanes];
-#pragma GCC unroll 16
-    for (int i = 0; i < lanes; ++i) {
-      v[i] = first + i < PLANES * TAPS ? sum[(first + i) / TAPS % PLANES][(first + i) % TAPS]
-                                       : Vector<T>{};
-    }
-    store(sums + first, sums_of_lanes<1, T>(v));
-  }
-  for (int plane = 0; plane < PLANES; ++plane) {
-    for (int tap = 0; tap < TAPS; ++tap) {
-      gradient[plane * gradient_stride + tap] += sums[plane * TAPS + tap];
-    }
-  }
-}
-
-// Adds the block's part to the gradient of a group's weight, laid out as it. `compressed` is at the
-// block's first pixel.
+// The gradient of the logits turned over for that of the weight, whose lanes are planes: for every
+// kGradientVectors vectors of planes the block's pixels, without gaps, one behind the other.
 template <typename T>
-void add_encoder_weight_gradient(const Problem& p, const Geometry& g, const Region& region,
-                                 Planes<T> compressed, Planes<T> logits_gradient, T* gradient) {
-  const int64_t size = p.encoder->kernel_size, products = p.encoder->channels * size * size;
-  const int64_t pitch = compressed_geometry(g).pitch;
-  for_each_piece<kGradientPlanes>(g.taps * g.phases, [&](auto plane_tile, int64_t plane) {
-    const Planes<T> factors = shifted(logits_gradient, plane * logits_gradient.stride);
-    for (int64_t c = 0; c < p.encoder->channels; ++c) {
-      for (int64_t ty = -g.encoder_y; ty <= g.encoder_y; ++ty) {
-        const T* row = compressed[c] + ty * g.dilation * pitch;
-        T* to = gradient + plane * products + (c * size + ty + size / 2) * size + size / 2;
-        for_each_piece<kGradientTaps>(2 * g.encoder_x + 1, [&](auto tap_tile, int64_t tap) {
-          const int64_t tx = tap - g.encoder_x;
-          encoder_weight_tile<decltype(plane_tile)::value, decltype(tap_tile)::value, T>(
-              g, region, pitch, factors, row + tx * g.dilation, to + tx, products);
-        });
+constexpr int64_t kTurnedLanes = kGradientVectors * kLanes<T>;
+
+template <typename T>
+int64_t turned_tiles(const Geometry& g) {
+  return (g.taps * g.phases + kTurnedLanes<T> - 1) / kTurnedLanes<T>;
+}
+
+template <typename T>
+void turn_over(const Geometry& g, const Region& region, Planes<T> logits_gradient, T* turned) {
+  constexpr int64_t lanes = kLanes<T>;
+  const int64_t planes = g.taps * g.phases, pixels = region.rows * region.columns;
+  for (int64_t plane = 0; plane < turned_tiles<T>(g) * kTurnedLanes<T>; plane += lanes) {
+    T* tile = turned + plane / kTurnedLanes<T> * pixels * kTurnedLanes<T> + plane % kTurnedLanes<T>;
+    for (int64_t row = 0; row < region.rows; ++row) {
+      for (int64_t j = 0; j < region.columns; j += lanes) {
+        Vector<T> v[lanes];
+        for (int64_t r = 0; r < lanes; ++r) {
+          v[r] = plane + r < planes ? load(logits_gradient[plane + r] + row * g.pitch + j)
+                                    : Vector<T>{};
+        }
+        transpose_from<1, T>(v);
+        T* to = tile + (row * region.columns + j) * kTurnedLanes<T>;
+        for (int64_t r = 0; r < min(lanes, region.columns - j); ++r) {
+          store(to + r * kTurnedLanes<T>, v[r]);
+        }
       }
     }
-  });
+  }
+}
+
+// Adds to the gradient of the weight of a tile of planes, of some channels at one tap. `compressed`
+// is at the first channel and the first pixel of the rows and columns that the tap sees.
+template <int CHANNELS, typename T>
+void weight_tile(int64_t rows, int64_t columns, int64_t pitch, Planes<T> compressed,
+                 const T* turned, T* gradient, int64_t gradient_stride) {
+  Vector<T> sum[CHANNELS][kGradientVectors];
+#pragma GCC unroll 5
+  for (int c = 0; c < CHANNELS; ++c) {
+#pragma GCC unroll 2
+    for (int v = 0; v < kGradientVectors; ++v) {
+      sum[c][v] = load(gradient + c * gradient_stride + v * kLanes<T>);
+    }
+  }
+  for (int64_t row = 0; row < rows; ++row) {
+    const T* from = compressed.at + row * pitch;
+    for (int64_t j = 0; j < columns; ++j, turned += kTurnedLanes<T>) {
+      Vector<T> factor[kGradientVectors];
+#pragma GCC unroll 2
+      for (int v = 0; v < kGradientVectors; ++v) factor[v] = load(turned + v * kLanes<T>);
+#pragma GCC unroll 5
+      for (int c = 0; c < CHANNELS; ++c) {
+        const Vector<T> pixel = broadcast(from[c * compressed.stride + j]);
+#pragma GCC unroll 2
+        for (int v = 0; v < kGradientVectors; ++v) sum[c][v] += pixel * factor[v];
+      }
+    }
+  }
+#pragma GCC unroll 5
+  for (int c = 0; c < CHANNELS; ++c) {
+#pragma GCC unroll 2
+    for (int v = 0; v < kGradientVectors; ++v) {
+      store(gradient + c * gradient_stride + v * kLanes<T>, sum[c][v]);
+    }
+  }
+}
+
+// Adds the block's part to the gradient of a group's weight: planes, in whole tiles, of every
+// (channel, ty, tx). `compressed` is at the block's first pixel.
+template <typename T>
+void add_weight_gradient(const Problem& p, const Geometry& g, const Region& region,
+                         Planes<T> compressed, const T* turned, T* gradient) {
+  const int64_t size = p.encoder->kernel_size, pitch = compressed_geometry(g).pitch;
+  const int64_t width = turned_tiles<T>(g) * kTurnedLanes<T>, pixels = region.rows * region.columns;
+  for (int64_t tile = 0; tile < turned_tiles<T>(g); ++tile) {
+    const T* factors = turned + tile * pixels * kTurnedLanes<T>;
+    for_each_piece<kGradientChannels>(p.encoder->channels, [&](auto channel_tile, int64_t c) {
+      for (int64_t ty = -g.encoder_y; ty <= g.encoder_y; ++ty) {
+        for (int64_t tx = -g.encoder_x; tx <= g.encoder_x; ++tx) {
+          const int64_t tap = (ty + size / 2) * size + tx + size / 2;
+          weight_tile<decltype(channel_tile)::value, T>(
+              region.rows, region.columns, pitch,
+              shifted(compressed, c * compressed.stride + (ty * pitch + tx) * g.dilation), factors,
+              gradient + (c * size * size + tap) * width + tile * kTurnedLanes<T>,
+              size * size * width);
+        }
+      }
+    });
+  }
 }
 
 template <typename T>
