@@ -58,4 +58,4 @@ def _contiguous(problem: Problem) -> Problem:
 
 
 reassemble, carafe = operations(_forward, _backward, _unsupported)
-feature_aware_upsample = chain(_forward, _backward, _unsupported)
+feature_aware_upsample = chain(_forward, _backward, _unsupported, faster="triton")

@@ -96,10 +96,13 @@ def operations(forward: Forward, backward: Backward, unsupported: Unsupported | 
     return with_forms(_of_logits), with_forms(_of_masks)
 
 
-def chain(forward: Forward, backward: Backward, unsupported: Unsupported | None = None) -> Backend:
+def chain(
+    forward: Forward, backward: Backward, unsupported: Unsupported | None = None, faster: str | None = None
+) -> Backend:
     """`feature_aware_upsample` of a backend that has no kernel of its own for it: torch's convolution, then `forward`.
 
     The backward computes the logits again, as every backward here keeps nothing but the inputs.
+    faster: the backend that automatic choice takes instead, where it can.
     """
 
     def problem(call: Encoded) -> Problem:
@@ -121,7 +124,7 @@ def chain(forward: Forward, backward: Backward, unsupported: Unsupported | None 
         # Whether there is a kernel does not depend on the logits, which are not there yet.
         return None if unsupported is None else unsupported(call.problem(call.compressed))
 
-    return Backend(run_forward, run_backward, refused)
+    return Backend(run_forward, run_backward, refused, None if faster is None else lambda *_: faster)
 
 
 def encode(call: Encoded) -> Tensor:

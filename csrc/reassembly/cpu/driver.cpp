@@ -69,28 +69,28 @@ void upsample_forward(Isa isa, const Problem& problem, void* y, int threads) {
   const int64_t blocks = kernels.blocks(p);
   run_parallel(
       scratch_for(p, blocks, kernels.scratch(p), threads),
-      Stage{of_encoder.pack_pieces(p), [&](int64_t piece, void*) { of_encoder.pack(p, piece); }},
+      Stage{of_encoder.pack_pieces(p),
+            [&](int64_t piece, void*) { of_encoder.pack(p, false, piece); }},
       Stage{blocks, [&](int64_t block, void* scratch) { kernels.block(p, y, block, scratch); }});
 }
 
 void upsample_backward(Isa isa, const Problem& problem, const Gradients& gradients, int threads) {
   if (problem.n == 0 || problem.h == 0 || problem.w == 0) return;
-  const BackwardKernels& kernels = FAMSEG_KERNELS(isa, reassembly_backward_kernels);
   const EncoderKernels& of_encoder = FAMSEG_KERNELS(isa, reassembly_encoder_kernels);
   const WithEncoder packed(problem, of_encoder);
   const Problem& p = packed.problem;
   const int64_t pieces = of_encoder.pieces(p, gradients);
   const Buffer partial = allocate(of_encoder.partial(p, gradients));
-  run_parallel(
-      scratch_for(p, pieces, kernels.scratch(p, gradients), threads),
-      Stage{of_encoder.pack_pieces(p), [&](int64_t piece, void*) { of_encoder.pack(p, piece); }},
-      Stage{pieces,
-            [&](int64_t piece, void* scratch) {
-              of_encoder.piece(p, gradients, partial.get(), piece, scratch);
-            }},
-      Stage{of_encoder.sums(p, gradients), [&](int64_t sum, void* scratch) {
-              of_encoder.sum(p, gradients, partial.get(), sum, scratch);
-            }});
+  run_parallel(scratch_for(p, pieces, of_encoder.scratch(p, gradients), threads),
+               Stage{of_encoder.pack_pieces(p),
+                     [&](int64_t piece, void*) { of_encoder.pack(p, true, piece); }},
+               Stage{pieces,
+                     [&](int64_t piece, void* scratch) {
+                       of_encoder.piece(p, gradients, partial.get(), piece, scratch);
+                     }},
+               Stage{of_encoder.sums(p, gradients), [&](int64_t sum, void* scratch) {
+                       of_encoder.sum(p, gradients, partial.get(), sum, scratch);
+                     }});
 }
 
 }  // namespace famseg::reassembly

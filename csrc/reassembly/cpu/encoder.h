@@ -64,8 +64,9 @@ inline int64_t pack_pieces(const Problem& p) {
   return p.groups * ((plane_count(p) + kTilePlanes - 1) / kTilePlanes);
 }
 
+// The part for the gradient of compressed only with `backward`.
 template <typename S>
-void pack_piece(const Problem& p, int64_t piece) {
+void pack_piece(const Problem& p, bool backward, int64_t piece) {
   using T = Compute<S>;
   const int64_t channels = p.encoder->channels, size = p.encoder->kernel_size;
   const int64_t taps = size * size, planes = plane_count(p);
@@ -82,7 +83,7 @@ void pack_piece(const Problem& p, int64_t piece) {
       to[k] = bias == nullptr ? T(0) : widen(bias[group * planes + plane]);
       const S* from = weight + plane * channels * taps;
       for (int64_t i = 0; i < channels * taps; ++i) to[(i + 1) * count + k] = widen(from[i]);
-      for_each_piece<kTileChannels>(channels, [&](auto channel_tile, int64_t c) {
+      for_each_piece<kTileChannels>(backward ? channels : 0, [&](auto channel_tile, int64_t c) {
         constexpr int width = decltype(channel_tile)::value;
         T* panel = packed.compressed + c * planes * taps;
         for (int64_t tap = 0; tap < taps; ++tap) {

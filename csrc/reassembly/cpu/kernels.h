@@ -30,9 +30,10 @@ struct BackwardKernels {
 struct EncoderKernels {
   size_t (*packed)(const Problem&);  // bytes of Encoder::packed
   int64_t (*pack_pieces)(const Problem&);
-  void (*pack)(const Problem&, int64_t piece);
+  void (*pack)(const Problem&, bool backward, int64_t piece);
 
   int64_t (*pieces)(const Problem&, const Gradients&);
+  size_t (*scratch)(const Problem&, const Gradients&);
   size_t (*partial)(const Problem&, const Gradients&);
   void (*piece)(const Problem&, const Gradients&, void* partial, int64_t piece, void* scratch);
   int64_t (*sums)(const Problem&, const Gradients&);
