@@ -242,8 +242,8 @@ def _upsample_case() -> Case:
         "weight": rand(72, 3, 3, 3),
         "bias": rand(72),
     }
-    # Of the weight, what no pixel multiplies by a zero outside the image.
-    places = {"x": (1, 1, 0, 4), "compressed": (1, 2, 5, 3), "weight": (13, 1, 1, 1), "bias": (13,), "y": (1, 1, 5, 0)}
+    # Of the weight and of y, what meets no zero outside the image: that may be read or not.
+    places = {"x": (1, 1, 0, 4), "compressed": (1, 2, 5, 3), "weight": (13, 1, 1, 1), "bias": (13,), "y": (1, 1, 5, 4)}
 
     def call(**kw):
         return [fk.feature_aware_upsample(*kw.values(), 3, 2, 2)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -83,7 +85,7 @@ class FeatureAwareUpsample(nn.Module):
         compressed = self.channel_compressor(x)
         other_steps = any(name in self.__dict__ or getattr(type(self), name) is not method for name, method in _STEPS)
         encoder = self.content_encoder
-        if not other_steps and _is_plain(encoder) and not _chain_is_faster(x, compressed, encoder.weight):
+        if not other_steps and _is_plain(encoder) and not _chain_is_faster(encoder):
             weight, bias, dilation = encoder.weight, encoder.bias, encoder.dilation[0]
             window = self.up_kernel, self.scale_factor, self.up_group
             return feature_aware_upsample(x, compressed, weight, bias, *window, dilation)
@@ -97,7 +99,7 @@ class FeatureAwareUpsample(nn.Module):
 _STEPS = tuple((name, getattr(FeatureAwareUpsample, name)) for name in ("kernel_normalizer", "feature_reassemble"))
 
 
-def _chain_is_faster(x: Tensor, compressed: Tensor, weight: Tensor) -> bool:
+def _chain_is_faster(encoder: nn.Module) -> bool:
     """Whether convolution and `reassemble` one after the other take less time: in training on a CPU.
 
     The backward of the fused op makes the logits again, where theirs finds them in memory. At FAMSeg's shapes forward
@@ -106,8 +108,9 @@ def _chain_is_faster(x: Tensor, compressed: Tensor, weight: Tensor) -> bool:
     """
     if torch.jit.is_tracing():  # a trace holds aten only, and the same whether gradients are recorded or not
         return False
-    recording = torch.is_grad_enabled() and (x.requires_grad or compressed.requires_grad or weight.requires_grad)
-    return recording and x.device.type == "cpu" and weight.shape[1] > 8
+    weight: Any = encoder._parameters["weight"]  # the attribute has no values for torch.fx
+    recording = torch.is_grad_enabled() and weight.requires_grad
+    return bool(recording and weight.device.type == "cpu" and weight.shape[1] > 8)
 
 
 def _is_plain(encoder: nn.Module) -> bool:
