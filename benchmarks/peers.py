@@ -17,7 +17,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import famseg_kernels as fk
 from famseg_kernels.strip_conv.spec import unpacked
 
 
@@ -314,11 +313,6 @@ def upsample_mmcv(x, compressed, weight, bias, k, s, groups, dilation):  # type:
     return reassemble_mmcv(x, _encoded(compressed, weight, bias, dilation), k, s, groups)
 
 
-def upsample_two_ops(x, compressed, weight, bias, k, s, groups, dilation):  # type: ignore[no-untyped-def]
-    """The logits as a tensor: torch's convolution and our reassembly."""
-    return fk.reassemble(x, _encoded(compressed, weight, bias, dilation), k, s, groups)
-
-
 def _encoded(compressed, weight, bias, dilation):  # type: ignore[no-untyped-def]
     return F.conv2d(compressed, weight, bias, padding=weight.shape[3] // 2 * dilation, dilation=dilation)
 
@@ -351,7 +345,6 @@ PEERS: dict[str, tuple[Peer, ...]] = {
     "feature_aware_upsample": (
         Peer("unfold", upsample_unfold),
         Peer("taps", upsample_taps, _IMAGES),
-        Peer("two ops", upsample_two_ops, _IMAGES),
         Peer("mmcv", upsample_mmcv, compiles=False, cuda_only=True, needs=MMCV),
     ),
 }
