@@ -21,10 +21,7 @@ import json
 import multiprocessing
 import os
 import platform
-import re
-import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,7 +31,8 @@ import torch
 
 import famseg_kernels as fk
 from benchmarks import tune
-from benchmarks.issue.sass import tool
+from benchmarks.issue import sass
+from benchmarks.issue.chips import SHARED_OF_BLOCK
 from benchmarks.shapes import GATE_SHAPES, TINY, network_shapes, shapes_for
 from famseg_kernels import launch
 from famseg_kernels.testing import gate
@@ -42,8 +40,6 @@ from famseg_kernels.testing.case import Case
 from famseg_kernels.torch_op import Operation
 
 CHIPS = (80, 90)
-# Bytes a program may have: CUDA programming guide, table "compute capabilities".
-SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}
 STACK = 64  # bytes a thread may keep in local memory: a few spilled registers, no arrays
 DTYPES = (torch.bfloat16, torch.float32, torch.float16)
 ODD_CASES = 3  # of the contract that run at odd addresses
@@ -122,6 +118,7 @@ def _call(operation: Operation, case: Case, dtype: torch.dtype, move: Callable[[
     """Forward and backward on tensors without data."""
     args = without_data(operation, case, dtype, move)
     implementation = operation.implementations["triton"]
+    assert implementation.unsupported and implementation.forward and implementation.backward
     if implementation.unsupported(*args) is None:
         results = implementation.forward(*args)
         grads = [move(r) for r in results] if isinstance(results, list) else move(results)
@@ -151,14 +148,8 @@ def _nothing(*shape: int) -> torch.Tensor:
 
 
 def _inspected(name: str, result: Any, warps: int) -> Compiled:
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-        cubin.write(result.asm["cubin"])
-        cubin.flush()
-        usage = subprocess.run(
-            [tool("cuobjdump"), "-res-usage", cubin.name], capture_output=True, text=True, check=True
-        ).stdout
-    registers, stack = re.findall(r"REG:(\d+) STACK:(\d+)", usage)[-1]
-    return Compiled(name, int(registers), int(stack), result.metadata.shared, warps)
+    usage = sass.usage(result.asm["cubin"])[result.metadata.name]
+    return Compiled(name, usage.registers, usage.stack, result.metadata.shared, warps)
 
 
 # How the arguments lie in memory; Triton compiles a kernel anew for addresses and strides that are no multiples of 16.
@@ -301,7 +292,7 @@ def main() -> int:
     with multiprocessing.get_context("spawn").Pool(options.jobs) as pool:
         for job, results, error in pool.imap_unordered(run, todo):
             kernels += len(results)
-            large = [r for r in results if r.shared > SHARED_MEMORY[job.capability]]
+            large = [r for r in results if r.shared > SHARED_OF_BLOCK[job.capability]]
             # A configuration that does not fit is no failure: tune passes over it.
             failures += job.configuration is None and bool(error or large)
             for what, lines in (("does not fit", large), ("spills", [r for r in results if r.stack > STACK])):

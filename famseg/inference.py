@@ -120,7 +120,9 @@ def predict(
     """
     if batch_size < 1:
         raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
-    model = network.model.to(device)
+    # Convolutions want channels-last on a GPU.
+    layout = torch.channels_last if device == "cuda" else torch.preserve_format
+    model = network.model.to(device).to(memory_format=layout)  # type: ignore[call-overload]
     images = iter(images)
     while batch := list(itertools.islice(images, batch_size)):
         for image in batch:

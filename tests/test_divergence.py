@@ -61,7 +61,8 @@ def step(loop: Loop, loss: float, gradient: float) -> None:
     weight = loop.module.model.weight
     weight.grad = torch.zeros_like(weight)
     weight.grad[0] = gradient
-    loop.update(torch.tensor(loss))
+    scale = loop.scaler.get_scale()
+    loop.finish(torch.tensor(loss), loop.update(), scale)
 
 
 @pytest.mark.parametrize("clip_norm", [0.0, 1.0])

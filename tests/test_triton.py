@@ -20,6 +20,7 @@ import pytest
 import torch
 
 from benchmarks import ahead, tune
+from benchmarks.issue.chips import SHARED_OF_BLOCK
 from benchmarks.shapes import shapes_for
 from famseg_kernels import backends
 from famseg_kernels.reassembly import cases as reassembly
@@ -145,7 +146,7 @@ def test_every_launch_compiles_and_fits(name, capability, dtype):
     kernels = ahead.compiled(ahead.OPERATIONS[name], (*cases, *FURTHER_CASES.get(name, ())), dtype, capability)
     assert kernels
     for kernel in kernels:
-        assert kernel.shared <= ahead.SHARED_MEMORY[capability], kernel
+        assert kernel.shared <= SHARED_OF_BLOCK[capability], kernel
         assert kernel.stack <= ahead.STACK, kernel
 
 

@@ -72,8 +72,10 @@ def main() -> int:
             )
     sums = table.summed(rows)
     if options.measured:
-        print(f"{report.join(sums, options.measured)} of {len(sums)} rows have a measurement", file=sys.stderr)
-        for binds, factor in report.fitted([row for row in sums if "measured us" in row]).items():
+        factors = report.join(sums, options.measured)
+        measured = sum("measured us" in row for row in sums)
+        print(f"{measured} of {len(sums)} rows have a measurement", file=sys.stderr)
+        for binds, factor in factors.items():
             print(f"what {binds} binds takes {factor:.2f} of its prediction", file=sys.stderr)
     print(report.markdown(sums, [chip.name for chip in some]))
     if options.out:

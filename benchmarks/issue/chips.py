@@ -27,7 +27,6 @@ class Chip:
     clock: float  # Hz: boost, A; H100, H200: at which the datasheet's 989 TFLOP/s of bf16 are reached, H
     memory: float  # bytes/s, datasheet
     cache: float  # bytes/s of L2: ? about two thirds of 5120 bytes a clock (A), which are not reached
-    shared: int  # bytes a multiprocessor, CG
     registers: int = 65536  # CG
     warps: int = 64  # CG
     blocks: int = 32  # CG
@@ -36,21 +35,27 @@ class Chip:
 COPY = 0.92  # of the datasheet's memory bandwidth that a copy reaches: ?, 0.9 to 0.94 are common
 
 CHIPS = (
-    Chip("A100", 80, 108, 1.41e9, 2.039e12, 4.7e12, 164 * 1024),
-    Chip("H100", 90, 132, 1.83e9, 3.35e12, 5.7e12, 228 * 1024),
-    Chip("H200", 90, 132, 1.83e9, 4.8e12, 5.7e12, 228 * 1024),
+    Chip("A100", 80, 108, 1.41e9, 2.039e12, 4.7e12),
+    Chip("H100", 90, 132, 1.83e9, 3.35e12, 5.7e12),
+    Chip("H200", 90, 132, 1.83e9, 4.8e12, 5.7e12),
 )
+
+# Bytes of shared memory, CG: of a multiprocessor; the driver's own of every block; what a block can have.
+SHARED = {80: 164 * 1024, 90: 228 * 1024}
+RESERVED = 1024
+SHARED_OF_BLOCK = {capability: size - RESERVED for capability, size in SHARED.items()}
 
 # Multiply–adds a clock and multiprocessor. A: 312 TFLOP/s of bf16, 19.5 of fp32. H: 989 and 67.
 FMA = {80: 64, 90: 128}
 TENSOR = {80: 1024, 90: 2048}
 # Of which mma.sync (HMMA) reaches on Hopper; only wgmma (HGMMA) reaches all. L: 0.62.
 SYNCHRONOUS = {80: 1.0, 90: 0.63}
-# Clocks from issue to use. L: shared memory 29, L2 262, memory 466 and 479. S: HMMA 25 (k 16) on A100; 33 on H100, L.
+# Clocks from issue to use. L: shared memory 29, L1 38 and 41, L2 262 and 263, memory 466 and 479. S: HMMA 25 (k 16) on
+# A100; 33 on H100, L.
 _ALIKE = {"shared": 29, "xu": 20, "fp64": 8, "other": 4, "shuffle": 23, "constant": 30, "barrier": 20}
 LATENCY = {
-    80: _ALIKE | {"memory": 466, "tensor": 25},
-    90: _ALIKE | {"memory": 479, "tensor": 33},
+    80: _ALIKE | {"L1": 38, "L2": 262, "memory": 466, "tensor": 25},
+    90: _ALIKE | {"L1": 41, "L2": 263, "memory": 479, "tensor": 33},
 }
 
 # Clocks that a scheduler's share of a unit is taken by a warp's instruction: 32 lanes over a quarter of the lanes that
@@ -124,10 +129,12 @@ def matrix_bytes(instruction: Instruction) -> int:
 
 
 def latency(instruction: Instruction, capability: int) -> int:
-    """Clocks from issue until the result can be used."""
+    """Clocks from issue until the result can be used; of global loads `model.replay` knows more."""
     kind, table = unit(instruction), LATENCY[capability]
+    if instruction.name in ("LDG", "LDGSTS"):
+        return table["other"]
     if kind == "memory":
-        return table["memory" if instruction.name in ("LDG", "LDGSTS", "ATOMG") else "shared"]
+        return table["memory" if instruction.name == "ATOMG" else "shared"]
     if instruction.name in ("LDC", "ULDC", "S2UR"):
         return table["constant"]
     if instruction.name == "HGMMA":
@@ -136,11 +143,11 @@ def latency(instruction: Instruction, capability: int) -> int:
 
 
 def resident(chip: Chip, threads: int, registers: int, shared: int) -> int:
-    """Blocks that a multiprocessor holds at once. Registers are given to warps in pieces of 256; CG: 1 KB of shared
-    memory is the driver's of every block."""
+    """Blocks that a multiprocessor holds at once. Registers are given to warps in pieces of 256, from a scheduler's
+    quarter of them."""
     warps = threads // 32
-    of_registers = chip.registers // (warps * -(-registers * 32 // 256) * 256)
-    found = min(of_registers, chip.shared // (shared + 1024), chip.warps // warps, chip.blocks)
+    of_registers = chip.registers // 4 // (-(-registers * 32 // 256) * 256) * 4 // warps
+    found = min(of_registers, SHARED[chip.capability] // (shared + RESERVED), chip.warps // warps, chip.blocks)
     if found < 1:
         raise Refusal(
             f"a block of {threads} threads, {registers} registers and {shared} bytes does not fit {chip.name}"

@@ -19,6 +19,7 @@ from unittest import mock
 
 import torch
 
+from benchmarks.issue import chips
 from benchmarks.issue.launches import Addresses, Launch, called
 from benchmarks.issue.sass import Refusal
 from famseg_kernels.testing.case import Case
@@ -26,10 +27,6 @@ from famseg_kernels.torch_op import Operation
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 FLAGS = ("-std=c++17", "-O3", "-DNDEBUG")  # as CMakeLists.txt has them for a release
-# Shared memory of a block and of a multiprocessor, which decide how planes are cut.
-SHARED = {80: (163 * 1024, 164 * 1024), 90: (227 * 1024, 228 * 1024)}
-# Of a block's static shared memory on sm_90, the driver's own.
-RESERVED = 1024
 
 
 def cache() -> Path:
@@ -72,7 +69,7 @@ def _places(capability: int) -> dict[Path, Path]:
 
 def compiled() -> bool:
     """Whether nothing has to be compiled first."""
-    return nvcc() is not None and all(path.exists() for c in SHARED for path in _places(c).values())
+    return nvcc() is not None and all(path.exists() for c in chips.SHARED for path in _places(c).values())
 
 
 @functools.cache
@@ -159,7 +156,8 @@ def cuda_launches(
         module.record()
         return found
 
-    module.configure(shared=SHARED[capability])
+    # Shared memory decides how planes are cut.
+    module.configure(shared=(chips.SHARED_OF_BLOCK[capability], chips.SHARED[capability]))
     module.record()
     try:
         with _installed(addresses):

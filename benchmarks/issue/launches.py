@@ -78,16 +78,16 @@ def triton_launches(
     found: list[Launch] = []
 
     def catch(kernel: Any, grid: tuple[int, ...], config: launch.Config, **arguments: Any) -> None:
+        x, y, z = (*grid, 1, 1)[:3]
         result = kernel.warmup(grid=grid, **arguments, **config._asdict())
         parameters = _parameters(result.src.signature, arguments, addresses)
-        whole = (*grid, 1, 1)[:3]
         found.append(
             Launch(
                 "triton",
                 kernel.__name__,
                 result.metadata.name,
                 result.asm["cubin"],
-                whole,
+                (x, y, z),
                 32 * config.num_warps,
                 result.metadata.shared,
                 parameters,
@@ -111,6 +111,7 @@ def called(
     """Call forward and backward without data; `taken` gives what was launched since it was last asked."""
     args = ahead.without_data(operation, case, dtype)
     implementation = operation.implementations[backend]
+    assert implementation.unsupported and implementation.forward and implementation.backward
     if (reason := implementation.unsupported(*args)) is not None:
         raise Refusal(reason)
     with _Torch() as between:

@@ -10,16 +10,17 @@ is furthest behind catches up. Warps of a block run independently: what they exc
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from benchmarks.issue import arithmetic as do
 from benchmarks.issue import sass
 from benchmarks.issue.forms import DATA
-from benchmarks.issue.memory import Access, Memory
+from benchmarks.issue.memory import SECTOR, Access, Memory
 from benchmarks.issue.program import (
     ENDS,
     GLOBAL_LOADS,
@@ -36,6 +37,16 @@ from benchmarks.issue.steps import Constants, State, Step, Steps, fresh
 MOST_BLOCKS = 5_000_000  # basic blocks, after which a loop is taken for endless
 
 
+class Touch(NamedTuple):
+    """What a global load asks for."""
+
+    tensor: int  # base of that of which the block has not touched a sector yet; or one of the following
+    brought: int = -1  # TOUCHED: the place among the touches of the last load that asked for the sectors
+
+
+TOUCHED, NOTHING, UNKNOWN = 0, -1, -2  # all touched before; no lane loads; the address is data
+
+
 @dataclass
 class Run:
     """What the blocks that were run did, added up."""
@@ -48,6 +59,7 @@ class Run:
     loaded: dict[int, int]  # bytes of sectors by base of the tensor
     stored: dict[int, int]
     trace: list[int]  # basic blocks of one warp, in order
+    touches: list[Touch]  # that warp's global loads, in order
 
     def counts(self) -> dict[int, int]:
         """Warps that executed each instruction, by its address."""
@@ -69,6 +81,7 @@ class Machine:
         self._branches: list[Branch | None] = []
         self._returns: dict[int, Callable[[State], Any]] = {}
         self._memory = Memory(0)
+        self._row: int | None = None  # of the followed warp in what is executed
         code = program.kernel.instructions
         for start, end in zip(program.starts, program.starts[1:], strict=False):
             steps: list[Step] = []
@@ -137,10 +150,30 @@ class Machine:
             for read in reads:
                 p = read(state)
                 active = active & (True if p is None else p)
+            found = None
             if active.any():
-                self._memory.globally(instruction.pc, address(state), active, size, state.block_number, store)
+                found = self._memory.globally(instruction.pc, address(state), active, size, state.block_number, store)
+            if not store and self._row is not None:
+                loads = bool(active[self._row].any())
+                self._touches.append(self._touched(state, found) if loads else Touch(NOTHING))
 
         return run
+
+    def _touched(self, state: State, found: tuple[np.ndarray, np.ndarray] | None) -> Touch:
+        """By the followed warp. What warps of its block touch that are elsewhere does not count."""
+        if found is None:
+            return Touch(UNKNOWN)
+        sectors, warps = found
+        mine = sectors[warps == self._row].tolist()
+        new = next((s for s in mine if s not in self._seen), None)
+        touch = Touch(TOUCHED, max(self._seen[s] for s in mine)) if new is None else Touch(self._base(new))
+        block = state.block_number[:, 0]
+        for sector in sectors[(block == block[self._row])[warps]].tolist():
+            self._seen.setdefault(sector, len(self._touches))
+        return touch
+
+    def _base(self, sector: int) -> int:
+        return self.bases[max(0, bisect.bisect(self.bases, sector * SECTOR + SECTOR - 1) - 1)]
 
     def _shared(self, instruction: Instruction, operand: sass.Operand, matrices: int) -> Step:
         guard, address, size = self._steps.guard(instruction), self._steps.address(operand), _size(instruction)
@@ -249,6 +282,8 @@ class Machine:
         state.followed = np.arange(count * warps) == followed
         state.barriers = {}
         self.trace: list[int] = []
+        self._touches: list[Touch] = []
+        self._seen: dict[int, int] = {}  # sectors that the followed warp's block has touched → place of the first touch
         waiting: list[tuple[State, int]] = [(state, 0)]
         self._spent = 0
         while waiting:
@@ -256,7 +291,7 @@ class Machine:
         memory = self._memory
         return Run(
             self.program, count, warps, self.executed, dict(memory.accesses), memory.touched(False),
-            memory.touched(True), self.trace,
+            memory.touched(True), self.trace, self._touches,
         )  # fmt: skip
 
     def _execute(self, state: State, b: int) -> None:
@@ -265,7 +300,9 @@ class Machine:
             raise Refusal(f"{self.program.kernel.name}: does not end")
         rows = None if state.mask is None else state.mask.any(1)
         self.executed[b] += len(state.warp) if rows is None else int(rows.sum())
-        if (state.followed if rows is None else state.followed & rows).any():
+        followed = np.flatnonzero(state.followed if rows is None else state.followed & rows)
+        self._row = int(followed[0]) if len(followed) else None
+        if self._row is not None:
             self.trace.append(b)
         for step in self._compiled[b]:
             step(state)

@@ -82,15 +82,15 @@ class Memory:
 
     def globally(
         self, pc: int, addresses: np.ndarray | int | None, active: np.ndarray, size: int, block: np.ndarray, store: bool
-    ) -> None:
-        """`block` (warps, 1): whose sectors they are."""
+    ) -> tuple[np.ndarray, np.ndarray] | None:
+        """`block` (warps, 1): whose sectors they are. Returns each warp's sectors and whose they are; None: unknown."""
         access, warps = self.accesses[pc], int(active.any(1).sum())
         access.warps += warps
         if addresses is None:
             access.unknown += warps
             access.sectors += warps * size
             access.lines += warps * max(1, size // 4)
-            return
+            return None
         if isinstance(addresses, int):
             addresses = np.array([[addresses]], np.uint64)
         places = np.broadcast_to(addresses, active.shape)
@@ -103,6 +103,7 @@ class Memory:
         self._sectors[store].append(sector | block[which, 0].astype(np.uint64) << np.uint64(48))
         if len(self._sectors[store]) > 2000:
             self._sectors[store] = [np.unique(np.concatenate(self._sectors[store]))]
+        return sector, which
 
     def touched(self, store: bool) -> dict[int, int]:
         """Bytes of sectors of each tensor (by its base) that a block touches, each once, added up over the blocks."""

@@ -1,9 +1,10 @@
 """The time a launch takes at least, by each of the things that may bind it.
 
 On the multiprocessor that gets most blocks: the units of its four schedulers and what they share, each as if the others
-cost nothing. A block alone, one instruction after the other with the latencies between them: as many times as blocks
-follow each other in one place. Of the whole chip: bytes of L2 and of memory. The prediction is the largest of these: a
-kernel that overlaps all it does. What launching costs is left out.
+cost nothing. A block alone, one instruction of a warp after the other with the latencies between them: as many times as
+blocks follow each other in one place. There, warps of a block and blocks that are resident together overlap entirely:
+what they take from each other is what the units count. Of the whole chip: bytes of L2 and of memory. The prediction is
+the largest of these: a kernel that overlaps all it does. What launching costs is left out.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from dataclasses import dataclass, field
 
 from benchmarks.issue import chips
 from benchmarks.issue.chips import Chip
-from benchmarks.issue.machine import Run
+from benchmarks.issue.machine import NOTHING, TOUCHED, Run
 
 _LINE_BYTES = 128
 
@@ -34,7 +35,8 @@ class Work:
     trips: int  # round trips to memory of a warp, one after the other
 
 
-def work(run: Run, capability: int) -> Work:
+def work(run: Run, capability: int, blocks: int, sizes: dict[int, int]) -> Work:
+    """`blocks` of the whole launch; `sizes` in bytes of its tensors, by base."""
     counts = run.counts()
     per_scheduler: dict[str, float] = defaultdict(float)
     instructions = tensor = fma = shared = wide = 0.0
@@ -69,27 +71,37 @@ def work(run: Run, capability: int) -> Work:
     stored = {base: n / run.blocks for base, n in run.stored.items()}
     units["L2 port"] = (sum(loaded.values()) + sum(stored.values())) / 64  # bytes a clock and multiprocessor: A
     accesses = sum(a.warps for a in run.accesses.values())
-    alone, trips = replay(run, capability)
+    alone, trips = replay(
+        run, capability, {base: first_share(n, sizes.get(base), blocks) for base, n in loaded.items()}
+    )
     return Work(
         units, instructions, tensor, fma, loaded, stored,
         sum(a.unknown for a in run.accesses.values()) / max(1, accesses), alone, trips,
     )  # fmt: skip
 
 
-def replay(run: Run, capability: int) -> tuple[float, int]:
+def replay(run: Run, capability: int, first: dict[int, float] | None = None) -> tuple[float, int]:
     """Clocks of one warp that runs alone, in order: an instruction waits for what it reads, and for its unit.
 
-    Asynchronous copies and products are waited for where the program says so. Round trips: how often something is
-    waited for that comes from memory, of all that was asked for by then.
+    An access to shared memory or L1 takes as many turns as an average warp's, and gives its last result so much later.
+    A load of sectors that the block has touched before finds them in L1, which is taken to hold them all, once they are
+    there. A first touch goes to L2, and on to memory for the share `first` (by base of the tensor; 1 by default) that
+    no other block has brought to L2: it takes what first touches take on average. Asynchronous copies and products are
+    waited for where the program says so. Round trips: how often something is waited for that is on its way to L1, of
+    all that was asked for by then.
     """
-    prepared = [[_prepared(i, capability) for i in block] for block in run.program.blocks]
+    prepared = [[_prepared(i, run, capability) for i in block] for block in run.program.blocks]
     ready: dict[object, float] = {}
     from_memory: dict[object, int] = {}  # register → the trip that brings it
     busy: dict[str, float] = {}
     now, end, trips = 0.0, 0.0, 0
-    group, groups, products = 0.0, [], 0.0  # copies not yet committed, committed ones, matrix products
+    groups: list[float] = []  # copies that are committed
+    group, products = 0.0, 0.0  # copies that are not, matrix products
+    arrivals: list[float] = []  # of the loads' sectors in L1
+    latencies = chips.LATENCY[capability]
     for b in run.trace:
-        for name, reads, writes, kind, taken, delay, memory, number in prepared[b]:
+        for instruction, reads, writes, kind, taken, delay, number in prepared[b]:
+            name = instruction.name
             at = max(now + 1, busy.get(kind, 0.0))
             for register in reads:
                 when = ready.get(register, 0.0)
@@ -109,11 +121,22 @@ def replay(run: Run, capability: int) -> tuple[float, int]:
             if taken:
                 busy[kind] = at + taken
             now = at
-            done = at + delay
+            done, memory = at + delay, name == "ATOMG"
+            if name in ("LDG", "LDGSTS"):
+                touch = run.touches[len(arrivals)]
+                if touch.tensor == TOUCHED:
+                    hit = at + latencies["L2" if "BYPASS" in instruction.modifiers else "L1"] + taken - 1
+                    done = max(hit, arrivals[touch.brought])
+                    memory = done > hit
+                elif touch.tensor != NOTHING:
+                    share = (first or {}).get(touch.tensor, 1.0)
+                    done = at + latencies["L2"] + share * (latencies["memory"] - latencies["L2"])
+                    memory = True
+                arrivals.append(done)
             if name == "LDGSTS":
                 group = max(group, done)
             elif name == "HGMMA":
-                products = max(products, at, busy[kind]) + chips.LATENCY[capability]["tensor"]
+                products = max(products, at, busy[kind]) + latencies["tensor"]
             for register in writes:
                 ready[register] = done
                 if memory:
@@ -122,26 +145,26 @@ def replay(run: Run, capability: int) -> tuple[float, int]:
                     from_memory.pop(register, None)
             end = max(end, now + 1)
             if name == "BAR":
-                now += chips.LATENCY[capability]["barrier"]
+                now += latencies["barrier"]
     return end, trips
 
 
-def _prepared(instruction: chips.Instruction, capability: int) -> tuple:
-    name = instruction.name
-    kind = chips.unit(instruction)
-    writes = chips.sass.written(instruction)
-    delay = chips.latency(instruction, capability)
-    if name == "HGMMA":
-        writes = ()
+def _prepared(instruction: chips.Instruction, run: Run, capability: int) -> tuple:
+    name, kind = instruction.name, chips.unit(instruction)
+    delay: float = chips.latency(instruction, capability)
+    taken = chips.clocks(instruction, capability)
+    for access in (run.accesses.get(instruction.pc), run.accesses.get(instruction.pc + 1)):  # + 1: LDGSTS's store
+        if kind == "memory" and access is not None:
+            taken += (access.wavefronts + access.lines) / access.warps
+    if kind == "memory":
+        delay += max(0.0, taken - 1)
     number = 0
     if name == "DEPBAR":
         number = instruction.operands[1].number if len(instruction.operands) > 1 else 0
     if name == "WARPGROUP":
         delay = 1 if "DEPBAR" in instruction.modifiers else 0
-    return (
-        name, chips.sass.read(instruction), writes, kind, chips.clocks(instruction, capability), delay,
-        name in ("LDG", "ATOMG"), number,
-    )  # fmt: skip
+    writes = () if name == "HGMMA" else chips.sass.written(instruction)
+    return instruction, chips.sass.read(instruction), writes, kind, taken, delay, number
 
 
 @dataclass
@@ -158,7 +181,12 @@ def moved(each: dict[int, float], sizes: dict[int, int], blocks: int) -> float:
 
     So what several blocks touch comes from memory once, and then from L2.
     """
-    return sum(min(n * blocks, math.ceil(sizes.get(base, n * blocks) / 32) * 32) for base, n in each.items())
+    return sum(n * blocks * first_share(n, sizes.get(base), blocks) for base, n in each.items())
+
+
+def first_share(touched: float, size: int | None, blocks: int) -> float:
+    """Of the bytes that each block touches of a tensor, the share that no other block has touched before."""
+    return 1.0 if size is None else min(1.0, math.ceil(size / 32) * 32 / (touched * blocks))
 
 
 def predict(

@@ -22,7 +22,7 @@ PLAIN = {
 
 
 def _bit(register: Register) -> int:
-    return 1 << ({"R": 0, "UR": 256, "P": 320, "UP": 328}[register.bank] + register.index)
+    return 1 << ({"R": 0, "UR": 256, "P": 320, "UP": 328}[register.bank] + register.number)
 
 
 def _bits(registers: Sequence[Register]) -> int:
@@ -133,7 +133,7 @@ def _uses(instruction: Instruction) -> tuple[int, int, int, int]:
 
 def _pairs(instruction: Instruction, operand: sass.Operand) -> list[Register]:
     return [
-        Register(r.bank, r.index + i)
+        Register(r.bank, r.number + i)
         for r, suffix in operand.terms
         if not r.constant
         for i in range(2 if suffix.startswith("64") else 1)

@@ -62,10 +62,10 @@ def markdown(rows: Sequence[Row], chips: Sequence[str]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def join(rows: list[Row], paths: Sequence[Path]) -> int:
+def join(rows: list[Row], paths: Sequence[Path]) -> dict[str, float]:
     """Put the medians of `python -m benchmarks.gpu` or `python -m benchmarks` beside the predictions, and fit.
 
-    Returns how many rows have one. The device column tells the chip.
+    Returns the fitted factors by what binds. The device column tells the chip.
     """
     times: dict[tuple[str, ...], float] = {}
     for path in paths:
@@ -87,7 +87,7 @@ def join(rows: list[Row], paths: Sequence[Path]) -> int:
     for row in found:
         row["corrected us"] = row["us"] * factors[row["binds"]]
         row["residual %"] = 100 * (row["measured us"] / row["corrected us"] - 1)
-    return len(found)
+    return factors
 
 
 def fitted(rows: Sequence[Row]) -> dict[str, float]:

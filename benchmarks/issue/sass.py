@@ -20,12 +20,12 @@ class Refusal(Exception):
 
 class Register(NamedTuple):
     bank: str  # "R", "UR", "P", "UP"
-    index: int
+    number: int
 
     @property
     def constant(self) -> bool:
         """RZ, URZ, PT, UPT: read as zero or true, written to nowhere."""
-        return self.index == _LAST[self.bank]
+        return self.number == _LAST[self.bank]
 
 
 _LAST = {"R": 255, "UR": 63, "P": 7, "UP": 7}
@@ -102,9 +102,10 @@ def _disassembled(cubin: bytes) -> dict[str, Kernel]:
 
 
 class Usage(NamedTuple):
-    """Registers of a thread, static shared memory of a block."""
+    """Registers and bytes of stack of a thread, static shared memory of a block."""
 
     registers: int
+    stack: int
     shared: int
 
 
@@ -115,8 +116,8 @@ def usage(cubin: bytes) -> dict[str, Usage]:
         file.write(cubin)
         file.flush()
         run = subprocess.run([tool("cuobjdump"), "-res-usage", file.name], capture_output=True, text=True, check=True)
-    found = re.findall(r"Function (\S+):\s+REG:(\d+).*?SHARED:(\d+)", run.stdout + run.stderr)
-    return {name: Usage(int(registers), int(shared)) for name, registers, shared in found}
+    found = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+)", run.stdout + run.stderr)
+    return {name: Usage(*map(int, numbers)) for name, *numbers in found}
 
 
 def literals(cubin: bytes, symbol: str) -> bytes:
@@ -323,7 +324,7 @@ def width_of_source(instruction: Instruction, place: int) -> int:
 
 def _several(register: Register, count: int) -> Iterator[Register]:
     if not register.constant:
-        yield from (Register(register.bank, register.index + i) for i in range(count))
+        yield from (Register(register.bank, register.number + i) for i in range(count))
 
 
 @functools.cache

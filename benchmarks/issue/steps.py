@@ -84,25 +84,25 @@ def put(state: State, register: Register, value: Value, guard: Value) -> None:
         return
     values = state.registers[register.bank]
     if guard is True and state.mask is None:
-        values[register.index] = value
+        values[register.number] = value
         return
-    old = values[register.index]
+    old = values[register.number]
     if guard is False:
         return
     if guard is None or value is None:
-        values[register.index] = None
+        values[register.number] = None
     elif old is None and guard is not True and register.bank in ("R", "UR") and isinstance(guard, np.ndarray):
         # Data in a register that is used anew by some lanes. Were the others to take it for an address, it would be
         # one in no tensor.
-        values[register.index] = np.where(guard, _array(value), np.uint64(NOWHERE))
+        values[register.number] = np.where(guard, _array(value), np.uint64(NOWHERE))
     elif old is None:
         # Lanes that are elsewhere held data in a register that is used anew here.
-        values[register.index] = value if guard is True else None
+        values[register.number] = value if guard is True else None
     else:
         mask = guard if state.mask is None else state.mask if guard is True else guard & state.mask
         if register.bank in ("UR", "UP"):
             mask = mask.any(1, keepdims=True) if isinstance(mask, np.ndarray) and mask.ndim == 2 else mask
-        values[register.index] = (
+        values[register.number] = (
             do.boolean(np.where(mask, value, old))
             if register.bank in ("P", "UP")
             else np.where(mask, _array(value), _array(old))
@@ -152,7 +152,7 @@ class Steps:
                 return self.predicate(operand)
             get = self.register(register)
             if words == 2 and not register.constant:
-                low, high = get, self.register(Register(register.bank, register.index + 1))
+                low, high = get, self.register(Register(register.bank, register.number + 1))
                 get = lambda state: _paired(low(state), high(state))  # noqa: E731
         elif operand.kind == "number":
             number = operand.number & (M64 if words == 2 else M32)
@@ -256,10 +256,10 @@ class Steps:
             for place, (register, value) in enumerate(zip(parts, results, strict=True)):
                 if place == 0 and wide and value is not None:
                     put(state, register, value & M32, on)
-                    put(state, Register(register.bank, register.index + 1), do.shifted_right(value, 32), on)
+                    put(state, Register(register.bank, register.number + 1), do.shifted_right(value, 32), on)
                 elif place == 0 and wide:
                     put(state, register, None, on)
-                    put(state, Register(register.bank, register.index + 1), None, on)
+                    put(state, Register(register.bank, register.number + 1), None, on)
                 else:
                     put(state, register, value, on)
 
@@ -359,7 +359,7 @@ class Steps:
         address, data = self.address(instruction.operands[0]), instruction.operands[1].register
         assert data is not None
         registers = [
-            data if data.constant else Register(data.bank, data.index + i) for i in range(sass.width(instruction))
+            data if data.constant else Register(data.bank, data.number + i) for i in range(sass.width(instruction))
         ]
         getters = [self.register(register) for register in registers]
 

@@ -52,7 +52,9 @@ def counted(launch: Launch, capability: int) -> tuple[Work, sass.Usage]:
     Raises:
         Refusal: an instruction or an access is not understood.
     """
-    text = json.dumps([_version(), launch.symbol, capability, launch.grid, launch.threads, SAMPLE])
+    text = json.dumps(
+        [_version(), launch.symbol, capability, launch.grid, launch.threads, SAMPLE, sorted(launch.tensors.items())]
+    )
     key = hashlib.sha256(text.encode() + launch.parameters + launch.cubin).hexdigest()[:32]
     path = cuda.cache() / f"{key}.json"
     if path.exists():
@@ -85,7 +87,7 @@ def _counted(launch: Launch, capability: int) -> tuple[Work, sass.Usage]:
     constants = Constants(capability, launch.threads, launch.grid, launch.parameters, literals)
     bases = sorted(launch.tensors)
     run = machine.Machine(program.analysed(kernel), constants, bases).run(sample(launch.grid), launch.threads // 32)
-    work = model.work(run, capability)
+    work = model.work(run, capability, math.prod(launch.grid), launch.tensors)
     sass.forget()
     for base in {*work.loaded, *work.stored}:
         if base < FIRST:
@@ -111,6 +113,7 @@ def rows_of(
         passes = launches(backend, operation, case, dtype, capability)
         for name, made in zip(("fwd", "bwd"), passes, strict=True):
             for place, launch in enumerate(made):
+                known = _counted_or_refused(launch, capability)
                 where = {
                     "op": operation.spec.name,
                     "case": case.name,
@@ -121,18 +124,33 @@ def rows_of(
                     "kernel": launch.kernel,
                 }
                 for chip in same:
-                    yield where | {"chip": chip.name} | _predicted(launch, chip)
+                    yield where | {"chip": chip.name} | _predicted(launch, known, chip)
 
 
-def _predicted(launch: Launch, chip: Chip) -> Row:
-    if launch.torch_bytes:  # at the bandwidth of a copy, which a good kernel reaches
+Counted = tuple[Work, sass.Usage]
+
+
+def _counted_or_refused(launch: Launch, capability: int) -> Counted | Refusal | None:
+    if launch.torch_bytes:
+        return None
+    try:
+        return counted(launch, capability)
+    except Refusal as refusal:
+        return refusal
+
+
+def _predicted(launch: Launch, known: Counted | Refusal | None, chip: Chip) -> Row:
+    if known is None:  # torch's: at the bandwidth of a copy, which a good kernel reaches
         us = 1e6 * launch.torch_bytes / (chip.memory * chips.COPY)
         return {"us": us, "binds": "memory", "memory us": us, "MB": launch.torch_bytes / 1e6, "refusal": ""}
     row: Row = {"blocks": math.prod(launch.grid), "threads": launch.threads, "refusal": ""}
     try:
-        work, usage = counted(launch, chip.capability)
-        static = usage.shared - cuda.RESERVED if chip.capability == 90 and usage.shared else usage.shared
-        shared = launch.shared + (static if launch.backend == "cuda" else 0)
+        if isinstance(known, Refusal):
+            raise known
+        work, usage = known
+        shared = launch.shared
+        if launch.backend == "cuda" and usage.shared:  # static; on sm_90 the compiler counts the driver's with it
+            shared += usage.shared - (chips.RESERVED if chip.capability == 90 else 0)
         row |= {"registers": usage.registers, "shared": shared}
         found = model.predict(chip, work, launch.grid, launch.tensors, launch.threads, usage.registers, shared)
     except Refusal as refusal:

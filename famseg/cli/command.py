@@ -51,7 +51,7 @@ def build_parser(
             parser.add_argument(field.name, type=str, nargs="*" if several else "?", default=None, help=text)
         else:
             flag = "--" + field.name.replace("_", "-")
-            switch: dict[str, Any] = {"nargs": "?", "const": True} if hints[field.name] is bool else {}
+            switch: dict[str, Any] = {"nargs": "?", "const": True} if hints[field.name] in (bool, bool | None) else {}
             parser.add_argument(flag, type=hints[field.name], default=field.default, help=text, **switch)
     return parser
 

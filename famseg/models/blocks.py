@@ -14,10 +14,21 @@ Shortcut = Literal["mamba", "identity"]
 
 
 class LayerNorm2d(nn.LayerNorm):
-    """LayerNorm over the channels of (N, C, H, W)."""
+    """LayerNorm over the channels of (N, C, H, W), in x's dtype: autocast would give fp32, to be cast back."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+        with torch.autocast(x.device.type, enabled=False):
+            y = F.layer_norm(x.permute(0, 2, 3, 1), self.normalized_shape, weight, bias, self.eps)
+            return y.permute(0, 3, 1, 2)
+
+
+class GroupNorm(nn.GroupNorm):
+    """GroupNorm in x's dtype, likewise."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return F.group_norm(x, self.num_groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
 
 
 class DropPath(nn.Module):
@@ -135,5 +146,7 @@ class StripBlock(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.drop_path(self.layer_scale_1[:, None, None] * self.attn(self.norm1(x)))
-        return x + self.drop_path(self.layer_scale_2[:, None, None] * self.mlp(self.norm2(x)))
+        # In x's dtype: under autocast an fp32 scale would make the rest of the stage fp32, and each block cast it back.
+        scale_1, scale_2 = self.layer_scale_1.to(x.dtype), self.layer_scale_2.to(x.dtype)
+        x = x + self.drop_path(scale_1[:, None, None] * self.attn(self.norm1(x)))
+        return x + self.drop_path(scale_2[:, None, None] * self.mlp(self.norm2(x)))

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from famseg.models.blocks import GroupNorm
+
 _BASES_SEED = 20220918
 _EPSILON = 1e-6
 GROUPS = 32  # of the group norms; fewer channels make one group each
@@ -54,7 +56,7 @@ class ConvGN(nn.Module):
     def __init__(self, cin: int, cout: int, relu: bool) -> None:
         super().__init__()
         self.conv = nn.Conv2d(cin, cout, 1, bias=False)
-        self.gn = nn.GroupNorm(min(GROUPS, cout), cout)
+        self.gn = GroupNorm(min(GROUPS, cout), cout)
         self.relu = relu
 
     def forward(self, x: Tensor) -> Tensor:
@@ -119,7 +121,7 @@ class AggregatedDepthConv(nn.Module):
         self.branches = nn.ModuleList(
             branch(cin, kernel, stride) for cin, kernel, stride in zip(in_channels, (5, 3, 3), (4, 2, 1), strict=True)
         )
-        self.norm = nn.GroupNorm(min(GROUPS, channels), channels)
+        self.norm = GroupNorm(min(GROUPS, channels), channels)
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
         total = sum(branch(f) for branch, f in zip(self.branches, features, strict=True))

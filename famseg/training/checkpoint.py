@@ -22,7 +22,7 @@ from famseg.training.schedule import Phase, format_phases, resized, total_epochs
 _FREE = frozenset(
     {
         *("epochs", "phases", "decay_epochs", "patience", "out", "resume", "tensorboard", "workers", "cache"),
-        *("device", "devices", "batch_size", "backend", "compile", "channels_last"),
+        *("device", "devices", "batch_size", "backend", "compile", "channels_last", "cuda_graph"),
     }
 )
 

@@ -67,7 +67,12 @@ class TrainConfig:
     devices: int = option(1, "data-parallel processes on this machine, one a GPU; several machines: torchrun")
     backend: str = option("auto", BACKEND_HELP)
     compile: bool = option(False, "compile the network with torch.compile")
-    channels_last: bool = option(False, "keep weights and images in channels-last memory order")
+    channels_last: bool | None = option(
+        None, "keep weights and images in channels-last memory order; default: on a GPU, where convolutions want it"
+    )
+    cuda_graph: bool = option(
+        False, "record a training step as one CUDA graph: a GPU then waits for no launches of small batches"
+    )
     workers: int | None = option(
         None,
         "processes a device that load and augment images; 0: the training process itself; default: 0, up to 8 a GPU",
@@ -122,6 +127,8 @@ class TrainConfig:
             raise ConfigError(
                 f"lr_limit_min: expected at most lr_limit_max, which is {self.lr_limit_max}, got {self.lr_limit_min}"
             )
+        if self.cuda_graph and self.precision == "fp16":
+            raise ConfigError("cuda_graph: fp16's loss scale decides on every step by itself; use bf16 or fp32")
         if self.folds and self.val_fraction != defaults["val_fraction"]:
             raise ConfigError(f"val_fraction: {self.folds} folds hold out 1/{self.folds}; leave one of the two out")
         if self.class_weights != "none" and not {"ce", "focal"} & set(self.loss.split("+")):

@@ -19,6 +19,7 @@ from famseg.data.sample import CLASSES
 from famseg.metrics import SegmentationMetrics
 from famseg.training.config import Diverged
 from famseg.training.distributed import ALONE, Processes, sum_over_processes
+from famseg.training.graph import RecordedStep
 from famseg.training.module import SegmentationModule
 from famseg.training.schedule import phase_at
 
@@ -52,6 +53,8 @@ class Loop:
         self.optimizer = module.optimizer(module.phases[0])
         self.scaler = torch.amp.GradScaler(device.type, enabled=module.config.precision == "fp16")
         module.start_average()
+        self._overlap = torch.zeros(2, len(CLASSES) - 1, dtype=torch.int64, device=device)
+        self._recorded: RecordedStep | None = None
         self.network: nn.Module = module
         if processes.count > 1:
             # Of depthwise kernels (C, 1, k, k): their strides are written in two ways and mean the same memory.
@@ -100,10 +103,14 @@ class Loop:
         phase = phase_at(self.module.phases, epoch)
         if epoch == phase.start > 0:
             self.optimizer = self.module.optimizer(phase)
+        if self.module.config.cuda_graph and (epoch == phase.start or self._recorded is None):
+            # Adadelta counts its steps on the host.
+            fused = phase.optimizer != "adadelta"
+            self._recorded = RecordedStep(self._compute, self.optimizer, self.device) if fused else None
         self.train_loader.batch_sampler.sampler.set_epoch(epoch)
         self.module.train()
         self._loss, self._images = torch.zeros((), device=self.device), 0
-        self._overlap = torch.zeros(2, len(CLASSES) - 1, dtype=torch.int64, device=self.device)
+        self._overlap.zero_()
         self._watched: list[Tensor] = []  # loss and norm of the gradient of the steps not looked at yet
         self._steps_read = 0
 
@@ -126,37 +133,48 @@ class Loop:
             group["lr"] = rate
         with self.part("copy to device"):
             image, mask = self._to_device(batch)
+        scale = self.scaler.get_scale()
+        loss, norm = (self._recorded or self._compute)(image, mask)
+        self._loss = self._loss + loss * len(mask)
+        self._images += len(mask)
+        self.finish(loss, norm, scale)
+
+    def finish(self, loss: Tensor, norm: Tensor, scale: float) -> None:
+        """Look at the loss and the norm of the gradient, and take the weights into their average."""
+        # What was scaled is skipped where it is not finite, and tried with a smaller scale.
+        self._watch(loss, torch.zeros_like(norm) if scale > 1 else norm)
+        self.steps += 1
+        self.module.average(self.steps)
+
+    def _compute(self, image: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """All that a step does on the device; returns the loss and the norm of its gradient."""
         with self._autocast():
             with self.part("forward"):
                 logits = self.network(image)
             with self.part("loss"):
                 loss = self.loss(logits, mask)
-                self._loss = self._loss + loss.detach() * len(mask)
-                self._images += len(mask)
                 self._count_overlap(logits.detach().argmax(1), mask)
         with self.part("backward"):
             self.scaler.scale(loss).backward()
         with self.part("optimizer"):
-            self.update(loss.detach())
+            return loss.detach(), self.update()
 
     def loss(self, logits: Tensor, mask: Tensor) -> Tensor:
         """The loss of the whole batch, the same one in every process."""
         return self.module.loss.value(sum_over_processes(self.module.loss.sums(logits, mask)))
 
-    def update(self, loss: Tensor) -> None:
-        """Clip the gradient, look at it, and take the step."""
+    def update(self) -> Tensor:
+        """Clip the gradient and take the step; returns the norm it had."""
         self.scaler.unscale_(self.optimizer)
         parameters = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
         if self.module.config.clip_norm:
             norm = nn.utils.clip_grad_norm_(parameters, self.module.config.clip_norm)
         else:
             norm = nn.utils.get_total_norm([p.grad for p in parameters])
-        self._watch(loss, norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
-        self.steps += 1
-        self.module.average(self.steps)
+        return norm
 
     def _rate(self, index: int) -> float:
         return self.module.rate(self.epoch + index / len(self.train_loader))
@@ -224,8 +242,6 @@ class Loop:
 
     def _watch(self, loss: Tensor, norm: Tensor) -> None:
         """Stop the run where the loss or the gradient is not finite: here every process has the same one."""
-        if self.scaler.get_scale() > 1:  # the scaler skips the step and tries a smaller scale
-            norm = torch.zeros_like(norm)
         self._watched.append(torch.stack((loss.float(), norm.float())))
         # A GPU would have to finish every step before the next is launched; so it is asked only now and then.
         if self.device.type == "cpu" or len(self._watched) == _STEPS_UNREAD:

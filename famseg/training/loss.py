@@ -84,7 +84,9 @@ class SegmentationLoss(nn.Module):
             weight = 1.0 if self.weight is None else self.weight[target]
             parts.append((weight * focal**_FOCUS * entropy).sum().reshape(1))
         if "dice" in self.terms:
-            truth = F.one_hot(target, logits.shape[1]).movedim(-1, 1).to(logits.dtype)
+            # Not one_hot: its int64 is the largest tensor of a training step.
+            classes = torch.arange(logits.shape[1], device=target.device)
+            truth = (target[:, None] == classes[:, None, None]).to(logits.dtype)
             probability = logits.softmax(1)
             parts.append((probability * truth).sum((0, 2, 3)))
             parts.append((probability + truth).sum((0, 2, 3)))

@@ -22,17 +22,24 @@ class SegmentationModule(nn.Module):
         config: the run.
         processes: of a data-parallel run; the learning rates are fitted to the batch of all of them.
         class_weights: of the loss, as they come out of `config.class_weights` and the training masks.
+        channels_last: memory order of weights and images, as it comes out of `config.channels_last` and the device.
     """
 
     def __init__(
-        self, config: TrainConfig, *, processes: int = 1, class_weights: Sequence[float] | None = None
+        self,
+        config: TrainConfig,
+        *,
+        processes: int = 1,
+        class_weights: Sequence[float] | None = None,
+        channels_last: bool = False,
     ) -> None:
         super().__init__()
         self.config = config
         self.phases = config.plan()
         self.model: nn.Module = create_model(config.model, len(CLASSES), **config.model_options())
         self.frozen = freeze(self.model, config.trainable)
-        if config.channels_last:
+        self.channels_last = channels_last
+        if channels_last:
             self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.loss = SegmentationLoss(config.loss, class_weights)
         # Of training alone: validation has another mode, a ragged last batch and averaged weights, each a compilation.
@@ -48,7 +55,7 @@ class SegmentationModule(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         """Logits (N, classes, h, w) of images (N, 1, h, w); in evaluation by the averaged weights, where there are."""
-        if self.config.channels_last:
+        if self.channels_last:
             image = image.contiguous(memory_format=torch.channels_last)
         with use_backend(self.config.backend):
             if self.ema and not self.training:
@@ -73,9 +80,9 @@ class SegmentationModule(nn.Module):
         if phase.optimizer == "adadelta":
             return torch.optim.Adadelta(groups)  # its learning rate is 1: it has none (Zeiler 2012)
         if phase.optimizer == "sgd":
-            return torch.optim.SGD(groups, lr=self._init_lr, momentum=0.9, nesterov=True)
+            return torch.optim.SGD(groups, lr=self._init_lr, momentum=0.9, nesterov=True, fused=True)
         kind = torch.optim.AdamW if phase.optimizer == "adamw" else torch.optim.Adam
-        return kind(groups, lr=self._init_lr)
+        return kind(groups, lr=self._init_lr, fused=True)
 
     def rate(self, progress: float) -> float:
         """The learning rate after `progress` (fractional) epochs."""

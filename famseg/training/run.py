@@ -134,7 +134,12 @@ def prepare(config: TrainConfig, processes: Processes) -> Prepared:
     torch.manual_seed(config.seed)
     weights = _balanced(pixels) if config.class_weights == "balanced" else parse_class_weights(config.class_weights)
     try:
-        module = SegmentationModule(config, processes=processes.count, class_weights=weights)
+        module = SegmentationModule(
+            config,
+            processes=processes.count,
+            class_weights=weights,
+            channels_last=accelerator == "cuda" if config.channels_last is None else config.channels_last,
+        )
     except ValueError as error:
         raise ConfigError(str(error)) from None
     if processes.count > 1:
@@ -336,6 +341,9 @@ def _accelerator(config: TrainConfig, processes: Processes) -> str:
         raise ConfigError(f"devices: expected at most the {torch.cuda.device_count()} GPUs here, got {processes.local}")
     if accelerator == "cpu" and config.precision == "fp16":
         raise ConfigError("precision: fp16 is for GPUs; use bf16 or fp32 on a CPU")
+    if config.cuda_graph and (accelerator == "cpu" or processes.count > 1):
+        here = f"{processes.count} processes" if accelerator == "cuda" else "a CPU"
+        raise ConfigError(f"cuda_graph: is for one process with a GPU, this run is of {here}; leave it out")
     return accelerator
 
 

@@ -132,12 +132,12 @@ class Mamba2Scan2d(nn.Module):
         return self.out_proj(self._gated_norm(y, z))
 
     def _gated_norm(self, y: Tensor, z: Tensor) -> Tensor:
-        """Mamba-2's gated RMS norm over channels, in fp32 or better: norm(y · silu(z)) · weight."""
-        wide = torch.promote_types(y.dtype, torch.float32)
-        gated = y.to(wide) * F.silu(z.to(wide))
-        scale = torch.rsqrt(gated.square().mean(1, keepdim=True) + 1e-5)
-        return (gated * scale).to(y.dtype) * self.norm_weight.to(y.dtype)[:, None, None]
+        """Mamba-2's gated RMS norm over channels: norm(y · silu(z)) · weight, in y's dtype."""
+        gated = (y * F.silu(z)).permute(0, 2, 3, 1)
+        normed = F.rms_norm(gated, (self.d_inner,), self.norm_weight.to(y.dtype), _EPSILON)
+        return normed.permute(0, 3, 1, 2)
 
 
+_EPSILON = 1e-5  # of the gated norm, as in Mamba-2
 # Root mean square of silu over a unit normal variable, √E[silu(x)²].
 _SILU_RMS = 0.5964

@@ -16,6 +16,7 @@ import torch
 from benchmarks import ahead
 from benchmarks.gpu.dry import build_emulation
 from benchmarks.gpu.items import Item, Options, Row, Skipped
+from benchmarks.issue.chips import SHARED_OF_BLOCK
 from famseg_kernels import launch
 
 
@@ -61,6 +62,6 @@ def _compile(job: ahead.Job, launchers: bool, _: float) -> Iterator[Row]:
     if error:
         raise RuntimeError(error)
     for kernel in kernels:
-        limit = ahead.SHARED_MEMORY.get(job.capability)
+        limit = SHARED_OF_BLOCK.get(job.capability)
         if limit is not None and kernel.shared > limit:
             raise RuntimeError(f"{kernel.kernel} needs {kernel.shared} bytes of shared memory, the chip has {limit}")
