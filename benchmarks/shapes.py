@@ -123,7 +123,9 @@ def network_shapes(model: str, n: int, side: int) -> dict[str, tuple[Case, ...]]
         return operation.spec.fake(*args)
 
     network = create_model(model)
-    with FakeTensorMode(allow_non_fake_inputs=True), mock.patch.object(Operation, "__call__", record):
+    # Without gradients: a layer may call another operation to train on a CPU, where the network is here.
+    fake, recorded = FakeTensorMode(allow_non_fake_inputs=True), mock.patch.object(Operation, "__call__", record)
+    with torch.no_grad(), fake, recorded:
         network(torch.empty(n, 1, side, side))
     return {name: tuple(cases.values()) for name, cases in found.items()}
 
@@ -134,8 +136,6 @@ def _like(name: str, args: tuple[Any, ...]) -> Case:
     label = f"network_n{n}_{'x'.join(map(str, shape))}"
     if name == "strip_conv2d":
         return strip_conv2d(label, (n, *shape)) if args[3] else depthwise(label, n, *shape)
-    if name == "reassemble":
-        return reassemble(label, (n, *shape), *args[2:4])
     if name == "feature_aware_upsample":
         return feature_aware_upsample(label, (n, *shape), *args[4:7], compressed=args[1].shape[1])
     if name == "ssd_scan_2d":
