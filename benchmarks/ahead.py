@@ -43,6 +43,7 @@ CHIPS = (80, 90)
 STACK = 64  # bytes a thread may keep in local memory: a few spilled registers, no arrays
 DTYPES = (torch.bfloat16, torch.float32, torch.float16)
 ODD_CASES = 3  # of the contract that run at odd addresses
+REASSEMBLY = ("reassemble", "carafe", "feature_aware_upsample")
 OPERATIONS = {op.spec.name: op for op in fk.OPERATIONS if "triton" in op.implementations}
 
 
@@ -201,7 +202,7 @@ def _jobs(operations: Sequence[str], chips: Sequence[int], dtypes: Sequence[torc
         for source in sources:
             for place in range(len(cases_of(source, name))):
                 yield Job(name, source, place, dtype, chip)
-                if name in ("reassemble", "carafe") and source != "cpu":  # the others' kernels see no channels_last
+                if name in REASSEMBLY and source != "cpu":  # the others' kernels see no channels_last
                     yield Job(name, source, place, dtype, chip, layout="channels_last")
         for place in range(min(ODD_CASES, len(cases_of("contract", name)))):
             yield Job(name, "contract", place, dtype, chip, layout="odd")

@@ -41,14 +41,15 @@ def standard_parts() -> Iterator[None]:
     mamba = cuda and peers.missing_module(peers.MAMBA) is None
     mmcv = cuda and peers.missing_module(peers.MMCV) is None
     # Unfolded, the last upsampling of 16 images of 512 px has 3.4 G elements: too many for some of torch's kernels.
-    reassemble, carafe = peers.reassemble_unfold, peers.carafe_unfold
+    reassemble, carafe, upsample = peers.reassemble_unfold, peers.carafe_unfold, peers.upsample_unfold
     if cuda:
-        reassemble, carafe = peers.reassemble_taps, peers.carafe_taps
+        reassemble, carafe, upsample = peers.reassemble_taps, peers.carafe_taps, peers.upsample_taps
     parts: dict[str, Callable[..., Any]] = {
         "strip_conv2d": peers.strip_convolutions,
         "ssd_scan_2d": peers.scan_2d_mamba_ssm if mamba else peers.scan_2d_matmul,
         "reassemble": peers.reassemble_mmcv if mmcv else reassemble,
         "carafe": peers.carafe_mmcv if mmcv else carafe,
+        "feature_aware_upsample": peers.upsample_mmcv if mmcv else upsample,
     }
 
     def call(operation: Operation, *args: Any) -> Any:

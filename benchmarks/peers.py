@@ -301,6 +301,22 @@ def reassemble_mmcv(x, logits, k, s, groups):  # type: ignore[no-untyped-def]
     return carafe_mmcv(x, masks, k, groups, s)
 
 
+def upsample_unfold(x, compressed, weight, bias, k, s, groups, dilation):  # type: ignore[no-untyped-def]
+    return reassemble_unfold(x, _encoded(compressed, weight, bias, dilation), k, s, groups)
+
+
+def upsample_taps(x, compressed, weight, bias, k, s, groups, dilation):  # type: ignore[no-untyped-def]
+    return reassemble_taps(x, _encoded(compressed, weight, bias, dilation), k, s, groups)
+
+
+def upsample_mmcv(x, compressed, weight, bias, k, s, groups, dilation):  # type: ignore[no-untyped-def]
+    return reassemble_mmcv(x, _encoded(compressed, weight, bias, dilation), k, s, groups)
+
+
+def _encoded(compressed, weight, bias, dilation):  # type: ignore[no-untyped-def]
+    return F.conv2d(compressed, weight, bias, padding=weight.shape[3] // 2 * dilation, dilation=dilation)
+
+
 PEERS: dict[str, tuple[Peer, ...]] = {
     "strip_conv2d": (
         Peer("convolutions", strip_convolutions, _IMAGES),
@@ -325,5 +341,10 @@ PEERS: dict[str, tuple[Peer, ...]] = {
         Peer("unfold", carafe_unfold),
         Peer("taps", carafe_taps, _IMAGES),
         Peer("mmcv", carafe_mmcv, compiles=False, cuda_only=True, needs=MMCV),
+    ),
+    "feature_aware_upsample": (
+        Peer("unfold", upsample_unfold),
+        Peer("taps", upsample_taps, _IMAGES),
+        Peer("mmcv", upsample_mmcv, compiles=False, cuda_only=True, needs=MMCV),
     ),
 }

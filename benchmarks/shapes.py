@@ -12,7 +12,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from famseg.models import create_model
-from famseg_kernels.reassembly.cases import carafe, reassemble
+from famseg_kernels.reassembly.cases import carafe, feature_aware_upsample, reassemble
 from famseg_kernels.ssd_scan import cases as ssd_scan
 from famseg_kernels.ssd_scan.cases import scan_2d
 from famseg_kernels.strip_conv.cases import strip_conv2d
@@ -53,6 +53,11 @@ SHAPES: dict[str, tuple[Case, ...]] = {
         reassemble("famseg_32x32", (2, 128, 32, 32)),
     ),
     "carafe": (carafe("small", (1, 8, 8, 8)), carafe("carafe_64x64", (1, 64, 64, 64))),
+    "feature_aware_upsample": (
+        feature_aware_upsample("small", (1, 8, 8, 8)),
+        feature_aware_upsample("carafe_64x64", (1, 64, 64, 64), compressed=64),
+        feature_aware_upsample("famseg_nano_64x64", (2, 8, 64, 64), compressed=8),
+    ),
 }
 
 
@@ -82,6 +87,11 @@ def gpu_shapes(n: int) -> dict[str, tuple[Case, ...]]:
             reassemble(f"famseg_32x32_n{n}", (n, 128, 32, 32)),
         ),
         "carafe": (SHAPES["carafe"][0], carafe(f"carafe_64x64_n{n}", (n, 64, 64, 64))),
+        "feature_aware_upsample": (
+            SHAPES["feature_aware_upsample"][0],
+            feature_aware_upsample(f"carafe_64x64_n{n}", (n, 64, 64, 64), compressed=64),
+            feature_aware_upsample(f"famseg_tiny_128x128_n{n}", (n, 32, 128, 128), compressed=32),
+        ),
     }
 
 
@@ -99,6 +109,7 @@ TINY: dict[str, Case] = {
     "ssd_scan": scan("tiny", 1, 5, 1, 4, 4),
     "reassemble": reassemble("tiny", (1, 2, 2, 3)),
     "carafe": carafe("tiny", (1, 2, 2, 3)),
+    "feature_aware_upsample": feature_aware_upsample("tiny", (1, 2, 2, 3), compressed=2),
 }
 
 
@@ -112,7 +123,9 @@ def network_shapes(model: str, n: int, side: int) -> dict[str, tuple[Case, ...]]
         return operation.spec.fake(*args)
 
     network = create_model(model)
-    with FakeTensorMode(allow_non_fake_inputs=True), mock.patch.object(Operation, "__call__", record):
+    # Without gradients: a layer may call another operation to train on a CPU, where the network is here.
+    fake, recorded = FakeTensorMode(allow_non_fake_inputs=True), mock.patch.object(Operation, "__call__", record)
+    with torch.no_grad(), fake, recorded:
         network(torch.empty(n, 1, side, side))
     return {name: tuple(cases.values()) for name, cases in found.items()}
 
@@ -123,8 +136,8 @@ def _like(name: str, args: tuple[Any, ...]) -> Case:
     label = f"network_n{n}_{'x'.join(map(str, shape))}"
     if name == "strip_conv2d":
         return strip_conv2d(label, (n, *shape)) if args[3] else depthwise(label, n, *shape)
-    if name == "reassemble":
-        return reassemble(label, (n, *shape), *args[2:4])
+    if name == "feature_aware_upsample":
+        return feature_aware_upsample(label, (n, *shape), *args[4:7], compressed=args[1].shape[1])
     if name == "ssd_scan_2d":
         side, _, heads, headdim = shape
         shared = args[3].shape[3] == 1

@@ -135,7 +135,7 @@ def contestants(
     operation: Operation, args: Any, dtype: torch.dtype, backward: bool, settings: Settings
 ) -> Iterator[Contestant]:
     """Ours first: their result is what the peers are compared with."""
-    images = args[0].dim() == 4 and operation.spec.name in ("strip_conv2d", "reassemble", "carafe")
+    images = args[0].dim() == 4 and not operation.spec.name.startswith("ssd_scan")
     layouts = (torch.contiguous_format, torch.channels_last) if images else (torch.contiguous_format,)
     for backend in operation.implementations:
         if backend == "reference" or gate.refusal(operation, backend, args, backward) is not None:

@@ -15,7 +15,14 @@ from famseg_kernels import backends as _backends
 from famseg_kernels import flops
 from famseg_kernels.accelerate import accelerate
 from famseg_kernels.reassembly.layer import FeatureAwareUpsample
-from famseg_kernels.reassembly.op import CARAFE_OPERATION, REASSEMBLE_OPERATION, carafe, reassemble
+from famseg_kernels.reassembly.op import (
+    CARAFE_OPERATION,
+    REASSEMBLE_OPERATION,
+    UPSAMPLE_OPERATION,
+    carafe,
+    feature_aware_upsample,
+    reassemble,
+)
 from famseg_kernels.ssd_scan.layer import Mamba2Scan2d
 from famseg_kernels.ssd_scan.op import SCAN_2D_OPERATION, SCAN_OPERATION, ssd_scan, ssd_scan_2d
 from famseg_kernels.strip_conv.layer import StripAttention, StripConv2d
@@ -24,7 +31,14 @@ from famseg_kernels.strip_conv.op import strip_conv2d
 
 __version__ = "0.1.0"
 
-OPERATIONS = (_STRIP_OPERATION, SCAN_2D_OPERATION, SCAN_OPERATION, REASSEMBLE_OPERATION, CARAFE_OPERATION)
+OPERATIONS = (
+    _STRIP_OPERATION,
+    SCAN_2D_OPERATION,
+    SCAN_OPERATION,
+    REASSEMBLE_OPERATION,
+    CARAFE_OPERATION,
+    UPSAMPLE_OPERATION,
+)
 
 __all__ = [
     "OPERATIONS",
@@ -36,6 +50,7 @@ __all__ = [
     "available_backends",
     "carafe",
     "decompositions",
+    "feature_aware_upsample",
     "flops",
     "reassemble",
     "ssd_scan",

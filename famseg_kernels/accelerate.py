@@ -21,10 +21,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from famseg_kernels.children import altered
 from famseg_kernels.reassembly.layer import Carafe, FeatureAwareUpsample
 from famseg_kernels.reassembly.op import carafe
 from famseg_kernels.ssd_scan.op import ssd_scan_2d
-from famseg_kernels.strip_conv.layer import StripAttention, altered, unfusable
+from famseg_kernels.strip_conv.layer import StripAttention, unfusable
 
 # Largest difference of outputs and gradients, relative by the norm. Outputs are of order 1, so that 1e-3 too much
 # everywhere is found. fp64 is held to the same: VMamba computes A and D in fp32. Low precision rounds after every

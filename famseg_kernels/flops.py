@@ -99,6 +99,34 @@ def carafe_bytes(features: Tensor, masks: Tensor, kernel_size: int, group_size: 
     return _reassembly.bytes_carafe(features, masks, kernel_size, group_size, scale_factor)
 
 
+def feature_aware_upsample(
+    x: Tensor,
+    compressed: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    kernel_size: int = 5,
+    scale: int = 2,
+    groups: int = 1,
+    dilation: int = 1,
+) -> int:
+    """2 · N·H·W · elements of weight + 2 · N·C·sH·sW · k²."""
+    return _reassembly.flops_upsample(x, compressed, weight, bias, kernel_size, scale, groups, dilation)
+
+
+def feature_aware_upsample_bytes(
+    x: Tensor,
+    compressed: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    kernel_size: int = 5,
+    scale: int = 2,
+    groups: int = 1,
+    dilation: int = 1,
+) -> int:
+    """x, compressed, weight and bias in, y out."""
+    return _reassembly.bytes_upsample(x, compressed, weight, bias, kernel_size, scale, groups, dilation)
+
+
 # --- FAMSeg, Eq. 1–5 ------------------------------------------------------------------------------------------------
 # The paper calls Eq. 1–2 "parameters"; they count multiplications of one channel (output positions × taps).
 

@@ -71,6 +71,16 @@ def carafe(**changes):
     return fk.carafe(**{**args, **changes})
 
 
+def upsample(**changes):
+    args = {
+        "x": torch.randn(1, 4, 3, 3),
+        "compressed": torch.randn(1, 6, 3, 3),
+        "weight": torch.randn(100, 6, 3, 3),
+        "bias": torch.randn(100),
+    }
+    return fk.feature_aware_upsample(**{**args, **changes})
+
+
 F64, I64, HALF = torch.float64, torch.int64, torch.float16
 META = torch.randn(4, device="meta")
 BAD = [
@@ -112,6 +122,16 @@ BAD = [
     (reassemble, {"logits": torch.randn(1, 100, 3, 3, dtype=HALF)}, TypeError, "logits: expected torch.float32 like x"),
     (carafe, {"masks": torch.rand(1, 25, 3, 3)}, ValueError, "masks: expected shape (1, 25, 6, 6)"),
     (carafe, {"features": [1]}, TypeError, "features: expected a tensor, got list"),
+    (upsample, {"compressed": torch.randn(1, 6, 3, 4)}, ValueError, "compressed: expected shape (1, 6, 3, 3) (N, C_d, H, W), got (1, 6, 3, 4)"),
+    (upsample, {"compressed": torch.randn(1, 5, 3, 3)}, ValueError, "weight: expected shape (100, 5, 3, 3)"),
+    (upsample, {"weight": torch.randn(36, 6, 3, 3)}, ValueError, "weight: expected shape (100, 6, 3, 3)"),
+    (upsample, {"weight": torch.randn(100, 6, 1, 3)}, ValueError, "weight: expected shape (100, 6, 3, 3)"),
+    (upsample, {"weight": torch.randn(100, 6, 2, 2)}, ValueError, "weight: expected an odd kernel size, got 2"),
+    (upsample, {"weight": torch.randn(100, 6, 3, 3, dtype=HALF)}, TypeError, "weight: expected torch.float32 like x"),
+    (upsample, {"bias": torch.randn(99)}, ValueError, "bias: expected shape (100,)"),
+    (upsample, {"bias": 0.0}, TypeError, "bias: expected a tensor, got float"),
+    (upsample, {"dilation": 0}, ValueError, "dilation: expected at least 1, got 0"),
+    (upsample, {"kernel_size": 4}, ValueError, "kernel_size: expected an odd kernel size, got 4"),
 ]  # fmt: skip
 
 
@@ -122,5 +142,5 @@ def test_message_names_the_argument(call, changes, error, message):
 
 
 def test_the_good_arguments_are_good():
-    for call in (strips, scan2d, scan, reassemble, carafe):
+    for call in (strips, scan2d, scan, reassemble, carafe, upsample):
         assert torch.isfinite(call()).all()

@@ -25,6 +25,17 @@ def test_reassembly_counts_taps_of_every_output():
     assert fk.flops.carafe(x, torch.zeros(2, 25, 6, 10), 5, 1, 2) == fk.flops.reassemble(x, logits)
 
 
+def test_the_encoder_counts_what_its_convolution_does_and_moves_no_logits():
+    x, compressed, weight, bias = (torch.zeros(shape) for shape in ((2, 4, 3, 5), (2, 6, 3, 5), (100, 6, 3, 3), (100,)))
+    of_reassembly = fk.flops.reassemble(x, torch.zeros(2, 100, 3, 5))
+    for dilation in (1, 2):
+        args = (x, compressed, weight, bias, 5, 2, 1, dilation)
+        assert fk.flops.feature_aware_upsample(*args) == 2 * 2 * 15 * 100 * 6 * 9 + of_reassembly
+    moved = 4 * (5 * x.numel() + compressed.numel() + weight.numel() + 100)
+    assert fk.flops.feature_aware_upsample_bytes(x, compressed, weight, bias) == moved
+    assert fk.flops.feature_aware_upsample_bytes(x, compressed, weight, None) == moved - 4 * 100
+
+
 def test_the_scan_is_linear_in_tokens_and_directions_whatever_the_chunk():
     def cost(h, k):
         x, dt = torch.zeros(1, h, 4, 2, 8), torch.zeros(1, h, 4, k, 2)

@@ -14,7 +14,10 @@ import pytest
 ROOT = Path(__file__).parent.parent
 KERNELS = ROOT / "famseg_kernels"
 # What all rooms stand on; each file may import the earlier ones.
-BASE = ("testing.case", "testing.tolerance", "backends", "checks", "finite", "launch", "spec", "choice", "torch_op")
+BASE = (
+    *("testing.case", "testing.tolerance", "backends", "checks", "children", "finite", "launch", "spec", "choice"),
+    "torch_op",
+)
 ROOMS = ("strip_conv", "ssd_scan", "reassembly")
 # A file of a room may import the base (`torch_op` only where it says so) and these files of its own room.
 ROOM_FILES = {

@@ -246,6 +246,75 @@ def test_the_attributes_and_methods_of_mmcv():
     assert 0.0005 < layer.content_encoder.weight.std() < 0.002 and not layer.content_encoder.bias.any()
 
 
+def encoder_of(layer, **changes):
+    """A content encoder with the layer's sizes but for `changes`."""
+    old = layer.content_encoder
+    sizes = {"kernel_size": 3, "padding": 1, **changes}
+    return nn.Conv2d(old.in_channels, old.out_channels, **sizes)
+
+
+ENCODERS = {  # and whether the op reads its weight
+    "as it is": (lambda m: m.content_encoder, True),
+    "same padding": (lambda m: encoder_of(m, padding="same"), True),
+    "no bias": (lambda m: encoder_of(m, bias=False), True),
+    "a dilation": (lambda m: encoder_of(m, padding=2, dilation=2), True),
+    "a point": (lambda m: encoder_of(m, kernel_size=1, padding=0), True),
+    "circular padding": (lambda m: encoder_of(m, padding_mode="circular"), False),
+    "groups": (lambda m: encoder_of(m, groups=2), False),
+    "an oblong kernel": (lambda m: encoder_of(m, kernel_size=(3, 1), padding=(1, 0)), False),
+    "an adapter": (lambda m: Adapter(m.content_encoder), False),
+    "weight norm": (lambda m: parametrizations.weight_norm(m.content_encoder), False),
+    "pruning": (lambda m: prune.random_unstructured(m.content_encoder, "weight", 0.5), False),
+    "a hook": (
+        lambda m: m.content_encoder.register_forward_hook(lambda m, args, y: 2 * y) and m.content_encoder,
+        False,
+    ),
+}
+
+
+def upsampled_by(layer, x):
+    """The result, and whether it came from the op that reads the encoder's weight."""
+    with torch.profiler.profile() as profile:
+        y = layer(x)
+    return y, any(event.name == "famseg::feature_aware_upsample" for event in profile.events())
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_a_plain_encoder_is_read_and_any_other_is_called(name):
+    torch.manual_seed(0)
+    layer, x = fk.FeatureAwareUpsample(4, compressed_channels=8), torch.randn(2, 4, 6, 5, requires_grad=True)
+    layer.content_encoder, plain = ENCODERS[name][0](layer), ENCODERS[name][1]
+    for parameter in layer.content_encoder.parameters():
+        nn.init.normal_(parameter)
+    y, fused = upsampled_by(layer, x)
+    assert fused == plain
+    expected = fk.reassemble(x, layer.content_encoder(layer.channel_compressor(x)))
+    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
+    wanted = [x, *layer.parameters()]
+    both = [torch.autograd.grad(out.square().sum(), wanted) for out in (y, expected)]
+    torch.testing.assert_close(*both, rtol=1e-3, atol=1e-3)
+
+
+def test_training_on_a_cpu_with_many_compressed_channels_keeps_the_logits():
+    x = torch.randn(1, 4, 6, 5)
+    for channels, recording in ((8, True), (9, False)):
+        layer = fk.FeatureAwareUpsample(4, compressed_channels=channels)
+        assert upsampled_by(layer, x)[1] == recording
+        with torch.no_grad():
+            assert upsampled_by(layer, x)[1]
+        assert upsampled_by(layer.requires_grad_(False), x)[1]
+
+
+def test_hooks_on_all_modules_see_the_encoder():
+    layer, seen = fk.FeatureAwareUpsample(4, compressed_channels=8), []
+    handle = nn.modules.module.register_module_forward_hook(lambda module, args, y: seen.append(module))
+    try:
+        layer(torch.ones(1, 4, 5, 5))
+    finally:
+        handle.remove()
+    assert seen == [layer.channel_compressor, layer.content_encoder, layer]
+
+
 class Sharper(fk.FeatureAwareUpsample):
     def kernel_normalizer(self, mask):
         return super().kernel_normalizer(3 * mask)

@@ -111,6 +111,13 @@ def carafe(features, masks, kernel_size=3, group_size=2, scale_factor=2):
     return gathered(features, weights, kernel_size, scale_factor)
 
 
+def upsample(x, compressed, weight, bias, kernel_size=3, scale=2, groups=2):
+    logits = bias[:, None, None].expand(len(x), -1, *x.shape[2:])
+    for i, j, seen in taps(compressed, *weight.shape[2:]):
+        logits = logits + torch.einsum("oc,nchw->nohw", weight[:, :, i, j], seen)
+    return reassemble(x, logits, kernel_size, scale, groups)
+
+
 def gathered(x, weights, k, s):
     """weights: (N, groups, k², s², H, W)"""
     n, c, h, w = x.shape
@@ -228,6 +235,22 @@ def _reassemble_case(name: str, definition: Callable[..., Any], weights: str) ->
     )
 
 
+def _upsample_case() -> Case:
+    arguments = {
+        "x": rand(2, 4, 6, 5),
+        "compressed": rand(2, 3, 6, 5),
+        "weight": rand(72, 3, 3, 3),
+        "bias": rand(72),
+    }
+    # Of the weight and of y, what meets no zero outside the image: that may be read or not.
+    places = {"x": (1, 1, 0, 4), "compressed": (1, 2, 5, 3), "weight": (13, 1, 1, 1), "bias": (13,), "y": (1, 1, 5, 4)}
+
+    def call(**kw):
+        return [fk.feature_aware_upsample(*kw.values(), 3, 2, 2)]
+
+    return Case("feature_aware_upsample", lambda **kw: [upsample(**kw)], call, arguments, places)
+
+
 KERNELS = ("square", "row", "column")
 CASES = {  # the scans in chunks of 16 tokens
     "scan": _scan_case(None, dt_softplus=True, dt_limit=(0.05, 2.0)),
@@ -242,6 +265,7 @@ CASES = {  # the scans in chunks of 16 tokens
     "strips": _strips_case(),
     "reassemble": _reassemble_case("reassemble", reassemble, "logits"),
     "carafe": _reassemble_case("carafe", carafe, "masks"),
+    "upsample": _upsample_case(),
 }
 
 

@@ -34,6 +34,19 @@ def test_reassemble_is_pixel_shuffle_softmax_carafe(k, groups, s):
     torch.testing.assert_close(fk.reassemble(x, logits, k, s, groups), by_unfold(x, masks, k, groups, s))
 
 
+@pytest.mark.parametrize(
+    ("k", "groups", "s", "encoder", "dilation"), [(5, 1, 2, 3, 1), (3, 2, 3, 1, 1), (3, 4, 1, 5, 2)]
+)
+def test_feature_aware_upsample_is_the_convolution_and_reassemble(k, groups, s, encoder, dilation):
+    torch.manual_seed(0)
+    x, compressed = torch.randn(2, 8, 5, 6, dtype=torch.float64), torch.randn(2, 3, 5, 6, dtype=torch.float64)
+    weight = torch.randn(groups * k * k * s * s, 3, encoder, encoder, dtype=torch.float64)
+    for bias in (None, weight[:, 0, 0, 0]):
+        logits = F.conv2d(compressed, weight, bias, padding="same", dilation=dilation)
+        y = fk.feature_aware_upsample(x, compressed, weight, bias, k, s, groups, dilation)
+        torch.testing.assert_close(y, fk.reassemble(x, logits, k, s, groups))
+
+
 def test_the_border_is_zero_without_renormalisation():
     y = fk.reassemble(torch.ones(1, 1, 1, 1), torch.zeros(1, 9, 1, 1), 3, 1)
     torch.testing.assert_close(y, torch.full((1, 1, 1, 1), 1 / 9))

@@ -26,6 +26,7 @@ FLOORS = {
     "ssd_scan": (1.5, 1.3),
     "reassemble": (3.0, 4.0),
     "carafe": (3.0, 4.0),
+    "feature_aware_upsample": (1.5, 1.5),
 }
 
 

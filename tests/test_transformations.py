@@ -30,6 +30,7 @@ CASES = {
     "ssd_scan": "every_option",
     "reassemble": "groups",
     "carafe": "groups",
+    "feature_aware_upsample": "dilated",
 }
 OPERATIONS = {operation.spec.name: operation for operation in fk.OPERATIONS}
 

@@ -58,6 +58,7 @@ NOT_FINITE = {
     ),
     "reassemble": ("reassemble-x-nan", "reassemble-logits-minus_inf"),
     "carafe": ("carafe-masks-inf", "carafe-y-nan"),
+    "feature_aware_upsample": ("upsample-compressed-nan", "upsample-x-inf", "upsample-y-nan"),
 }
 
 

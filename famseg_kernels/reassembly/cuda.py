@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from famseg_kernels import backends, checks
-from famseg_kernels.reassembly.problem import Problem, operations
+from famseg_kernels.reassembly.problem import Problem, chain, operations
 
 
 def _unsupported(problem: Problem) -> str | None:
@@ -58,3 +58,4 @@ def _contiguous(problem: Problem) -> Problem:
 
 
 reassemble, carafe = operations(_forward, _backward, _unsupported)
+feature_aware_upsample = chain(_forward, _backward, _unsupported, faster="triton")

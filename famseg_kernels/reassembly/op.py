@@ -1,12 +1,15 @@
-"""fk.reassemble and fk.carafe: the functional forms."""
+"""fk.reassemble, fk.carafe and fk.feature_aware_upsample: the functional forms."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 from torch import Tensor
-from torch.overrides import handle_torch_function, has_torch_function_variadic
+from torch.overrides import handle_torch_function, has_torch_function, has_torch_function_variadic
 
 from famseg_kernels.reassembly import cpu, cuda, reference
-from famseg_kernels.reassembly.spec import CARAFE, REASSEMBLE
+from famseg_kernels.reassembly.spec import CARAFE, REASSEMBLE, UPSAMPLE
 from famseg_kernels.spec import Later
 from famseg_kernels.torch_op import Operation, autocast
 
@@ -26,6 +29,15 @@ CARAFE_OPERATION = Operation(
         "cpu": cpu.carafe,
         "triton": Later("famseg_kernels.reassembly.triton", "carafe"),
         "cuda": cuda.carafe,
+    },
+)
+UPSAMPLE_OPERATION = Operation(
+    UPSAMPLE,
+    {
+        "reference": reference.feature_aware_upsample,
+        "cpu": cpu.feature_aware_upsample,
+        "triton": Later("famseg_kernels.reassembly.triton", "feature_aware_upsample"),
+        "cuda": cuda.feature_aware_upsample,
     },
 )
 
@@ -77,3 +89,44 @@ def carafe(features: Tensor, masks: Tensor, kernel_size: int, group_size: int = 
     features, masks = autocast((features, masks))
     CARAFE.check(features, masks, kernel_size, group_size, scale_factor)
     return CARAFE_OPERATION(features, masks, kernel_size, group_size, scale_factor)
+
+
+def feature_aware_upsample(
+    x: Tensor,
+    compressed: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    kernel_size: int = 5,
+    scale: int = 2,
+    groups: int = 1,
+    dilation: int = 1,
+) -> Tensor:
+    """The content encoder and the reassembly in one: `reassemble(x, conv2d(compressed, weight, bias), …)`.
+
+    FAMSeg section 3.3 behind its channel compressor; CARAFE (arXiv 1905.02188, Eq. 1–2). The convolution is
+    zero-padded to "same" size. Its logits are groups·k²·s² channels where x has a few: kernels make them where they
+    are used, and no tensor of them is written or read.
+
+    Args:
+        x: (N, C, H, W), contiguous or channels_last; fp32, bf16, fp16 or fp64.
+        compressed: (N, C_d, H, W), what the encoder reads.
+        weight: (groups·k²·s², C_d, k_e, k_e) of the encoder, k_e odd; output channels as `reassemble`'s logits.
+        bias: (groups·k²·s²,) or None.
+        kernel_size: odd window size k.
+        scale: upsampling factor s ≥ 1.
+        groups: kernel groups, a divisor of C; channel c uses group c // (C / groups).
+        dilation: of the encoder, ≥ 1.
+
+    Returns:
+        (N, C, s·H, s·W) in x's dtype and memory format.
+
+    Raises:
+        TypeError, ValueError: arguments of another dtype, device or shape; an even kernel.
+    """
+    flat: Sequence[Any] = (x, compressed, weight, bias)
+    options = (kernel_size, scale, groups, dilation)
+    if has_torch_function(flat):
+        return handle_torch_function(feature_aware_upsample, flat, *flat, *options)
+    x, compressed, weight, bias = autocast(flat)
+    UPSAMPLE.check(x, compressed, weight, bias, *options)
+    return UPSAMPLE_OPERATION(x, compressed, weight, bias, *options)

@@ -1,6 +1,6 @@
-"""reassemble and carafe in plain PyTorch: the definitions that every kernel is held to.
+"""reassemble, carafe and feature_aware_upsample in plain PyTorch: the definitions that every kernel is held to.
 
-Both are one weighted sum over the taps of a window. With w as (N·g, k², s², H, W) and x shifted by a tap as
+All are one weighted sum over the taps of a window. With w as (N·g, k², s², H, W) and x shifted by a tap as
 (N·g, C/g, 1, H, W) it is a loop of k² multiply–adds without an unfolded tensor.
 """
 
@@ -27,6 +27,28 @@ def _carafe(features: Tensor, masks: Tensor, kernel_size: int, group_size: int, 
     return _weighted_sum(features, weights.flatten(2, 3), group_size, kernel_size, s)
 
 
+def _upsample(
+    x: Tensor,
+    compressed: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    kernel_size: int,
+    scale: int,
+    groups: int,
+    dilation: int,
+) -> Tensor:
+    """The logits stay in fp32 or better where the chain of two ops would round them to x's dtype."""
+    n, _, h, w = x.shape
+    logits = _wide(x).new_zeros(n, weight.shape[0], h, w)
+    if compressed.numel():  # conv2d refuses an image without pixels or channels
+        padding = weight.shape[3] // 2 * dilation
+        logits = F.conv2d(_wide(compressed), _wide(weight), padding=padding, dilation=dilation)
+    if bias is not None:
+        logits = logits + _wide(bias)[:, None, None]
+    weights = logits.view(n * groups, kernel_size**2, scale**2, h, w).softmax(dim=1)
+    return _weighted_sum(x, weights, groups, kernel_size, scale)
+
+
 def _weighted_sum(x: Tensor, weights: Tensor, g: int, k: int, s: int) -> Tensor:
     """y[n, c, s·i+dy, s·j+dx] = Σ_tap weights[n·g(c), tap, dy·dx, i, j] · x[n, c, i+ky−r, j+kx−r], zero outside."""
     n, c, h, w = x.shape
@@ -45,3 +67,4 @@ def _wide(t: Tensor) -> Tensor:
 
 reassemble = Backend(_reassemble)
 carafe = Backend(_carafe)
+feature_aware_upsample = Backend(_upsample)

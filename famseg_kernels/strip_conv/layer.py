@@ -9,27 +9,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as torch_module
-from torch.utils.module_tracker import ModuleTracker
 
+from famseg_kernels import children
 from famseg_kernels.strip_conv.op import strip_conv2d
-
-_CONV2D = nn.Conv2d.forward, nn.Conv2d._conv_forward
-
-
-def altered(conv: nn.Module) -> str:
-    """Why calling `conv` may do more than nn.Conv2d does with its weight and bias, or ""."""
-    if type(conv) is not nn.Conv2d:  # a wrapper, a parametrized or quantised module, nn.Identity, …
-        return f"is a {type(conv).__module__}.{type(conv).__qualname__}"
-    if conv._forward_hooks or conv._forward_pre_hooks or conv._backward_hooks or conv._backward_pre_hooks:
-        return "has hooks"
-    own = conv.__dict__
-    return "has another forward" if "forward" in own or "_conv_forward" in own else ""
 
 
 def unfusable(square: nn.Module | None, rows: Sequence[nn.Module], cols: Sequence[nn.Module]) -> str:
     """Which of a StripConv2d's children has to be called, as its weight and bias do not say all, and why; or ""."""
-    if (nn.Conv2d.forward, nn.Conv2d._conv_forward) != _CONV2D:  # all are patched, as for seamless tiling
+    if children.patched():
         return "nn.Conv2d has another forward"
     if square is not None and (reason := _departure(square, None)):
         return f"conv0 {reason}"
@@ -41,19 +28,9 @@ def unfusable(square: nn.Module | None, rows: Sequence[nn.Module], cols: Sequenc
     return ""
 
 
-def _watched() -> bool:
-    """Whether there are hooks on all modules, other than those of FlopCounterMode, which counts the op itself."""
-    if not torch_module._has_any_global_hook():
-        return False
-    forward = (torch_module._global_forward_pre_hooks, torch_module._global_forward_hooks)
-    backward = (torch_module._global_backward_pre_hooks, torch_module._global_backward_hooks)
-    hooks = [hook for group in (*forward, *backward) for hook in group.values()]
-    return not all(isinstance(getattr(hook, "__self__", None), ModuleTracker) for hook in hooks)
-
-
 def _departure(conv: nn.Module, thin: int | None) -> str:
     """Why `conv` is not a plain "same" depthwise convolution, of size 1 along axis `thin` or square; or ""."""
-    if reason := altered(conv):
+    if reason := children.altered(conv):
         return reason
     own = conv.__dict__  # twice as fast as attributes: this runs for every child in every forward
     height, width = size = own["kernel_size"]
@@ -118,14 +95,14 @@ class StripConv2d(nn.Module):
         init_convolutions(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        children: Any = self._modules  # an attribute of a module costs ten times as much
+        modules: Any = self._modules  # an attribute of a module costs ten times as much
         square = self.conv0
-        rows = [children[f"conv{i}_1"] for i in range(self.branches)]
-        cols = [children[f"conv{i}_2"] for i in range(self.branches)]
+        rows = [modules[f"conv{i}_1"] for i in range(self.branches)]
+        cols = [modules[f"conv{i}_2"] for i in range(self.branches)]
         reason = unfusable(square, rows, cols)
         if reason and not torch.compiler.is_compiling():
             warnings.warn(f"{type(self).__name__}: {reason}; its convolutions run one by one, unfused", stacklevel=2)
-        if reason or _watched():
+        if reason or children.watched():
             y = a = x if square is None else square(x)
             for row, col in zip(rows, cols, strict=True):
                 y = y + col(row(a))

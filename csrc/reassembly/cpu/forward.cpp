@@ -1,4 +1,4 @@
-// The forward pass of reassemble and carafe for one instruction set (see common/simd.h: this file
+// The forward pass of the room's operations for one instruction set (see common/simd.h: this file
 // is compiled once for each).
 //
 // A block is some rows of one (n, group). Its weights are normalised once for all channels and stay
@@ -9,7 +9,7 @@
 // and nothing is turned over. (The same loop for NCHW, turning x and y over on their way, was at
 // least 13 % slower than lanes of pixels.)
 
-#include "reassembly/cpu/softmax.h"
+#include "reassembly/cpu/encoder.h"
 
 namespace famseg::FAMSEG_ISA {
 namespace {
@@ -92,7 +92,8 @@ Geometry block_geometry(const Problem& p) {
 
 template <typename T>
 struct Space {
-  Planes<T> weights;  // (tap, phase), the block's rows
+  Planes<T> weights;     // (tap, phase), the block's rows
+  Planes<T> compressed;  // with an encoder: its channels, the block's rows and its reach
   // NCHW
   Planes<T> x;    // a chunk of channels, the block's rows and the reach above and below
   Planes<T> out;  // (channel, phase), one run
@@ -107,6 +108,10 @@ Space<T> take_space(const Problem& p, const Geometry& g, Arena& arena) {
   Space<T> space{};
   const int64_t rows = g.rows + 2 * g.reach_y;
   space.weights = take_planes<T>(arena, g, g.taps * g.phases, g.rows);
+  if (p.encoder != nullptr) {
+    space.compressed = take_planes<T>(arena, compressed_geometry(g), p.encoder->channels,
+                                      g.rows + 2 * g.encoder_reach_y());
+  }
   if (p.x_channels_last) {
     space.pixels_row = (g.columns + 2 * g.reach_x) * g.chunk;
     space.pixels = arena.take<T>(rows * space.pixels_row);
@@ -201,7 +206,16 @@ void compute_block(const Problem& p, void* y, int64_t number, void* scratch) {
     const auto to = features_image(p, g, static_cast<S*>(y), g.scale, index, chunk);
     if (chunk == 0) {
       Ahead x(g, from, channels, region.grown(g.reach_y, g.side), vectors);
-      load_weights<S>(p, g, index, region, space.weights, [&](int64_t done) { x.ask(done); });
+      const auto during = [&](int64_t done) { x.ask(done); };
+      if (p.encoder == nullptr) {
+        load_weights<S>(p, g, index, region, space.weights, during);
+      } else {
+        load_compressed<S>(p, g, index, region, 0, space.compressed);
+        encode_weights(
+            p, g, index, region, 0,
+            shifted(space.compressed, g.encoder_reach_y() * compressed_geometry(g).pitch),
+            space.weights, during);
+      }
     }
     if (p.x_channels_last) {
       forward_pixels<S, T>(g, space, channels, region, from, to);

@@ -4,7 +4,7 @@
 // output pixels above a pixel of x. Logits in NCHW already are such planes. Lanes are pixels, so
 // one vector of a row serves 16 softmaxes side by side:
 //
-//   margin | row: w pixels, gap >= reach_x | row ... | margin
+//   margin | row: w pixels, gap >= the reach | row ... | margin
 //
 // The gap right of a row is also the margin left of the next one; images are zero there. Rows
 // shorter than a vector lie as close as that allows, and one run of vectors goes over all of them:
@@ -38,6 +38,8 @@ struct Geometry {
   int64_t kernel, taps, scale, phases;
   // How far taps reach within the image: what is farther off meets only zeros.
   int64_t reach_y, reach_x;
+  // The encoder's taps to each side of its middle one that reach within the image; 0 without one.
+  int64_t encoder_y, encoder_x, dilation;
   int64_t margin, pitch;  // see the top of this file
   int64_t rows, row_blocks, columns, column_blocks;
   int64_t halo;       // rows of weights above and below the block's own
@@ -45,6 +47,10 @@ struct Geometry {
   int64_t halo_side;  // and columns of weights
   int64_t run_rows;   // rows that one run of vectors goes over
   int64_t chunk;      // channels whose images are in scratch at a time
+
+  // How far, in pixels, the encoder's taps reach.
+  int64_t encoder_reach_y() const { return encoder_y * dilation; }
+  int64_t encoder_reach_x() const { return encoder_x * dilation; }
 
   // Elements of a plane of so many rows: not a multiple of 4 KB, at which the same pixel of all
   // planes would compete for one set of the L1 cache.
@@ -70,8 +76,14 @@ Geometry geometry(const Problem& p, int64_t weight_bytes, bool with_halo) {
   g.phases = p.scale * p.scale;
   g.reach_y = min(p.kernel_size / 2, p.h - 1);
   g.reach_x = min(p.kernel_size / 2, p.w - 1);
+  if (p.encoder != nullptr) {
+    g.dilation = p.encoder->dilation;
+    g.encoder_y = min(p.encoder->kernel_size / 2, (p.h - 1) / g.dilation);
+    g.encoder_x = min(p.encoder->kernel_size / 2, (p.w - 1) / g.dilation);
+  }
   // The last vector of a run may hang over by a vector, and loads are shifted by the reach.
-  const int64_t beside = round_up(g.reach_x, lanes);
+  const int64_t reach = max(g.reach_x, g.encoder_reach_x());
+  const int64_t beside = round_up(reach, lanes);
   g.margin = beside + lanes;
   g.halo = with_halo ? g.reach_y : 0;
 
@@ -85,9 +97,7 @@ Geometry geometry(const Problem& p, int64_t weight_bytes, bool with_halo) {
   g.column_blocks = (p.w + g.columns - 1) / g.columns;
   g.side = cut ? beside : 0;
   g.halo_side = with_halo ? g.side : 0;
-  g.pitch = cut           ? g.columns + 2 * beside
-            : p.w < lanes ? p.w + g.reach_x
-                          : round_up(p.w + g.reach_x, lanes);
+  g.pitch = cut ? g.columns + 2 * beside : p.w < lanes ? p.w + reach : round_up(p.w + reach, lanes);
 
   // At least as many rows as the reach on both sides: x is loaded twice at most, and at most half
   // of the weights are computed for other blocks.

@@ -24,6 +24,12 @@ maximum and sum (2 fp32 numbers a result pixel) for the first. No GPU has run th
 x, y and dy are taken with any strides (channels_last is as good as contiguous here: channels are a tile's rows).
 """
 
-from famseg_kernels.reassembly.triton.launch import CONFIGURATIONS, Configuration, carafe, reassemble
+from famseg_kernels.reassembly.triton.launch import (
+    CONFIGURATIONS,
+    Configuration,
+    carafe,
+    feature_aware_upsample,
+    reassemble,
+)
 
-__all__ = ["CONFIGURATIONS", "Configuration", "carafe", "reassemble"]
+__all__ = ["CONFIGURATIONS", "Configuration", "carafe", "feature_aware_upsample", "reassemble"]

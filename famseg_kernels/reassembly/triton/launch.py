@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from famseg_kernels import backends, checks, launch
-from famseg_kernels.reassembly.problem import Problem, operations
+from famseg_kernels.reassembly.problem import Problem, chain, operations
 from famseg_kernels.reassembly.triton.kernels import (
     Blocks,
     Image,
@@ -159,3 +159,4 @@ def _backward(problem: Problem, grad: Tensor, needs: Sequence[bool]) -> list[Ten
 
 
 reassemble, carafe = operations(_forward, _backward, _unsupported)
+feature_aware_upsample = chain(_forward, _backward, _unsupported)

@@ -1,0 +1,34 @@
+"""Whether a layer may read the weight and the bias of a child convolution instead of calling it."""
+
+from __future__ import annotations
+
+from torch import nn
+from torch.nn.modules import module as torch_module
+from torch.utils.module_tracker import ModuleTracker
+
+_CONV2D = nn.Conv2d.forward, nn.Conv2d._conv_forward
+
+
+def altered(conv: nn.Module) -> str:
+    """Why calling `conv` may do more than nn.Conv2d does with its weight and bias, or ""."""
+    if type(conv) is not nn.Conv2d:  # a wrapper, a parametrized or quantised module, nn.Identity, …
+        return f"is a {type(conv).__module__}.{type(conv).__qualname__}"
+    if conv._forward_hooks or conv._forward_pre_hooks or conv._backward_hooks or conv._backward_pre_hooks:
+        return "has hooks"
+    own = conv.__dict__
+    return "has another forward" if "forward" in own or "_conv_forward" in own else ""
+
+
+def patched() -> bool:
+    """Whether all convolutions have another forward than torch's, as for seamless tiling."""
+    return (nn.Conv2d.forward, nn.Conv2d._conv_forward) != _CONV2D
+
+
+def watched() -> bool:
+    """Whether there are hooks on all modules, other than those of FlopCounterMode, which counts the op itself."""
+    if not torch_module._has_any_global_hook():
+        return False
+    forward = (torch_module._global_forward_pre_hooks, torch_module._global_forward_hooks)
+    backward = (torch_module._global_backward_pre_hooks, torch_module._global_backward_hooks)
+    hooks = [hook for group in (*forward, *backward) for hook in group.values()]
+    return not all(isinstance(getattr(hook, "__self__", None), ModuleTracker) for hook in hooks)
