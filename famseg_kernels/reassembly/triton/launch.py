@@ -37,9 +37,9 @@ CONFIGURATIONS = {
     0: Configuration(channels=16, rows=2, num_warps=4),
 }
 MOST_TAPS = 225  # all of a pixel's are written out in the weights' gradient
-MOST_SUMS = 100  # of those a thread of it holds
+MOST_SUMS = 50  # of those a thread of it holds
 # Left alone, the compiler takes more registers than it makes use of: a multiprocessor has room for a block less.
-REGISTERS, SOURCE_REGISTERS = 168, 128
+SOURCE_REGISTERS = 168
 
 
 class _Plan:
@@ -108,7 +108,7 @@ def _forward(problem: Problem) -> Tensor:
         launch.run(
             reassemble_forward,
             (plan.images * math.prod(blocks), problem.scale**2 // plan.parts),
-            launch.Config(plan.num_warps, maxnreg=REGISTERS),
+            launch.Config(plan.num_warps),
             x=_image(x),
             weights=_image(problem.weights),
             y=_image(y),
