@@ -46,7 +46,7 @@ CANDIDATES: dict[str, tuple[str, dict[str, tuple[int, ...]]]] = {
     ),
     "reassemble": (
         "famseg_kernels.reassembly.triton",
-        {"channels": (64, 128, 256), "rows": (1, 4, 8), "num_warps": (4, 8), "num_stages": (1, 2, 3)},
+        {"channels": (8, 16, 32), "rows": (1, 2, 4), "num_warps": (2, 4)},
     ),
 }
 

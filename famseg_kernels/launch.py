@@ -15,14 +15,16 @@ import torch
 
 
 class Config(NamedTuple):
-    """How many warps run a program, how deep its loads are pipelined, and that a * b + c is one instruction.
+    """How many warps run a program, how deep its loads are pipelined, that a * b + c is one instruction, and how many
+    registers a thread may have.
 
-    The last is said because Triton 3.10 changes its default, which would halve what FMA units do.
+    The third is said because Triton 3.10 changes its default, which would halve what FMA units do.
     """
 
     num_warps: int
     num_stages: int = 2
     enable_fp_fusion: bool = True
+    maxnreg: int | None = None
 
 
 def run(kernel: Any, grid: tuple[int, ...], config: Config, **arguments: Any) -> None:

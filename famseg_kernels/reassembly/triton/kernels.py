@@ -1,4 +1,11 @@
-"""The kernels of reassemble and carafe: y, the gradient of x, and that of logits or masks."""
+"""The kernels of reassemble and carafe: y, the gradient of logits or masks, and that of x.
+
+Tiles are [P pixels, C channels]; what belongs to a pixel alone, a tap's weight above all, is a block [P]. Pixels are
+those of x, row by row. A part is one of the S² results of a pixel: S·i + part // S, S·j + part % S.
+
+A tap outside the image has the closest pixel inside read in its place, which is another tap of the same pixel, and its
+weight made 0: so a value that is not finite reaches no pixel that it does not reach anyway, and no load has a mask.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +13,6 @@ from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
-
-from famseg_kernels.finite import finite, nan_unless_finite
 
 
 class Image(NamedTuple):
@@ -21,7 +26,7 @@ class Image(NamedTuple):
 
 
 class Sizes(NamedTuple):
-    """Of the source image; channels are those of a group."""
+    """Of x; channels are those of a group."""
 
     channels: Any
     groups: Any
@@ -30,26 +35,10 @@ class Sizes(NamedTuple):
 
 
 class Blocks(NamedTuple):
-    """How many there are of programs along channels, columns and rows."""
+    """How many there are of blocks of channels, and of pixels."""
 
     channels: Any
-    columns: Any
-    rows: Any
-
-
-@triton.jit
-def _weight_offsets(i, j, dy, dx, height, width, S: tl.constexpr, SOFTMAX: tl.constexpr):
-    """Where a tap's weight of result pixel (S·i + dy, S·j + dx) lies, from the tap's first: logits are planes of
-    (dy, dx), masks are images. Negative places are masked by the caller."""
-    if SOFTMAX:
-        return ((dy * S + dx) * height + i).to(tl.int64) * width + j
-    return (i * S + dy).to(tl.int64) * (width * S) + j * S + dx
-
-
-@triton.jit
-def _columns(i, height, width):
-    """How many columns row i has: none outside the image. (Triton 3.9's interpreter cannot & a number with a block.)"""
-    return tl.where((i >= 0) & (i < height), width, 0)
+    pixels: Any
 
 
 @triton.jit
@@ -59,41 +48,51 @@ def _larger(a, b):
 
 
 @triton.jit
-def _softmax(logits, wanted, valid, area, K: tl.constexpr, K_PADDED: tl.constexpr, SIZE: tl.constexpr):
-    """Maximum and 1 / Σ exp(logit − maximum) over the taps, which lie `area` apart, a kernel row at a time.
-
-    Each column of the kernel keeps its own maximum and sum until the end: reductions inside the loop cost more
-    shuffles than all the rest."""
-    maximum = tl.full([K_PADDED, SIZE], -3.0e38, tl.float32)  # not −∞: ∞ − ∞ where the first logit is −∞
-    total = tl.zeros([K_PADDED, SIZE], tl.float32)
-    for ky in range(K):
-        logit = tl.load(logits + ky * K * area, mask=wanted, other=float("-inf")).to(tl.float32)
-        larger = _larger(maximum, logit)
-        total = total * tl.exp(maximum - larger) + tl.exp(logit - larger)
-        maximum = larger
-    largest = tl.where(valid, tl.reduce(maximum, 0, _larger), 0.0)
-    total = tl.sum(total * tl.exp(maximum - largest[None, :]), 0)
-    return largest, 1.0 / tl.where(valid, total, 1.0)
+def _pixels(first, width, count, P: tl.constexpr):
+    """Which of P pixels are among the `count` ones, and the row and column of each; the last one's for the others."""
+    pixel = first + tl.arange(0, P)
+    valid = pixel < count
+    pixel = tl.minimum(pixel, count - 1)
+    return valid, pixel // width, pixel % width
 
 
 @triton.jit
-def _runs(result, runs):
-    """2 where the result is not finite: the zeros of a band make NaN of what is not finite in a tile, too far away. So
-    all is done again without that, which then is added where the definition has it, times 0."""
-    return tl.where(nan_unless_finite(result) == 0.0, runs, 2)
+def _inside(position, size):
+    """Whether a row or column is one of the image; itself, or the closest one that is."""
+    return (position >= 0) & (position < size), tl.minimum(tl.maximum(position, 0), size - 1)
 
 
 @triton.jit
-def _program(groups, blocks, C_BLOCK: tl.constexpr, B: tl.constexpr, ROWS: tl.constexpr):
-    """Of a program: its channels of the group, its first column, its first row, its group and its image."""
-    program = tl.program_id(0)
-    channel = (program % blocks.channels) * C_BLOCK + tl.arange(0, C_BLOCK)
-    program //= blocks.channels
-    first = (program % blocks.columns) * B
-    program //= blocks.columns
-    top = (program % blocks.rows) * ROWS
-    program //= blocks.rows
-    return channel, first, top, program % groups, program // groups
+def _place(image, i, j):
+    """Where pixels lie in a channel."""
+    return i.to(tl.int64) * image.h + j.to(tl.int64) * image.w
+
+
+@triton.jit
+def _at(image, n, channel, i, j):
+    """Addresses of elements. Channels may lie 2³¹ elements apart and more."""
+    return image.pointer + (n * image.n + tl.cast(channel, tl.int64) * image.c) + _place(image, i, j)
+
+
+@triton.jit
+def _weight_at(weights, n, group, i, j, part, K: tl.constexpr, S: tl.constexpr, SOFTMAX: tl.constexpr):
+    """Addresses of the first tap's weights: logits are planes of parts, masks are images as large as y."""
+    if SOFTMAX:
+        return _at(weights, n, group * (K * K * S * S) + part, i, j)
+    return _at(weights, n, group * (K * K), i * S + part // S, j * S + part % S)
+
+
+@triton.jit
+def _tap_stride(weights, S: tl.constexpr, SOFTMAX: tl.constexpr):
+    return tl.cast(weights.c, tl.int64) * (S * S if SOFTMAX else 1)
+
+
+@triton.jit
+def _load(channels, pixels, in_group, EVEN: tl.constexpr):
+    """A tile, by the addresses of its channels and where its pixels lie in each; with EVEN all are of the group."""
+    if EVEN:
+        return tl.load(channels[None, :] + pixels[:, None])
+    return tl.load(channels[None, :] + pixels[:, None], mask=in_group[None, :], other=0.0)
 
 
 @triton.jit
@@ -104,231 +103,237 @@ def reassemble_forward(
     sizes,
     blocks,
     K: tl.constexpr,
-    K_PADDED: tl.constexpr,  # the next power of 2, at least 4
     S: tl.constexpr,
     SOFTMAX: tl.constexpr,
-    C_BLOCK: tl.constexpr,  # channels of a program
-    B: tl.constexpr,  # source pixels of a block
-    WINDOW: tl.constexpr,  # columns around it
-    D: tl.constexpr,  # values of dy, and of dx, of a program, powers of 2
-    E: tl.constexpr,
-    ROWS: tl.constexpr,  # image rows of a program, one after the other: they share rows of x in the first cache
-    DOT: tl.constexpr,  # dtype of the factors of products
+    PARTS: tl.constexpr,  # of a program
+    P: tl.constexpr,
+    C: tl.constexpr,
+    CHUNKS: tl.constexpr,  # tiles of C channels, which share the weights
+    EVEN: tl.constexpr,  # CHUNKS · C divides a group's channels
 ):
-    """y of C_BLOCK channels and ROWS rows of a block."""
+    """y of P pixels. The softmax is taken a kernel row at a time: results are those of the taps so far, and change
+    with the maximum and the sum of exponentials. (A sum divided by after the loop would bring every weight into
+    the layout in which the loop leaves that sum, through shared memory.)"""
     channels, groups, height, width = sizes
-    channel, first, top, group, n = _program(groups, blocks, C_BLOCK, B, ROWS)
-    area = tl.cast(height, tl.int64) * width * (S * S)
-    weights += (n * groups + group).to(tl.int64) * (K * K) * area
+    program = tl.program_id(0)
+    first = (program % blocks.channels) * (C * CHUNKS) + tl.arange(0, C)
+    program //= blocks.channels
+    valid, i, j = _pixels((program % blocks.pixels) * P, width, height * width, P)
+    program //= blocks.pixels
+    group, n = program % groups, (program // groups).to(tl.int64)
+    part_0 = tl.program_id(1) * PARTS
 
-    place = tl.arange(0, D * B * E)
-    dx = place % E
-    j = (place // E) % B
-    dy = tl.program_id(1) * D + place // (B * E)
-    PAD: tl.constexpr = (WINDOW - B) // 2
-    source = tl.arange(0, WINDOW)
-    column = first - PAD + source
-    kx = tl.arange(0, K_PADDED)
-    kx_of = source[:, None] - j[None, :] + (K // 2 - PAD)  # the tap that takes a source column to a place
-    in_band = (kx_of >= 0) & (kx_of < K)
-    kx_clipped = tl.where(in_band, kx_of, 0)
-    in_group = channel < channels
-    # A tile's channels lie up to C · H · W elements apart: 64 bits.
-    channel = (group * channels + channel).to(tl.int64)
-    x_rows = x.pointer + (n.to(tl.int64) * x.n + channel[:, None] * x.c)
-    y_rows = y.pointer + (
-        n.to(tl.int64) * y.n + channel[:, None] * y.c + ((first + j) * S + dx).to(tl.int64)[None, :] * y.w
-    )
-    for row in range(ROWS):
-        i = top + row
-        valid = (dx < S) & (dy < S) & (first + j < _columns(i, height, width))
-        wanted = (kx < K)[:, None] & valid[None, :]
-        taps = weights + kx[:, None] * area + _weight_offsets(i, first + j, dy, dx, height, width, S, SOFTMAX)[None, :]
+    tap_stride = _tap_stride(weights, S, SOFTMAX)
+    taps, maxima, totals, results = (), (), (), ()
+    for part in tl.static_range(PARTS):
+        taps += (_weight_at(weights, n, group, i, j, part_0 + part, K, S, SOFTMAX),)
+        maxima += (tl.full([P], -3.0e38, tl.float32),)  # not −∞: ∞ − ∞ where the first logit is −∞
+        totals += (tl.zeros([P], tl.float32),)
+        for _ in tl.static_range(CHUNKS):
+            results += (tl.zeros([P, C], tl.float32),)
+    x_channels = x.pointer + n * x.n + (group * channels + first).to(tl.int64) * x.c
+    for ky in range(K):
+        row_inside, row = _inside(i + ky - K // 2, height)
+        # All loads first: they are under way together.
+        tiles, insides, factors, scales = (), (), (), ()
+        for kx in tl.static_range(K):
+            column_inside, column = _inside(j + kx - K // 2, width)
+            insides += (tl.where(row_inside & column_inside, 1.0, 0.0),)
+            place = _place(x, row, column)
+            for chunk in tl.static_range(CHUNKS):
+                from_chunk = x_channels + tl.cast(x.c, tl.int64) * (chunk * C)
+                tiles += (_load(from_chunk, place, first + chunk * C < channels, EVEN),)
+        for part in tl.static_range(PARTS):
+            for kx in tl.static_range(K):
+                factors += (tl.load(taps[part] + (ky * K + kx) * tap_stride).to(tl.float32),)
         if SOFTMAX:
-            maximum, scale = _softmax(taps, wanted, valid, area, K, K_PADDED, D * B * E)
-        result = tl.zeros([C_BLOCK, D * B * E], tl.float32)
-        run, runs = 0, 1
-        while run < runs:
-            result = tl.zeros([C_BLOCK, D * B * E], tl.float32)
-            for ky in range(K):
-                weight = tl.load(taps + ky * K * area, mask=wanted, other=0.0).to(tl.float32)
-                if SOFTMAX:
-                    weight = tl.exp(weight - maximum[None, :]) * scale[None, :]
-                band = tl.where(in_band, tl.gather(weight, kx_clipped, 0), 0.0)
-                line = i + ky - K // 2
-                inside = (column >= 0) & (column < _columns(line, height, width))
-                place_x = line.to(tl.int64) * x.h + column.to(tl.int64)[None, :] * x.w
-                tile = finite(tl.load(x_rows + place_x, mask=in_group[:, None] & inside[None, :], other=0.0), run)
-                result = tl.dot(tile.to(DOT), band.to(DOT), result, input_precision="tf32x3")
-            run += 1
-            runs = _runs(result, runs)
-        if runs > 1:
-            for tap in range(K * K):
-                line, near = i + tap // K - K // 2, first + j + tap % K - K // 2
-                inside = (near >= 0) & (near < _columns(line, height, width))
-                place_x = line.to(tl.int64) * x.h + near.to(tl.int64)[None, :] * x.w
-                tile = tl.load(x_rows + place_x, mask=in_group[:, None] & inside[None, :], other=0.0)
-                result += tile.to(tl.float32) * 0.0
-        tl.store(y_rows + (i * S + dy).to(tl.int64)[None, :] * y.h, result, mask=in_group[:, None] & valid[None, :])
-
-
-@triton.jit
-def source_gradient(
-    dy_tensor,
-    weights,
-    softmax,
-    dx_tensor,
-    sizes,
-    blocks,
-    K: tl.constexpr,
-    K_PADDED: tl.constexpr,  # the next power of 2, at least 4
-    S: tl.constexpr,
-    SOFTMAX: tl.constexpr,
-    C_BLOCK: tl.constexpr,
-    B: tl.constexpr,
-    WINDOW: tl.constexpr,
-    E: tl.constexpr,
-    ROWS: tl.constexpr,
-    DOT: tl.constexpr,
-):
-    """dx[c, block] = Σ_ky,dy dy[c, row S·(i − ky + r) + dy, window] · Band[window, block]."""
-    channels, groups, height, width = sizes
-    channel, first, top, group, n = _program(groups, blocks, C_BLOCK, B, ROWS)
-    area = tl.cast(height, tl.int64) * width * (S * S)
-    weights += (n * groups + group).to(tl.int64) * (K * K) * area
-    softmax += (n * groups + group).to(tl.int64) * 2 * area
-
-    place = tl.arange(0, WINDOW * E)
-    dx = place % E
-    j = first - (WINDOW - B) // 2 + place // E
-    block = tl.arange(0, B)
-    kx = tl.arange(0, K_PADDED)
-    kx_of = first + block[None, :] - j[:, None] + K // 2  # the tap that takes a block's column to a result's place
-    in_band = (kx_of >= 0) & (kx_of < K)
-    kx_clipped = tl.where(in_band, kx_of, 0)
-    in_window = (dx < S) & (j >= 0)
-    in_group = channel < channels
-    channel = (group * channels + channel).to(tl.int64)
-    dy_rows = dy_tensor.pointer + (n.to(tl.int64) * dy_tensor.n + channel[:, None] * dy_tensor.c)
-    dx_rows = dx_tensor.pointer + (
-        n.to(tl.int64) * dx_tensor.n
-        + channel[:, None] * dx_tensor.c
-        + (first + block).to(tl.int64)[None, :] * dx_tensor.w
-    )
-    for row in range(ROWS):
-        result = tl.zeros([C_BLOCK, B], tl.float32)
-        run, runs = 0, 1
-        while run < runs:
-            result = tl.zeros([C_BLOCK, B], tl.float32)
-            for step in range(K * S):
-                ky = step // S
-                dy = step % S
-                i = top + row + K // 2 - ky
-                valid = in_window & (j < _columns(i, height, width))
-                offset = _weight_offsets(i, j, dy, dx, height, width, S, SOFTMAX)
-                if SOFTMAX:
-                    maximum = tl.load(softmax + offset, mask=valid, other=0.0)
-                    scale = tl.load(softmax + area + offset, mask=valid, other=0.0)
-                wanted = valid[:, None] & (kx < K)[None, :]
-                taps = offset[:, None] + (ky * K + kx)[None, :] * area
-                weight = tl.load(weights + taps, mask=wanted, other=0.0).to(tl.float32)
-                if SOFTMAX:
-                    weight = tl.exp(weight - maximum[:, None]) * scale[:, None]
-                band = tl.where(in_band, tl.gather(weight, kx_clipped, 1), 0.0)
-                place_y = (i * S + dy).to(tl.int64) * dy_tensor.h + (j * S + dx).to(tl.int64)[None, :] * dy_tensor.w
-                tile = finite(tl.load(dy_rows + place_y, mask=in_group[:, None] & valid[None, :], other=0.0), run)
-                result = tl.dot(tile.to(DOT), band.to(DOT), result, input_precision="tf32x3")
-            run += 1
-            runs = _runs(result, runs)
-        if runs > 1:
-            for step in range(K * K * S * S):
-                tap, part = step // (S * S), step % (S * S)
-                line, near = top + row + K // 2 - tap // K, first + block + K // 2 - tap % K
-                inside = (near >= 0) & (near < _columns(line, height, width))
-                row_y, column_y = (line * S + part // S).to(tl.int64), (near * S + part % S).to(tl.int64)
-                place_y = row_y * dy_tensor.h + column_y[None, :] * dy_tensor.w
-                tile = tl.load(dy_rows + place_y, mask=in_group[:, None] & inside[None, :], other=0.0)
-                result += tile.to(tl.float32) * 0.0
-        inside = first + block < _columns(top + row, height, width)
-        tl.store(dx_rows + (top + row).to(tl.int64) * dx_tensor.h, result, mask=in_group[:, None] & inside[None, :])
+            logits, factors = factors, ()
+            old_maxima, old_totals, old_results = maxima, totals, results
+            maxima, totals, results, scales = (), (), (), ()
+            for part in tl.static_range(PARTS):
+                maximum = old_maxima[part]
+                for kx in tl.static_range(K):
+                    maximum = _larger(maximum, logits[part * K + kx])
+                before = old_totals[part] * tl.exp(old_maxima[part] - maximum)
+                total, exponentials = before, ()
+                for kx in tl.static_range(K):
+                    exponentials += (tl.exp(logits[part * K + kx] - maximum),)
+                    total += exponentials[kx]
+                # There may be nothing but −∞ so far, but not in the end.
+                scale = 1.0 / tl.where((total == 0.0) & (ky < K - 1), 1.0, total)
+                factors += exponentials
+                scales += (scale,)
+                for chunk in tl.static_range(CHUNKS):
+                    results += (old_results[part * CHUNKS + chunk] * (before * scale)[:, None],)
+                maxima += (maximum,)
+                totals += (total,)
+        for kx in tl.static_range(K):
+            old_results, results = results, ()
+            for part in tl.static_range(PARTS):
+                # Times 0, not 0: the weight outside may be NaN.
+                factor = factors[part * K + kx] * (insides[kx] * scales[part] if SOFTMAX else insides[kx])
+                for chunk in tl.static_range(CHUNKS):
+                    tile = tiles[kx * CHUNKS + chunk].to(tl.float32)
+                    results += (old_results[part * CHUNKS + chunk] + tile * factor[:, None],)
+    for part in tl.static_range(PARTS):
+        at = _at(y, n, group * channels, i * S + (part_0 + part) // S, j * S + (part_0 + part) % S)
+        for chunk in tl.static_range(CHUNKS):
+            channel = first + chunk * C
+            to = at[:, None] + (channel.to(tl.int64) * y.c)[None, :]
+            tl.store(to, results[part * CHUNKS + chunk], mask=valid[:, None] & (channel < channels)[None, :])
 
 
 @triton.jit
 def weight_gradient(
-    dy_tensor,
+    dy,
     x,
     weights,
     softmax,
     dw,
     sizes,
-    column_blocks,
+    pixel_blocks,
     K: tl.constexpr,
-    K_PADDED: tl.constexpr,  # the next power of 2, at least 4
     S: tl.constexpr,
     SOFTMAX: tl.constexpr,
-    C_BLOCK: tl.constexpr,
-    CHANNEL_BLOCKS: tl.constexpr,
-    B: tl.constexpr,
-    WINDOW: tl.constexpr,
-    D: tl.constexpr,
-    E: tl.constexpr,
-    DOT: tl.constexpr,
+    PARTS: tl.constexpr,
+    P: tl.constexpr,
+    C: tl.constexpr,
+    CHANNEL_BLOCKS: tl.constexpr,  # tiles of C channels, one after the other
+    EVEN: tl.constexpr,
 ):
-    """dw[ky, kx, place] = Σ_c x[c, row i + ky − r, column j + kx − r] · dy[c, place], then through the softmax."""
+    """dw[tap, part] = Σ_c x[c, the tap's pixel] · dy[c, part], then through the softmax. Its log Σ exp is left in
+    `softmax` (N · groups, S², H, W) for the gradient of x. Here loads outside have a mask: without a softmax
+    a pixel's taps do not share what is not finite."""
     channels, groups, height, width = sizes
     program = tl.program_id(0)
-    first = (program % column_blocks) * B
-    program //= column_blocks
-    i = program % height
-    program //= height
-    group = program % groups
-    n = program // groups
-    area = tl.cast(height, tl.int64) * width * (S * S)
-    offset = (n * groups + group).to(tl.int64) * (K * K) * area
+    valid, i, j = _pixels((program % pixel_blocks) * P, width, height * width, P)
+    program //= pixel_blocks
+    group, n = program % groups, (program // groups).to(tl.int64)
+    part_0 = tl.program_id(1) * PARTS
 
-    SIZE: tl.constexpr = D * B * E
-    place = tl.arange(0, SIZE)
-    dx = place % E
-    j = (place // E) % B
-    dy = tl.program_id(1) * D + place // (B * E)
-    valid = (dx < S) & (dy < S) & (first + j < width)
-    position = _weight_offsets(i, first + j, dy, dx, height, width, S, SOFTMAX)
-    kx = tl.arange(0, K_PADDED)
-    taps = offset + kx.to(tl.int64)[:, None] * area + position[None, :]
-    wanted = (kx < K)[:, None] & valid[None, :]
-    if SOFTMAX:
-        maximum, scale = _softmax(weights + taps, wanted, valid, area, K, K_PADDED, SIZE)
-        softmax += (n * groups + group).to(tl.int64) * 2 * area + position
-        tl.store(softmax, maximum, mask=valid)
-        tl.store(softmax + area, scale, mask=valid)
+    gradients, dy_places = (), ()
+    for part in tl.static_range(PARTS):
+        dy_places += (_place(dy, i * S + (part_0 + part) // S, j * S + (part_0 + part) % S),)
+    for _ in tl.static_range(K * K * PARTS):
+        gradients += (tl.zeros([P], tl.float32),)
     if dw is not None:
-        column = first - (WINDOW - B) // 2 + tl.arange(0, WINDOW)
-        channel = tl.arange(0, C_BLOCK)
-        start = (group * channels).to(tl.int64) + channel
-        x_rows = x.pointer + (n.to(tl.int64) * x.n + (column.to(tl.int64) * x.w)[:, None])
-        pixel = (i * S + dy).to(tl.int64) * dy_tensor.h + ((first + j) * S + dx).to(tl.int64) * dy_tensor.w
-        dy_rows = dy_tensor.pointer + (n.to(tl.int64) * dy_tensor.n + pixel[None, :])
-        window_of = tl.minimum(j[None, :] + kx[:, None] + ((WINDOW - B) // 2 - K // 2), WINDOW - 1)
-        gradients, mean = (), tl.zeros([SIZE], tl.float32)
-        for ky in tl.static_range(K):
-            line = i + ky - K // 2
-            inside = (column >= 0) & (column < _columns(line, height, width))
-            products = tl.zeros([WINDOW, SIZE], tl.float32)
-            for block in range(CHANNEL_BLOCKS):
-                in_group = block * C_BLOCK + channel < channels
-                c = start + block * C_BLOCK
-                places = x_rows + line.to(tl.int64) * x.h + c[None, :] * x.c
-                tile = tl.load(places, mask=inside[:, None] & in_group[None, :], other=0.0)
-                grad = tl.load(dy_rows + c[:, None] * dy_tensor.c, mask=in_group[:, None] & valid[None, :], other=0.0)
-                products = tl.dot(tile.to(DOT), grad.to(DOT), products, input_precision="tf32x3")
-            gradients += (tl.gather(products, window_of, 0),)  # each tap of a place is one of the window's columns
+        for block in range(CHANNEL_BLOCKS):
+            channel = block * C + tl.arange(0, C)
+            in_group = channel < channels
+            c = (group * channels + channel).to(tl.int64)
+            x_channels, dy_channels = x.pointer + n * x.n + c * x.c, dy.pointer + n * dy.n + c * dy.c
+            grads = ()
+            for part in tl.static_range(PARTS):
+                grads += (_load(dy_channels, dy_places[part], in_group, EVEN).to(tl.float32),)
+            old_gradients, gradients = gradients, ()
+            for tap in tl.static_range(K * K):
+                row_inside, row = _inside(i + tap // K - K // 2, height)
+                column_inside, column = _inside(j + tap % K - K // 2, width)
+                mask = (row_inside & column_inside)[:, None]
+                if not EVEN:
+                    mask &= in_group[None, :]
+                tile = tl.load(x_channels[None, :] + _place(x, row, column)[:, None], mask=mask, other=0.0)
+                for part in tl.static_range(PARTS):
+                    products = tl.sum(tile.to(tl.float32) * grads[part], 1)
+                    gradients += (old_gradients[tap * PARTS + part] + products,)
+    tap_stride = _tap_stride(weights, S, SOFTMAX)
+    for part in tl.static_range(PARTS):
+        factors, mean = (), tl.zeros([P], tl.float32)
+        if SOFTMAX:
+            at = _weight_at(weights, n, group, i, j, part_0 + part, K, S, SOFTMAX)
+            logits, maximum = (), tl.full([P], -3.0e38, tl.float32)
+            for tap in tl.static_range(K * K):
+                logits += (tl.load(at + tap * tap_stride).to(tl.float32),)
+                maximum = _larger(maximum, logits[tap])
+            total = tl.zeros([P], tl.float32)
+            for tap in tl.static_range(K * K):
+                factors += (tl.exp(logits[tap] - maximum),)
+                total += factors[tap]
+                mean += factors[tap] * gradients[tap * PARTS + part]
+            scale = 1.0 / total
+            mean *= scale
+            plane = (n * groups + group) * (S * S) + part_0 + part
+            tl.store(softmax + plane * (height * width) + (i * width + j), maximum + tl.log(total), mask=valid)
+        if dw is not None:
+            to = _weight_at(dw, n, group, i, j, part_0 + part, K, S, SOFTMAX)
+            dw_stride = _tap_stride(dw, S, SOFTMAX)
+            for tap in tl.static_range(K * K):
+                gradient = gradients[tap * PARTS + part]
+                if SOFTMAX:
+                    gradient = factors[tap] * scale * (gradient - mean)
+                tl.store(to + tap * dw_stride, gradient, mask=valid)
+
+
+@triton.jit
+def source_gradient(
+    dy,
+    weights,
+    softmax,
+    dx,
+    sizes,
+    blocks,
+    K: tl.constexpr,
+    S: tl.constexpr,
+    SOFTMAX: tl.constexpr,
+    ROWS: tl.constexpr,  # of x: a tile of dy is of use to pixels of several
+    P: tl.constexpr,  # pixels of one row and those below them
+    C: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    EVEN: tl.constexpr,
+):
+    """dx[i, j] = Σ over taps and parts of weight · dy of the pixel (i − ky + r, j − kx + r), which used (i, j)."""
+    channels, groups, height, width = sizes
+    program = tl.program_id(0)
+    first = (program % blocks.channels) * (C * CHUNKS) + tl.arange(0, C)
+    program //= blocks.channels
+    valid, i, j = _pixels((program % blocks.pixels) * P, width, tl.cdiv(height, ROWS) * width, P)
+    program //= blocks.pixels
+    group, n = program % groups, (program // groups).to(tl.int64)
+    i *= ROWS
+
+    tap_stride = _tap_stride(weights, S, SOFTMAX)
+    results = ()
+    for _ in tl.static_range(ROWS * CHUNKS):
+        results += (tl.zeros([P, C], tl.float32),)
+    dy_channels = dy.pointer + n * dy.n + (group * channels + first).to(tl.int64) * dy.c
+    for step in range(K * S * S):
+        kx, part = step // (S * S), step % (S * S)
+        column_inside, column = _inside(j + K // 2 - kx, width)
+        plane = ((n * groups + group) * (S * S) + part) * (height * width)
+        tiles, insides, factors, log_totals = (), (), (), ()
+        for line in tl.static_range(ROWS + K - 1):
+            row_inside, row = _inside(i + line - K // 2, height)
+            insides += (row_inside & column_inside,)
             if SOFTMAX:
-                logit = tl.load(weights + taps + ky * K * area, mask=wanted, other=0.0).to(tl.float32)
-                weight = tl.exp(logit - maximum[None, :]) * scale[None, :]
-                mean += tl.sum(tl.where(wanted, weight * gradients[ky], 0.0), 0)  # taps beyond K may not be finite
-        for ky in tl.static_range(K):
-            gradient = gradients[ky]
-            if SOFTMAX:
-                logit = tl.load(weights + taps + ky * K * area, mask=wanted, other=0.0).to(tl.float32)
-                gradient = tl.exp(logit - maximum[None, :]) * scale[None, :] * (gradient - mean[None, :])
-            tl.store(dw + taps + ky * K * area, gradient, mask=wanted)
+                log_totals += (tl.load(softmax + plane + (row * width + column)),)
+            at = _weight_at(weights, n, group, row, column, part, K, S, SOFTMAX)
+            for down in tl.static_range(ROWS):  # the kernel row that takes this line to the row so far down
+                if line <= down + K - 1 and line >= down:
+                    factors += (tl.load(at + ((down + K - 1 - line) * K + kx) * tap_stride),)
+                else:
+                    factors += (0.0,)
+            place = _place(dy, row * S + part // S, column * S + part % S)
+            for chunk in tl.static_range(CHUNKS):
+                from_chunk = dy_channels + tl.cast(dy.c, tl.int64) * (chunk * C)
+                tiles += (_load(from_chunk, place, first + chunk * C < channels, EVEN),)
+        for line in tl.static_range(ROWS + K - 1):
+            old_results, results = results, ()
+            for down in tl.static_range(ROWS):
+                if line <= down + K - 1 and line >= down:
+                    factor = factors[line * ROWS + down].to(tl.float32)
+                    if SOFTMAX:
+                        factor = tl.exp(factor - log_totals[line])
+                    factor = tl.where(insides[line], factor, 0.0)
+                    for chunk in tl.static_range(CHUNKS):
+                        tile = tiles[line * CHUNKS + chunk].to(tl.float32)
+                        results += (old_results[down * CHUNKS + chunk] + tile * factor[:, None],)
+                else:
+                    for chunk in tl.static_range(CHUNKS):
+                        results += (old_results[down * CHUNKS + chunk],)
+    for down in tl.static_range(ROWS):
+        at = _at(dx, n, group * channels, i + down, j)
+        for chunk in tl.static_range(CHUNKS):
+            channel = first + chunk * C
+            to = at[:, None] + (channel.to(tl.int64) * dx.c)[None, :]
+            inside = (valid & (i + down < height))[:, None] & (channel < channels)[None, :]
+            tl.store(to, results[down * CHUNKS + chunk], mask=inside)

@@ -8,10 +8,9 @@ from typing import NamedTuple
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
-from famseg_kernels import backends, checks, launch
+from famseg_kernels import checks, launch
 from famseg_kernels.reassembly.problem import Problem, chain, operations
 from famseg_kernels.reassembly.triton.kernels import (
     Blocks,
@@ -26,56 +25,63 @@ from famseg_kernels.reassembly.triton.kernels import (
 class Configuration(NamedTuple):
     """What `python -m benchmarks.tune` tunes. Shapes of the kernels' tiles follow from it in `_Plan`."""
 
-    channels: int  # of a program, at most
-    rows: int  # of the image, one after the other
+    channels: int  # of a pixel in a thread: they share what a tap's weight costs
+    rows: int  # of x in a thread, in the gradient of x
     num_warps: int
-    num_stages: int
 
 
 # By compute capability × 10; 0 stands for every other chip and for the interpreter.
 CONFIGURATIONS = {
-    80: Configuration(channels=128, rows=4, num_warps=4, num_stages=2),
-    90: Configuration(channels=128, rows=4, num_warps=4, num_stages=2),
-    0: Configuration(channels=128, rows=4, num_warps=4, num_stages=2),
+    80: Configuration(channels=16, rows=2, num_warps=4),
+    90: Configuration(channels=16, rows=2, num_warps=4),
+    0: Configuration(channels=16, rows=2, num_warps=4),
 }
-BLOCK = 16  # source pixels of a block: the narrowest that tensor cores take wastes least of a band
-_TL = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+MOST_TAPS = 225  # all of a pixel's are written out in the weights' gradient
+MOST_SUMS = 50  # of those a thread of it holds
+# Left alone, the compiler takes more registers than it makes use of: a multiprocessor has room for a block less.
+SOURCE_REGISTERS = 168
 
 
 class _Plan:
-    """How one call is cut into programs, for forward and backward."""
+    """How one call is cut into programs, for forward and backward.
+
+    The compiler gives lanes to pixels, unless x is channels_last: then lanes read 16 bytes of a pixel's channels each.
+    """
 
     def __init__(self, problem: Problem) -> None:
         softmax, x, _, kernel_size, scale, groups = problem
         n, c, height, width = x.shape
-        self.sizes = Sizes(c // groups, groups, height, width)
+        channels = c // groups
+        self.sizes = Sizes(channels, groups, height, width)
         tuned = CONFIGURATIONS.get(launch.capability(x.device), CONFIGURATIONS[0])
-        self.config = launch.Config(tuned.num_warps, tuned.num_stages)
-        # fp32 factors take twice the registers, and their parts as much again.
-        most = tuned.channels // (4 if x.dtype == torch.float32 else 1)
-        self.c_block = max(16, min(most, triton.next_power_of_2(self.sizes.channels)))
-        self.rows = max(1, min(tuned.rows, height))
-        self.blocks = Blocks(
-            triton.cdiv(self.sizes.channels, self.c_block), triton.cdiv(width, BLOCK), triton.cdiv(height, self.rows)
-        )
-        self.dx = triton.next_power_of_2(scale)
-        self.dy = self.dx if self.dx <= 2 else 1
+        self.num_warps = tuned.num_warps
         self.images = n * groups
-        self.programs = self.images * math.prod(self.blocks)
-        # NumPy has no bf16 arithmetic: the interpreter multiplies in fp32.
-        dot = torch.float32 if backends.TRITON_INTERPRETS and x.dtype == torch.bfloat16 else x.dtype
-        self.constants = {
-            "K": kernel_size,
-            # Of one or two taps tl.gather does not compile (Triton 3.6 fails an assertion).
-            "K_PADDED": max(4, triton.next_power_of_2(kernel_size)),
-            "S": scale,
-            "SOFTMAX": softmax,
-            "C_BLOCK": self.c_block,
-            "B": BLOCK,
-            "WINDOW": triton.next_power_of_2(BLOCK + kernel_size - 1),
-            "E": self.dx,
-            "DOT": _TL[dot],
-        }
+        self.rows = tuned.rows
+        # Four lanes a pixel: fewer read less of a cache line at once, each of them makes all of the pixel's weights.
+        self.vector = 1 if x.is_contiguous() else 16 // x.element_size()
+        tile = min(4 * self.vector if self.vector > 1 else tuned.channels, triton.next_power_of_2(channels))
+        lanes = max(1, tile // self.vector) if self.vector > 1 else 1
+        self.pixels = 32 * tuned.num_warps // lanes
+        chunks = max(1, min(tuned.channels * lanes, triton.next_power_of_2(channels)) // tile)
+        self.channel_blocks = triton.cdiv(channels, tile * chunks)
+        # A program takes some of a pixel's scale² results.
+        self.parts = _parts(scale, 4)
+        self.tile = {"P": self.pixels, "C": tile, "CHUNKS": chunks, "EVEN": channels % (tile * chunks) == 0}
+        self.constants = {"K": kernel_size, "S": scale, "SOFTMAX": softmax}
+
+    def blocks(self, rows: int = 1) -> Blocks:
+        """Of pixels, `rows` of them below each other counted as one."""
+        height = triton.cdiv(self.sizes.height, rows)
+        return Blocks(self.channel_blocks, triton.cdiv(height * self.sizes.width, self.pixels))
+
+
+def _parts(scale: int, most: int) -> int:
+    """The largest divisor of scale² that is at most `most`."""
+    return max(d for d in range(1, max(1, most) + 1) if scale**2 % d == 0)
+
+
+def _image(tensor: Tensor) -> Image:
+    return Image(tensor, *tensor.stride())
 
 
 # --- the backend -------------------------------------------------------------------------------------------------
@@ -84,10 +90,11 @@ class _Plan:
 def _unsupported(problem: Problem) -> str | None:
     if problem.x.dtype == torch.float64:
         return "its kernels compute in fp32, x is float64"
-    kernel_size, scale = problem.kernel_size, problem.scale
-    # Every tap's weight of a block's results is held in registers at once.
-    held = kernel_size * triton.next_power_of_2(kernel_size) * BLOCK * max(4, triton.next_power_of_2(scale))
-    return None if held <= 2**14 else f"kernels of size {kernel_size} at scale {scale} do not fit in registers"
+    if problem.x.shape[2] * problem.x.shape[3] >= 2**30:
+        return "its kernels count pixels in 32 bits, x has 2**30 a channel or more"
+    if problem.kernel_size**2 > MOST_TAPS:
+        return f"kernels of size {problem.kernel_size} do not fit in registers"
+    return None
 
 
 def _forward(problem: Problem) -> Tensor:
@@ -96,63 +103,70 @@ def _forward(problem: Problem) -> Tensor:
     if not y.numel():
         return y
     plan = _Plan(problem)
+    blocks = plan.blocks()
     with launch.on(x.device):
         launch.run(
             reassemble_forward,
-            (plan.programs, triton.cdiv(problem.scale, plan.dy)),
-            plan.config,
-            x=Image(x, *x.stride()),
-            weights=problem.weights.contiguous(),
-            y=Image(y, *y.stride()),
+            (plan.images * math.prod(blocks), problem.scale**2 // plan.parts),
+            launch.Config(plan.num_warps),
+            x=_image(x),
+            weights=_image(problem.weights),
+            y=_image(y),
             sizes=plan.sizes,
-            blocks=plan.blocks,
-            D=plan.dy,
-            ROWS=plan.rows,
+            blocks=blocks,
+            PARTS=plan.parts,
+            **plan.tile,
             **plan.constants,
         )
     return y
 
 
 def _backward(problem: Problem, grad: Tensor, needs: Sequence[bool]) -> list[Tensor | None]:
-    softmax, x, weights, _, scale, groups = problem
-    dense = weights.contiguous()
-    dx, dw = (torch.empty_like(t) if need else None for t, need in zip((x, dense), needs, strict=True))
+    softmax, x, weights, kernel_size, scale, groups = problem
+    dx, dw = (torch.empty_like(t) if need else None for t, need in zip((x, weights), needs, strict=True))
     if not x.numel():  # weights may have elements although there are no channels to sum over
         return [dx, None if dw is None else dw.zero_()]
     n, _, h, w = x.shape
     plan = _Plan(problem)
-    stats = torch.empty((n, groups, 2, scale**2, h, w), dtype=torch.float32, device=x.device) if softmax else dense
-    # The weights' gradient sums over channels, 64 at a time: more would not share anything more.
-    channels = min(plan.c_block, 64)
+    stats = torch.empty((n, groups, scale**2, h, w), dtype=torch.float32, device=x.device) if softmax else None
     with launch.on(x.device):
         if softmax or dw is not None:
+            # A warp a program: its threads hold so many sums that a multiprocessor has room for few.
+            parts = _parts(scale, min(plan.parts, MOST_SUMS // kernel_size**2))
+            channels = max(plan.vector, 2)
+            blocks = triton.cdiv(h * w, 32)
             launch.run(
                 weight_gradient,
-                (plan.images * h * plan.blocks.columns, triton.cdiv(scale, plan.dy)),
-                plan.config,
-                dy_tensor=Image(grad, *grad.stride()),
-                x=Image(x, *x.stride()),
-                weights=dense,
+                (plan.images * blocks, scale**2 // parts),
+                launch.Config(num_warps=1),
+                dy=_image(grad),
+                x=_image(x),
+                weights=_image(weights),
                 softmax=stats,
-                dw=dw,
+                dw=None if dw is None else _image(dw),
                 sizes=plan.sizes,
-                column_blocks=plan.blocks.columns,
+                pixel_blocks=blocks,
+                PARTS=parts,
+                P=32,
+                C=channels,
                 CHANNEL_BLOCKS=triton.cdiv(plan.sizes.channels, channels),
-                D=plan.dy,
-                **{**plan.constants, "C_BLOCK": channels},
+                EVEN=plan.sizes.channels % channels == 0,
+                **plan.constants,
             )
         if dx is not None:
+            blocks = plan.blocks(plan.rows)
             launch.run(
                 source_gradient,
-                (plan.programs,),
-                plan.config,
-                dy_tensor=Image(grad, *grad.stride()),
-                weights=dense,
+                (plan.images * math.prod(blocks),),
+                launch.Config(plan.num_warps, maxnreg=SOURCE_REGISTERS),
+                dy=_image(grad),
+                weights=_image(weights),
                 softmax=stats,
-                dx_tensor=Image(dx, *dx.stride()),
+                dx=_image(dx),
                 sizes=plan.sizes,
-                blocks=plan.blocks,
+                blocks=blocks,
                 ROWS=plan.rows,
+                **plan.tile,
                 **plan.constants,
             )
     return [dx, dw]
