@@ -31,7 +31,7 @@ from famseg_kernels.torch_op import Operation
 CANDIDATES: dict[str, tuple[str, dict[str, tuple[int, ...]]]] = {
     "strip_conv2d": (
         "famseg_kernels.strip_conv.triton",
-        {"frame": (64, 128), "steps": (4, 8), "rows_per_warp": (8, 16, 32), "num_stages": (1, 2, 3)},
+        {"rows": (16, 32, 64), "gradient_rows": (1, 2, 4), "warps": (1, 2, 4)},
     ),
     "ssd_scan_2d": (
         "famseg_kernels.ssd_scan.triton",

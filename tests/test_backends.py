@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import subprocess
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -15,7 +15,6 @@ import torch
 import famseg_kernels as fk
 from famseg_kernels import backends, choice
 from famseg_kernels.spec import Backend
-from famseg_kernels.strip_conv import cuda
 from famseg_kernels.torch_op import Operation
 
 X = torch.randn(1, 4, 6, 6)
@@ -55,20 +54,14 @@ def test_a_backend_leaves_a_call_to_a_faster_one_where_that_can_run_it(monkeypat
     monkeypatch.setattr(operation, "refusal", lambda name, *_: None if name in runs else "it is not here")
     monkeypatch.setattr(backends, "TRITON_INTERPRETS", False)
 
-    def chosen(dtype, method, square=5, strips=(7, 11, 21)):
-        weight = X.new_empty(4, 1, square, square) if square else None
-        rows, cols = [X.new_empty(4, 1, 1, k) for k in strips], [X.new_empty(4, 1, k, 1) for k in strips]
-        args = (X.to(dtype), weight, None, rows, [None] * len(rows), cols, [None] * len(cols))
+    def chosen(method):
+        args = (X, None, None, [], [], [], [])
         implementation = operation.choose("auto", args, method)
         return next(name for name, other in operation.implementations.items() if other is implementation)
 
-    assert chosen(torch.bfloat16, "forward") == chosen(torch.float32, "backward") == "cuda"
-    assert chosen(torch.bfloat16, "backward") == chosen(torch.float16, "backward") == "triton"
-    for untuned in ((3, ()), (0, (7, 11, 21)), (5, (7, 11)), (5, (7, 11, 23))):
-        assert chosen(torch.bfloat16, "forward", *untuned) == chosen(torch.float16, "forward", *untuned) == "triton"
-        assert chosen(torch.float32, "forward", *untuned) == chosen(torch.float32, "backward", *untuned) == "cuda"
+    assert chosen("forward") == chosen("backward") == "triton"
     runs.remove("triton")
-    assert chosen(torch.bfloat16, "backward") == chosen(torch.bfloat16, "forward", 3, ()) == "cuda"
+    assert chosen("forward") == chosen("backward") == "cuda"
 
 
 @dataclass
@@ -112,6 +105,8 @@ def machine(monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: len(gpus))
         monkeypatch.setattr(torch.cuda, "get_device_properties", here.properties)
+        implementations = fk.OPERATIONS[0].implementations
+        monkeypatch.setitem(implementations, "cuda", dataclasses.replace(implementations["cuda"], faster=None))
         for function in kept:
             function.cache_clear()
 
@@ -205,13 +200,6 @@ def test_a_fork_of_a_process_that_used_cuda_says_so(machine, monkeypatch):
     monkeypatch.setattr(torch.cuda, "_is_in_bad_fork", lambda: True)
     assert "use the start method 'spawn'" in fk.available_backends()["cuda"]
     assert fk.available_backends()["cpu"] == backends.installed("cpu")
-
-
-def test_the_tuned_sizes_are_those_of_the_native_code():
-    plan = (Path(__file__).parent.parent / "csrc" / "strip_conv" / "cuda" / "tiling.h").read_text()
-    square, strips = cuda.TUNED
-    assert f"kSquare = {square};" in plan
-    assert "kStrips[3] = {" + ", ".join(str(row) for row, column in strips if row == column) + "};" in plan
 
 
 def test_use_backend_nests_and_restores():

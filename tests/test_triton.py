@@ -94,12 +94,10 @@ CONFIGURATIONS = {
             (BF16, 64, 32, 64, 64, 600, 1),
         ),
     },
-    # Higher than a frame of either configuration, so that halos are at work, wider than a segment of one.
+    # Higher than a program of either configuration, wider than its lanes; more lanes than there are planes.
     "strip_conv2d": {
-        strip_conv.strip_conv2d("frames", (1, 2, 65, 20), 3, ((5, 9), (3, 3))): (
-            (FP32, 32, 1, 16, 1),
-            (FP32, 64, 3, 32, 2),
-        )
+        strip_conv.strip_conv2d("programs", (1, 2, 9, 16), 3, ((5, 9), (3, 3))): ((FP32, 4, 1, 1), (FP32, 8, 2, 2)),
+        strip_conv.strip_conv2d("wide", (1, 1, 5, 144), 3, ()): ((FP32, 4, 1, 1),),
     },
     "reassemble": {
         reassembly.reassemble("blocks", (1, 40, 3, 19), 3, 2): ((FP32, 8, 1, 2), (FP32, 16, 4, 4)),

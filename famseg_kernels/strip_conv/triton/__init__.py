@@ -1,31 +1,28 @@
-"""strip_conv2d on NVIDIA GPUs with Triton: depthwise convolutions as products with banded matrices.
+"""strip_conv2d on NVIDIA GPUs with Triton: sums over taps on FMA units.
 
 Triton can neither shift a tensor that lives in registers nor index shared memory, and a strip convolution is nothing
-but shifts. A product with a banded Toeplitz matrix is a shift and a sum in one, it runs on tensor cores, and cutting
-the band off at the border is the zero padding. So a plane's result is
+but shifts. So columns are tensors of their own: a lane owns a group of neighbouring columns of one channel, and a row
+of them, with those that a row kernel reaches, is a tuple. A shift along the row is another place in the tuple.
 
-    y = a + Σ_i Col_i · (inside ∘ (a · Row_i + row_bias_i)) + col_bias_i,   a = inside ∘ (Σ_dy x↓dy · Square_dy + bias)
+    square:    all rows that a few rows of results need are loaded, then multiplied; what L1 has seen costs no memory.
+    strips:    a lane goes down its columns. Each row of `a` gives a row of r for each branch, and that is added to the
+               sums of all rows of y that it reaches. A sum moves up by one place in each step, which costs nothing:
+               an FMA writes another register than it reads. When it is at the top, it is whole.
+    gradients: of the weights, a sum for each tap in registers, over all pixels of a lane; lanes of a channel are added
+               in a fixed order, programs by a sum of torch's.
 
-A program owns some rows of one (n, c) plane, its frame, and streams over the columns in blocks of B: `a` of the next
-block comes from x by loads shifted by dy, a row convolution reaches one block to either side (B is at least half a
-kernel), a column convolution is one dense product over the frame. Nothing but x and y touches memory; a plane higher
-than a frame is cut into frames that overlap by the longest column kernel.
+Without biases the strips commute, so the gradient of `a` is the kernel of the strips over the incoming gradient with
+the weights turned round, and the gradient of x is the kernel of the square over that, likewise.
 
-Without biases the strips commute, Col · (a · Row) = (Col · a) · Row, so the gradient of `a` is the same kernel over
-the incoming gradient with the weights turned round, and the gradient of x is its square stage alone, likewise.
+An element costs its multiplications, 25 and 78 for 5 and (7, 11, 21), and about a quarter as many instructions beside
+them; bytes are a copy of x to `a` and of `a` to y. So all dtypes take the same kernels, and issuing instructions binds
+them; the lone 3×3 is bound by memory. Products with banded matrices on tensor cores take five times the
+multiplications, and their factors pass through shared memory; by count they were slower in 16 bits, too.
 
-Cost an element, for 5 and (7, 11, 21), frame F = 64, B = 16: 5·32 + 3·48 + 3·F = 496 multiply–adds on tensor
-cores where 103 are useful, 0.24 clocks of an SM at an H200's dense bf16 rate (2048 a clock; an A100 has 1024), and as
-compiled for sm_90 65 instructions a thread, 0.5 clocks to issue; both times 1.5 for the overlap of frames on 128 rows,
-1 on 64. 103 FMAs take 0.8 clocks, 2 passes over memory 0.2. So forward in 16 bits should be bound by issuing
-instructions, at or below the FMA bound; the gradient of x is two such launches. fp32 takes "tf32x3", three TF32
-products that keep 22 bits of each factor, and is bound by tensor cores: Triton's own fp32 dot runs on FMA units, where
-496 instead of 103 multiply–adds could not win. Plain TF32 is never used. No GPU has run this yet.
-
-A product with a band multiplies zeros too, which makes NaN of what is not finite in x beyond the kernels' reach: where
-that shows, a program leaves it out and puts it in its places by itself. Gradients of weights have no such places: what
-is not finite in a channel may spoil all of that channel's, but none of another's. Intermediate `a` and row results are
-rounded to x's dtype, as tensor cores take them; sums are fp32.
+Images are read and written as they lie. In NCHW a lane reads its columns in one access where rows are a multiple of 16,
+in channels_last neighbouring lanes are neighbouring channels. What lies outside the image is not read. Beside a weight
+that is not finite it may count as zero; a gradient of weights is spoiled in its own channel only. `a` is rounded to x's
+dtype; sums are fp32. No GPU has run this yet.
 """
 
 from famseg_kernels.strip_conv.triton.launch import CONFIGURATIONS, Configuration, strip_conv2d

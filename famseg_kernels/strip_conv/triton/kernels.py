@@ -1,6 +1,7 @@
-"""The kernels of strip_conv2d: y or da of all branches, and the gradients of their weights.
+"""The kernels of strip_conv2d: sums over taps on FMA units.
 
 Names are the operation's: a = square(x), r = row(a) of a branch, y = a + Σ column(r), and da, dr, dx their gradients.
+Every program goes down `rows` rows of its lanes' columns, those of its place in the second axis of the grid.
 """
 
 from __future__ import annotations
@@ -10,14 +11,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from famseg_kernels.finite import finite, nan_unless_finite
-
-
-class Square(NamedTuple):
-    """The square stage; without a weight a = x."""
-
-    weight: Any
-    bias: Any  # or None
+from famseg_kernels.strip_conv.triton.pixels import columns_of, lanes_of, load_row, split, store_row, store_sums
 
 
 class Branches(NamedTuple):
@@ -30,309 +24,306 @@ class Branches(NamedTuple):
 
 
 @triton.jit
-def _taps(weight, tap, K: tl.constexpr, FLIP: tl.constexpr):
-    """Entries of a band: the weight of each tap number, 0 outside the kernel."""
-    inside = (tap >= 0) & (tap < K)
-    return tl.load(weight + ((K - 1 - tap) if FLIP else tap), mask=inside, other=0.0)
+def _taps(weight, channel, used, SIZE: tl.constexpr, FLIP: tl.constexpr):
+    """A tuple of the weights [LANES] of a lane's channel, in fp32."""
+    taps = ()
+    for first in tl.static_range(0, SIZE, 8):  # few accesses: Triton takes long to compile many
+        tap = first + tl.arange(0, 8)[None, :]
+        place = weight + channel[:, None] * SIZE + (SIZE - 1 - tap if FLIP else tap)
+        tile = tl.load(place, mask=used[:, None] & (tap < SIZE), other=0.0).to(tl.float32)
+        taps += split(tile, channel.shape[0], 8)
+    return taps[:SIZE]
 
 
 @triton.jit
-def _dense_band(weight, K: tl.constexpr, F: tl.constexpr, FLIP: tl.constexpr, DOT: tl.constexpr):
-    """[F, F] band that convolves along a frame when multiplied from the left."""
-    return _taps(weight, tl.arange(0, F)[None, :] - tl.arange(0, F)[:, None] + K // 2, K, FLIP).to(DOT)
+def _times(value, COUNT: tl.constexpr):
+    """A tuple of COUNT times the same."""
+    values = ()
+    for _ in tl.static_range(COUNT):
+        values += (value,)
+    return values
 
 
 @triton.jit
-def _window_band(
-    weight, FIRST: tl.constexpr, K: tl.constexpr, SIZE: tl.constexpr, B: tl.constexpr, FLIP: tl.constexpr, DOT
-):
-    """[SIZE, B] band from the columns FIRST … FIRST + SIZE − 1, counted from the block's first, to the block."""
-    return _taps(weight, tl.arange(0, SIZE)[:, None] + FIRST - tl.arange(0, B)[None, :] + K // 2, K, FLIP).to(DOT)
+def _bias(bias, channel, used):
+    """[LANES] in fp32, 0 for None."""
+    if bias is None:
+        return channel * 0.0
+    else:
+        return tl.load(bias + channel, mask=used, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def _tile(plane, rows, cols, height, width, row_stride, col_stride):
-    """[rows, cols] of a plane, 0 outside."""
-    inside = ((rows >= 0) & (rows < height))[:, None] & ((cols >= 0) & (cols < width))[None, :]
-    # 64 bits: a plane may hold more than 2³¹ elements.
-    offsets = rows.to(tl.int64)[:, None] * row_stride + cols.to(tl.int64)[None, :] * col_stride
-    return tl.load(plane + offsets, mask=inside, other=0.0)
-
-
-@triton.jit
-def _place(tiles, segments, channels):
-    """This program's plane, channel, frame number and segment number."""
-    program = tl.program_id(0)
-    plane = program // (tiles * segments)
-    return plane, plane % channels, (program // segments) % tiles, program % segments
-
-
-@triton.jit
-def _spoil(
-    x, y, frame, sizes, TALL: tl.constexpr, WIDE: tl.constexpr, F: tl.constexpr, B: tl.constexpr, STEPS: tl.constexpr
+def convolve_square(
+    x, y, weight, bias, sizes, rows,
+    SQUARE: tl.constexpr,  # size of the kernel
+    FLIP: tl.constexpr,  # turn the kernel round: the transposed convolution
+    ROWS: tl.constexpr,  # rows at a time
+    STRIDE: tl.constexpr, SLOW: tl.constexpr, FAST: tl.constexpr, GROUP: tl.constexpr, PIECE: tl.constexpr,
 ):  # fmt: skip
-    """NaN into this program's pixels of y with something not finite in x at most TALL rows and WIDE columns away."""
-    row, mine, segment = frame
-    _, height, width = sizes
-    for step in range(STEPS):
-        col = (segment * STEPS + step) * B + tl.arange(0, B)
-        reached = tl.zeros([F, B], tl.float32)
-        for down in range(-TALL, TALL + 1):
-            for right in range(-WIDE, WIDE + 1):
-                reached += _tile(x, row + down, col + right, height, width, width, 1).to(tl.float32) * 0.0
-        place = y + row.to(tl.int64)[:, None] * width + col[None, :]
-        tl.store(place, reached, mask=mine[:, None] & (col < width)[None, :] & (reached != 0.0))  # of a NaN it is true
-
-
-@triton.jit
-def _stream(
-    x, y, square, branches, square_bands, row_bands, col_bands, channel, frame, sizes, run,
-    SQUARE: tl.constexpr, FLIP: tl.constexpr, F: tl.constexpr, B: tl.constexpr, WINDOW: tl.constexpr,
-    STEPS: tl.constexpr, HOISTED: tl.constexpr, DOT: tl.constexpr,
-):  # fmt: skip
-    """All of a program's blocks; from the second run on without what is not finite. NaN if something is not, else 0."""
-    BRANCHES: tl.constexpr = len(col_bands)
-    row, mine, segment = frame
-    _, height, width = sizes
-    inside_rows = (row >= 0) & (row < height)
-    PAD: tl.constexpr = (WINDOW - B) // 2
-    REACH: tl.constexpr = 1 if BRANCHES > 0 else 0  # blocks of `a` needed on either side
-    a_previous = tl.zeros([F, B], DOT)
-    a = tl.zeros([F, B], tl.float32)
-    seen = tl.zeros([F, B], tl.float32)
-    for step in range(STEPS + 2 * REACH):
-        first = (segment * STEPS + step - REACH) * B
-        col = first + tl.arange(0, B)
-        if SQUARE == 0:
-            a_next = _tile(x, row, col, height, width, width, 1).to(tl.float32)
-            seen += a_next * 0.0
-            a_next = finite(a_next, 1)
+    """y: a convolution with a square kernel."""
+    LANES: tl.constexpr = SLOW * FAST
+    REACH: tl.constexpr = SQUARE // 2
+    SEEN: tl.constexpr = GROUP + 2 * REACH
+    offset, channel, col, used = lanes_of(sizes, STRIDE, SLOW, FAST, GROUP)
+    constant = _bias(bias, channel, used)
+    taps = ()
+    if SQUARE <= 7:  # else they do not fit in registers
+        taps = _taps(weight, channel, used, SQUARE * SQUARE, FLIP)
+    first = tl.program_id(1) * rows
+    end = tl.minimum(first + rows, sizes[2])
+    top = first
+    while top < end:
+        if SQUARE <= 7:
+            seen = ()
+            for i in tl.static_range(ROWS + SQUARE - 1):
+                raw = load_row(x + offset, top + i - REACH, col, used, sizes, STRIDE, GROUP, REACH, PIECE)
+                seen += columns_of(raw, LANES, GROUP, REACH, PIECE)
+            for i in tl.static_range(ROWS):
+                result = ()
+                for j in tl.static_range(GROUP):
+                    total = constant
+                    for dy in tl.static_range(SQUARE):
+                        for dx in tl.static_range(SQUARE):
+                            total = tl.fma(taps[dy * SQUARE + dx], seen[(i + dy) * SEEN + j + dx], total)
+                    result += (total,)
+                mine = used & (top + i < end)
+                store_row(y + offset, top + i, col, mine, sizes, result, LANES, STRIDE, GROUP, PIECE)
         else:
-            a_next = tl.zeros([F, B], tl.float32)
-            window = first - PAD + tl.arange(0, WINDOW)
-            if HOISTED:
-                for dy in tl.static_range(SQUARE):
-                    shifted = finite(_tile(x, row + (dy - SQUARE // 2), window, height, width, width, 1), run)
-                    a_next = tl.dot(shifted.to(DOT), square_bands[dy], a_next, input_precision="tf32x3")
-            else:
-                for dy in range(SQUARE):
-                    kernel_row = square.weight + (channel * SQUARE + ((SQUARE - 1 - dy) if FLIP else dy)) * SQUARE
-                    band = _window_band(kernel_row, -PAD, SQUARE, WINDOW, B, FLIP, DOT)
-                    shifted = finite(_tile(x, row + (dy - SQUARE // 2), window, height, width, width, 1), run)
-                    a_next = tl.dot(shifted.to(DOT), band, a_next, input_precision="tf32x3")
-            if square.bias is not None:
-                a_next += tl.load(square.bias + channel).to(tl.float32)
-            a_next = tl.where(inside_rows[:, None] & ((col >= 0) & (col < width))[None, :], a_next, 0.0)
-        if step >= 2 * REACH:
-            if REACH == 0:
-                result = a_next
-                out = col
-            else:
-                result = a
-                out = col - B
-                inside = inside_rows[:, None] & (out < width)[None, :]
-                for i in tl.static_range(BRANCHES):
-                    r = tl.dot(a_previous, row_bands[3 * i], input_precision="tf32x3")
-                    r = tl.dot(a.to(DOT), row_bands[3 * i + 1], r, input_precision="tf32x3")
-                    r = tl.dot(a_next.to(DOT), row_bands[3 * i + 2], r, input_precision="tf32x3")
-                    if branches.row_biases[i] is not None:
-                        r += tl.load(branches.row_biases[i] + channel).to(tl.float32)
-                    r = tl.where(inside, r, 0.0).to(DOT)
-                    result = tl.dot(col_bands[i], r, result, input_precision="tf32x3")
-                    if branches.col_biases[i] is not None:
-                        result += tl.load(branches.col_biases[i] + channel).to(tl.float32)
-            if SQUARE > 0:
-                seen += result * 0.0
-            offsets = row.to(tl.int64)[:, None] * width + out[None, :]
-            tl.store(y + offsets, result, mask=mine[:, None] & (out < width)[None, :])
-        a_previous = a.to(DOT)
-        a = a_next
-    return nan_unless_finite(seen)
+            tl.static_assert(ROWS == 1)
+            result = _times(constant, GROUP)
+            for dy in range(SQUARE):
+                raw = load_row(x + offset, top + dy - REACH, col, used, sizes, STRIDE, GROUP, REACH, PIECE)
+                seen = columns_of(raw, LANES, GROUP, REACH, PIECE)
+                kernel_row = weight + (SQUARE - 1 - dy if FLIP else dy) * SQUARE
+                for dx in tl.static_range(SQUARE):
+                    place = kernel_row + channel * SQUARE * SQUARE + (SQUARE - 1 - dx if FLIP else dx)
+                    tap = tl.load(place, mask=used, other=0.0).to(tl.float32)
+                    totals = ()
+                    for j in tl.static_range(GROUP):
+                        totals += (tl.fma(tap, seen[j + dx], result[j]),)
+                    result = totals
+            store_row(y + offset, top, col, used, sizes, result, LANES, STRIDE, GROUP, PIECE)
+        top += ROWS
 
 
 @triton.jit
-def convolve(
-    x,
-    y,
-    square,
-    branches,
-    sizes,
-    tiles,
-    segments,
-    SQUARE: tl.constexpr,  # size of the square kernel, 0: a = x
+def convolve_strips(
+    a, y, branches, sizes, rows,
     ROWS: tl.constexpr,  # sizes of the row and column kernels, one a branch
     COLS: tl.constexpr,
+    WIDE: tl.constexpr,  # half of the longest of each
+    TALL: tl.constexpr,
     FLIP: tl.constexpr,  # turn every kernel round: the transposed convolution
-    F: tl.constexpr,  # rows of a frame
-    HALO: tl.constexpr,  # of which so many on either side belong to the neighbours
-    B: tl.constexpr,  # columns of a block
-    WINDOW: tl.constexpr,  # columns of x that the square stage of a block loads
-    STEPS: tl.constexpr,  # blocks of a program
-    HOISTED: tl.constexpr,  # the square kernel's bands stay in registers
-    DOT: tl.constexpr,  # dtype of the factors of products
-):
-    """y of frames of planes: a program streams over STEPS blocks of one."""
-    channels, height, width = sizes
-    plane, channel, tile, segment = _place(tiles, segments, channels)
-    x += plane.to(tl.int64) * height * width
-    y += plane.to(tl.int64) * height * width
-    row = tile * (F - 2 * HALO) - HALO + tl.arange(0, F)
-    mine = (tl.arange(0, F) >= HALO) & (tl.arange(0, F) < F - HALO) & (row < height)
-    frame = (row, mine, segment)
-    PAD: tl.constexpr = (WINDOW - B) // 2
+    STRIDE: tl.constexpr, SLOW: tl.constexpr, FAST: tl.constexpr, GROUP: tl.constexpr, PIECE: tl.constexpr,
+):  # fmt: skip
+    """y = a + Σ column(row(a)): each row of r is added to the sums of all rows of y that it reaches.
 
-    # Bands that stay the same for all blocks; Triton does not hoist their loads out of the loop by itself.
-    square_bands = ()
-    if HOISTED:
-        for dy in tl.static_range(SQUARE):
-            kernel_row = square.weight + (channel * SQUARE + ((SQUARE - 1 - dy) if FLIP else dy)) * SQUARE
-            square_bands += (_window_band(kernel_row, -PAD, SQUARE, WINDOW, B, FLIP, DOT),)
-    row_bands, col_bands = (), ()
+    Turned round it is the gradient of a: without biases row and column convolutions commute.
+    """
+    LANES: tl.constexpr = SLOW * FAST
+    offset, channel, col, used = lanes_of(sizes, STRIDE, SLOW, FAST, GROUP)
+    row_taps, col_taps, row_biases = (), (), ()
+    constant = channel * 0.0
     for i in tl.static_range(len(ROWS)):
-        for block in tl.static_range(-1, 2):
-            row_bands += (_window_band(branches.rows[i] + channel * ROWS[i], block * B, ROWS[i], B, B, FLIP, DOT),)
-        col_bands += (_dense_band(branches.cols[i] + channel * COLS[i], COLS[i], F, FLIP, DOT),)
-
-    # The zeros of a band make NaN of what is not finite, so that is left out and put in its places at the end. A square
-    # stage loads an element many times: it leaves that out in a second run, for which only a NaN in the result asks.
-    run, runs = 0, 1
-    if SQUARE == 0:
-        seen = _stream(
-            x, y, square, branches, square_bands, row_bands, col_bands, channel, frame, sizes, run,
-            SQUARE, FLIP, F, B, WINDOW, STEPS, HOISTED, DOT,
-        )  # fmt: skip
-        runs = tl.where(seen == 0.0, 1, 2)
-    else:
-        while run < runs:
-            seen = _stream(
-                x, y, square, branches, square_bands, row_bands, col_bands, channel, frame, sizes, run,
-                SQUARE, FLIP, F, B, WINDOW, STEPS, HOISTED, DOT,
-            )  # fmt: skip
-            runs = tl.where(seen == 0.0, runs, 2)
-            run += 1
-    if runs > 1:
-        tl.debug_barrier()  # what is written next, another thread may have written
-        # Of each branch all that is as near as its kernels together reach: where the stages' zero padding cuts one way
-        # from pixel to pixel off, there is another one inside the image.
-        if len(ROWS) == 0:
-            _spoil(x, y, frame, sizes, SQUARE // 2, SQUARE // 2, F, B, STEPS)
+        row_taps += (_taps(branches.rows[i], channel, used, ROWS[i], FLIP),)
+        col_taps += (_taps(branches.cols[i], channel, used, COLS[i], FLIP),)
+        row_biases += (_bias(branches.row_biases[i], channel, used),)
+        constant += _bias(branches.col_biases[i], channel, used)
+    sums = _times(constant, (2 * TALL + 1) * GROUP)  # of the rows from TALL above the row of r to TALL below it
+    begin = tl.program_id(1) * rows
+    end = tl.minimum(begin + rows, sizes[2])
+    first = tl.maximum(begin - TALL, 0)
+    last = tl.minimum(end + TALL, sizes[2]) - 1
+    raw = load_row(a + offset, first, col, used, sizes, STRIDE, GROUP, WIDE, PIECE)
+    row = first
+    while row <= last:  # the interpreter's range takes no tensors
+        seen = columns_of(raw, LANES, GROUP, WIDE, PIECE)
+        raw = load_row(a + offset, tl.minimum(row + 1, last), col, used, sizes, STRIDE, GROUP, WIDE, PIECE)
+        r = ()
         for i in tl.static_range(len(ROWS)):
-            _spoil(x, y, frame, sizes, SQUARE // 2 + COLS[i] // 2, SQUARE // 2 + ROWS[i] // 2, F, B, STEPS)
-
-
-@triton.jit
-def _diagonal_sums(products, K: tl.constexpr, B: tl.constexpr, WINDOW: tl.constexpr, T: tl.constexpr):
-    """products [B, WINDOW] of a block's columns with the window around it, summed by distance → [T], tap t < K."""
-    place = tl.arange(0, B)[:, None] + tl.arange(0, T)[None, :] + (WINDOW - B) // 2 - K // 2
-    place = tl.minimum(tl.maximum(place, 0), WINDOW - 1)  # only where T reaches beyond K
-    return tl.sum(tl.gather(products, place, 1), 0)
-
-
-@triton.jit
-def strip_gradients(
-    source,
-    other,
-    partial,
-    weights,
-    biases,
-    channels,
-    frame_size,
-    stream_size,
-    frame_stride,
-    stream_stride,
-    tiles,
-    segments,
-    ALONG: tl.constexpr,  # sizes of the kernels along the frame, whose convolution of `source` is one factor
-    WANTED: tl.constexpr,  # sizes of the kernels along the stream, whose gradients are wanted
-    FLIP: tl.constexpr,  # rows are wanted: turn the kernels that convolve; else (columns): turn the gradients
-    F: tl.constexpr,
-    HALO: tl.constexpr,
-    B: tl.constexpr,
-    WINDOW: tl.constexpr,
-    STEPS: tl.constexpr,
-    DOT: tl.constexpr,
-    T: tl.constexpr,  # a power of 2 that holds every wanted kernel
-    LENGTH: tl.constexpr,  # of a program's partial sums: for each branch the taps' gradients and the factor's sum
-):
-    """Gradients of row weights: dr = Colᵀ · dy times a, summed by distance; of column weights: the same with the image
-    turned, r = a · Row + bias times dy. Each program writes its own sums. source: dy or a, other: a or dy."""
-    plane, channel, tile, segment = _place(tiles, segments, channels)
-    source += plane.to(tl.int64) * frame_size * stream_size
-    other += plane.to(tl.int64) * frame_size * stream_size
-    partial += tl.program_id(0).to(tl.int64) * LENGTH
-    row = tile * (F - 2 * HALO) - HALO + tl.arange(0, F)
-    mine = (tl.arange(0, F) >= HALO) & (tl.arange(0, F) < F - HALO) & (row < frame_size)
-    bands, products, sums = (), (), ()
-    for i in tl.static_range(len(ALONG)):
-        bands += (_dense_band(weights[i] + channel * ALONG[i], ALONG[i], F, FLIP, DOT),)
-        products += (tl.zeros([B, WINDOW], tl.float32),)
-        sums += (tl.zeros([F], tl.float32),)
-    for step in range(STEPS):
-        first = (segment * STEPS + step) * B
-        col = first + tl.arange(0, B)
-        window = first - (WINDOW - B) // 2 + tl.arange(0, WINDOW)
-        block = _tile(source, row, col, frame_size, stream_size, frame_stride, stream_stride).to(DOT)
-        around = _tile(other, row, window, frame_size, stream_size, frame_stride, stream_stride).to(DOT)
-        inside = mine[:, None] & (col < stream_size)[None, :]
-        new_products, new_sums = (), ()
-        for i in tl.static_range(len(ALONG)):
-            factor = tl.dot(bands[i], block, input_precision="tf32x3")
-            if biases[i] is not None:
-                factor += tl.load(biases[i] + channel).to(tl.float32)
-            factor = tl.where(inside, factor, 0.0)
-            new_sums += (sums[i] + tl.sum(factor, 1),)
-            factor = tl.trans(factor.to(DOT))
-            new_products += (tl.dot(factor, around, products[i], input_precision="tf32x3"),)
-        products = new_products
-        sums = new_sums
-    for i in tl.static_range(len(ALONG)):
-        taps = _diagonal_sums(products[i], WANTED[i], B, WINDOW, T)
-        tap = tl.arange(0, T)
-        tl.store(partial + (tap if FLIP else (WANTED[i] - 1 - tap)), taps, mask=tap < WANTED[i])
-        partial += WANTED[i]
-        tl.store(partial, tl.sum(sums[i], 0))
-        partial += 1
+            for j in tl.static_range(GROUP):
+                total = row_biases[i]
+                for tap in tl.static_range(len(row_taps[i])):
+                    total = tl.fma(row_taps[i][tap], seen[WIDE - ROWS[i] // 2 + j + tap], total)
+                r += (total,)
+        totals = ()
+        for t in tl.static_range(2 * TALL + 1):
+            for j in tl.static_range(GROUP):
+                total = sums[(t + 1) * GROUP + j] if t < 2 * TALL else constant
+                for i in tl.static_range(len(COLS)):
+                    if t >= TALL - COLS[i] // 2 and t <= TALL + COLS[i] // 2:
+                        total = tl.fma(col_taps[i][COLS[i] // 2 + TALL - t], r[i * GROUP + j], total)
+                if t == TALL:
+                    total += seen[WIDE + j]
+                totals += (total,)
+        sums = totals
+        mine = used & (row - TALL >= begin)
+        store_row(y + offset, row - TALL, col, mine, sizes, sums[:GROUP], LANES, STRIDE, GROUP, PIECE)
+        row += 1
+    for t in tl.static_range(1, TALL + 1):  # below the last row r is zero
+        row = last - TALL + t
+        mine = used & (row >= begin) & (row < end)
+        store_row(y + offset, row, col, mine, sizes, sums[t * GROUP : (t + 1) * GROUP], LANES, STRIDE, GROUP, PIECE)
 
 
 @triton.jit
 def square_gradients(
-    da,
-    x,
-    partial,
-    sizes,
-    tiles,
-    segments,
+    da, x, partial, sizes, rows,
     SQUARE: tl.constexpr,
-    GROUP: tl.constexpr,  # kernel rows of a program
-    F: tl.constexpr,
-    B: tl.constexpr,
-    WINDOW: tl.constexpr,
-    STEPS: tl.constexpr,
-    DOT: tl.constexpr,
-    T: tl.constexpr,
-):
-    """Gradient of the square weight: da times x shifted by dy rows, summed by column distance."""
-    channels, height, width = sizes
-    plane, _, tile, segment = _place(tiles, segments, channels)
-    da += plane.to(tl.int64) * height * width
-    x += plane.to(tl.int64) * height * width
-    partial += tl.program_id(0).to(tl.int64) * SQUARE * SQUARE
-    row = tile * F + tl.arange(0, F)
-    top = tl.program_id(1) * GROUP
-    products = ()
-    for _i in tl.static_range(GROUP):
-        products += (tl.zeros([B, WINDOW], tl.float32),)
-    for step in range(STEPS):
-        first = (segment * STEPS + step) * B
-        window = first - (WINDOW - B) // 2 + tl.arange(0, WINDOW)
-        factor = tl.trans(_tile(da, row, first + tl.arange(0, B), height, width, width, 1).to(DOT))
+    DEPTH: tl.constexpr,  # kernel rows of a program, those of its place in the third axis of the grid
+    ROWS: tl.constexpr,
+    STRIDE: tl.constexpr, SLOW: tl.constexpr, FAST: tl.constexpr, GROUP: tl.constexpr, PIECE: tl.constexpr,
+):  # fmt: skip
+    """Sums of da times x shifted, for each tap of DEPTH kernel rows, and of da."""
+    LANES: tl.constexpr = SLOW * FAST
+    REACH: tl.constexpr = SQUARE // 2
+    offset, channel, col, used = lanes_of(sizes, STRIDE, SLOW, FAST, GROUP)
+    up = tl.program_id(2) * DEPTH - REACH
+    sums = _times(channel * 0.0, DEPTH * SQUARE + 1)
+    first = tl.program_id(1) * rows
+    top = first
+    end = tl.minimum(first + rows, sizes[2])
+    while top < end:
+        grads = ()
+        for i in tl.static_range(ROWS):
+            raw = load_row(da + offset, top + i, col, used, sizes, STRIDE, GROUP, 0, PIECE)
+            grads += columns_of(raw, LANES, GROUP, 0, PIECE)
+        seen = ()
+        for i in tl.static_range(ROWS + DEPTH - 1):
+            raw = load_row(x + offset, top + i + up, col, used, sizes, STRIDE, GROUP, REACH, PIECE)
+            seen += columns_of(raw, LANES, GROUP, REACH, PIECE)
+        totals = ()
+        for dy in tl.static_range(DEPTH):
+            for dx in tl.static_range(SQUARE):
+                total = sums[dy * SQUARE + dx]
+                for i in tl.static_range(ROWS):
+                    for j in tl.static_range(GROUP):
+                        total = tl.fma(grads[i * GROUP + j], seen[(i + dy) * (GROUP + 2 * REACH) + j + dx], total)
+                totals += (total,)
+        total = sums[DEPTH * SQUARE]
+        for i in tl.static_range(ROWS * GROUP):
+            total += grads[i]
+        totals += (total,)
+        sums = totals
+        top += ROWS
+    partial += tl.program_id(2) * len(sums) * sizes[1]
+    store_sums(partial, sums, sizes, tl.num_programs(2) * len(sums), STRIDE, SLOW, FAST, GROUP)
+
+
+@triton.jit
+def row_gradients(
+    dy, a, partial, weights, sizes, rows,
+    WANTED: tl.constexpr,  # sizes of the row kernels, and of the column kernels
+    ALONG: tl.constexpr,
+    WIDE: tl.constexpr, TALL: tl.constexpr, ROWS: tl.constexpr,
+    STRIDE: tl.constexpr, SLOW: tl.constexpr, FAST: tl.constexpr, GROUP: tl.constexpr, PIECE: tl.constexpr,
+):  # fmt: skip
+    """Of each branch sums of dr times a shifted, for each tap of the row kernel, and of dr; then the sum of dy."""
+    LANES: tl.constexpr = SLOW * FAST
+    offset, channel, col, used = lanes_of(sizes, STRIDE, SLOW, FAST, GROUP)
+    zero = channel * 0.0
+    taps, sums = (), ()
+    for i in tl.static_range(len(ALONG)):
+        taps += (_taps(weights[i], channel, used, ALONG[i], True),)
+        sums += (_times(zero, WANTED[i] + 1),)
+    dy_sum = zero
+    first = tl.program_id(1) * rows
+    top = first
+    end = tl.minimum(first + rows, sizes[2])
+    while top < end:
+        dr = _times(zero, len(ALONG) * ROWS * GROUP)
+        for q in tl.static_range(-TALL, ROWS + TALL):
+            raw = load_row(dy + offset, top + q, col, used, sizes, STRIDE, GROUP, 0, PIECE)
+            seen = columns_of(raw, LANES, GROUP, 0, PIECE)
+            totals = ()
+            for i in tl.static_range(len(ALONG)):
+                for row in tl.static_range(ROWS):
+                    for j in tl.static_range(GROUP):
+                        total = dr[(i * ROWS + row) * GROUP + j]
+                        if q - row >= -(ALONG[i] // 2) and q - row <= ALONG[i] // 2:
+                            total = tl.fma(taps[i][q - row + ALONG[i] // 2], seen[j], total)
+                        totals += (total,)
+            dr = totals
+            if q >= 0 and q < ROWS:
+                for j in tl.static_range(GROUP):
+                    dy_sum += seen[j]
+        seen = ()
+        for row in tl.static_range(ROWS):
+            raw = load_row(a + offset, top + row, col, used, sizes, STRIDE, GROUP, WIDE, PIECE)
+            seen += columns_of(raw, LANES, GROUP, WIDE, PIECE)
         new = ()
-        for i in tl.static_range(GROUP):
-            shifted = _tile(x, row + (top + i - SQUARE // 2), window, height, width, width, 1).to(DOT)
-            new += (tl.dot(factor, shifted, products[i], input_precision="tf32x3"),)
-        products = new
-    for i in tl.static_range(GROUP):
-        taps = _diagonal_sums(products[i], SQUARE, B, WINDOW, T)
-        tap = tl.arange(0, T)
-        place = (top + i) * SQUARE + tap
-        tl.store(partial + place, taps, mask=(tap < SQUARE) & (place < SQUARE * SQUARE))
+        for i in tl.static_range(len(ALONG)):
+            totals = ()
+            for tap in tl.static_range(len(sums[i]) - 1):
+                total = sums[i][tap]
+                for row in tl.static_range(ROWS):
+                    for j in tl.static_range(GROUP):
+                        place = seen[row * (GROUP + 2 * WIDE) + WIDE - WANTED[i] // 2 + j + tap]
+                        total = tl.fma(dr[(i * ROWS + row) * GROUP + j], place, total)
+                totals += (total,)
+            total = sums[i][len(sums[i]) - 1]
+            for row in tl.static_range(ROWS):
+                for j in tl.static_range(GROUP):
+                    total += tl.where(top + row < sizes[2], dr[(i * ROWS + row) * GROUP + j], 0.0)
+            totals += (total,)
+            new += (totals,)
+        sums = new
+        top += ROWS
+    flat = ()
+    for i in tl.static_range(len(sums)):
+        flat += sums[i]
+    flat += (dy_sum,)
+    store_sums(partial, flat, sizes, len(flat), STRIDE, SLOW, FAST, GROUP)
+
+
+@triton.jit
+def col_gradients(
+    a, dy, partial, weights, biases, sizes, rows,
+    WANTED: tl.constexpr,  # sizes of the column kernels, and of the row kernels
+    ALONG: tl.constexpr,
+    WIDE: tl.constexpr, TALL: tl.constexpr, ROWS: tl.constexpr,
+    STRIDE: tl.constexpr, SLOW: tl.constexpr, FAST: tl.constexpr, GROUP: tl.constexpr, PIECE: tl.constexpr,
+):  # fmt: skip
+    """Of each branch sums of r times dy shifted, for each tap of the column kernel."""
+    LANES: tl.constexpr = SLOW * FAST
+    offset, channel, col, used = lanes_of(sizes, STRIDE, SLOW, FAST, GROUP)
+    taps, constants, sums = (), (), ()
+    for i in tl.static_range(len(ALONG)):
+        taps += (_taps(weights[i], channel, used, ALONG[i], False),)
+        constants += (_bias(biases[i], channel, used),)
+        sums += (_times(channel * 0.0, WANTED[i]),)
+    first = tl.program_id(1) * rows
+    top = first
+    end = tl.minimum(first + rows, sizes[2])
+    while top < end:
+        r = ()  # of a row after the other, each branch
+        for row in tl.static_range(ROWS):
+            raw = load_row(a + offset, top + row, col, used, sizes, STRIDE, GROUP, WIDE, PIECE)
+            seen = columns_of(raw, LANES, GROUP, WIDE, PIECE)
+            for i in tl.static_range(len(ALONG)):
+                constant = tl.where(top + row < sizes[2], constants[i], 0.0)
+                for j in tl.static_range(GROUP):
+                    total = constant
+                    for tap in tl.static_range(len(taps[i])):
+                        total = tl.fma(taps[i][tap], seen[WIDE - ALONG[i] // 2 + j + tap], total)
+                    r += (total,)
+        for q in tl.static_range(-TALL, ROWS + TALL):
+            raw = load_row(dy + offset, top + q, col, used, sizes, STRIDE, GROUP, 0, PIECE)
+            seen = columns_of(raw, LANES, GROUP, 0, PIECE)
+            new = ()
+            for i in tl.static_range(len(ALONG)):
+                totals = ()
+                for tap in tl.static_range(len(sums[i])):
+                    total = sums[i][tap]
+                    if q + tap - WANTED[i] // 2 >= 0 and q + tap - WANTED[i] // 2 < ROWS:
+                        for j in tl.static_range(GROUP):
+                            total = tl.fma(r[((q + tap - WANTED[i] // 2) * len(ALONG) + i) * GROUP + j], seen[j], total)
+                    totals += (total,)
+                new += (totals,)
+            sums = new
+        top += ROWS
+    flat = ()
+    for i in tl.static_range(len(sums)):
+        flat += sums[i]
+    store_sums(partial, flat, sizes, len(flat), STRIDE, SLOW, FAST, GROUP)
