@@ -10,24 +10,23 @@ from famseg_kernels.ssd_scan.triton.steps import (
     LOG2_E,
     LOWEST,
     clamped,
-    decay_of,
     difference,
-    load_steps,
+    load_sums,
+    load_total,
     pixels_of,
     row,
     sequences,
     state_of_zeros,
-    two_floats,
     unclamped,
 )
 
 
 @triton.jit
 def matrix_gradients(
-    x, dy, B, C, steps, resets, states, state_gradients, of_B, of_C, of_step, of_log, of_skip, sizes, splits,
+    x, dy, B, C, sums, resets, states, state_gradients, of_B, of_C, of_step, of_log, of_skip, sizes, splits,
     directions, matrices,
-    SOFTPLUS: tl.constexpr, P: tl.constexpr, N: tl.constexpr, HEADS: tl.constexpr, CHUNK: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    P: tl.constexpr, N: tl.constexpr, HEADS: tl.constexpr, CHUNK: tl.constexpr, BLOCK_P: tl.constexpr,
+    BLOCK_N: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The gradients of B and C, of the steps and of their log-decays, of a chunk, direction and HEADS heads of a group.
 
@@ -85,8 +84,8 @@ def matrix_gradients(
     for h in range(HEADS):
         head = (group * splits + split) * HEADS + h
         column = direction * heads + head
-        step, log_decay = load_steps(steps, batch, pixels, live, column, SOFTPLUS)
-        sums, total = tl.cumsum(log_decay, 0), tl.sum(log_decay, 0)
+        step, high, low = load_sums(sums, direction, batch, head, token, sizes, CHUNK)
+        total_high, total_low = load_total(sums, direction, batch, head, chunk, sizes, CHUNK)
 
         dM = tl.zeros((CHUNK, CHUNK), tl.float32)
         from_state = tl.zeros((CHUNK, BLOCK_N), tl.float32)
@@ -109,15 +108,14 @@ def matrix_gradients(
                 dS = tl.load(state_gradients + element, mask=state_inside, other=0.0)
                 to_state = tl.dot(x_tile.to(DOT), dS.to(DOT), to_state, input_precision=PRECISION)
                 if states is not None:
-                    passing += tl.sum(state * dS, 1)
+                    passing += tl.sum(state.to(tl.float32) * dS.to(tl.float32), 1)
             if of_skip is not None:
                 product = tl.sum(x_tile.to(tl.float32) * dy_tile.to(tl.float32), 0)
                 skip_at = ((batch * chunks + chunk) * heads + head) * P + p0 + p
                 # Once: by direction 0 and the first block of N.
                 tl.store(of_skip + skip_at, product, mask=p0 + p < tl.where(direction + block == 0, P, 0))
 
-        sums_high, sums_low = two_floats(sums)
-        between = difference(sums_high, sums_low, sums_high, sums_low)
+        between = difference(high, low, high, low)
         pair = dM * tl.exp2(tl.where(side, between, float("-inf")))
         # Chosen, here and below, and not multiplied by 0: that is NaN of what is not finite.
         weighted = tl.where(side, pair * step[None, :], 0.0)
@@ -130,18 +128,18 @@ def matrix_gradients(
         # across[t, j], read where t > j: over the tokens i ≥ t that read token j.
         across = tl.cumsum(products, 0, reverse=True)
         if states is not None:
-            arrive = decay_of(sums)
+            arrive = tl.exp2(high + low)
             from_state = arrive[:, None] * from_state
             arriving = tl.sum(from_state * C_tile.to(tl.float32), 1)
         else:
-            arriving = state_of_zeros(sums_high)
+            arriving = state_of_zeros(high)
             from_state = arriving[:, None]
         if resets is not None:
             from_state = tl.where(enters[:, None], from_state, 0.0)
             arriving = tl.where(enters, arriving, 0.0)
         dC += from_state
         if state_gradients is not None:
-            leave = decay_of(total - sums)
+            leave = tl.exp2((total_high - high) + (total_low - low))
             weight = leave * step
             if resets is not None:
                 to_state = tl.where(leaves[:, None], to_state, 0.0)
@@ -155,7 +153,7 @@ def matrix_gradients(
         # The decay of token t lies between the tokens j < t and those from t on, between the entering state and the
         # tokens from t on, between the tokens j < t and the leaving state, and between both states.
         d_log = tl.sum(tl.where(columns < rows, across, arriving[None, :]), 1)
-        through = decay_of(total) * tl.sum(passing, 0)
+        through = tl.exp2(total_high + total_low) * tl.sum(passing, 0)
         if resets is not None:
             through = tl.where(last > 0, 0.0, through)
         d_log += through
