@@ -313,7 +313,8 @@ def test_products_of_the_scan_of_an_image_are_its_flops(tools) -> None:
     assert found == [pytest.approx(expected)] * 2
     # Everything that is launched has a row.
     kernels = {row["kernel"] for row in rows if row["chip"] == "H100" and not row["kernel"].startswith("torch")}
-    assert kernels == {"running_sums", "mix_image", "chunk_states", "pass_states", "matrix_gradients", "step_gradients"}
+    backward = {"chunk_states", "pair_gradients", "matrix_gradients", "step_gradients"}
+    assert kernels == {"running_sums", "mix_image", *backward}
 
     # A kernel that was changed and is slower now: 5 % above what was predicted when these figures were last looked at.
     sums = {(r["chip"], r["pass"]): r["us"] for r in table.summed(rows)}

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from famseg_kernels import backends, launch
 from famseg_kernels.ssd_scan.problem import TENSORS, Problem, operations
-from famseg_kernels.ssd_scan.triton.gradients import matrix_gradients, step_gradients
+from famseg_kernels.ssd_scan.triton.gradients import matrix_gradients, pair_gradients, step_gradients
 from famseg_kernels.ssd_scan.triton.image import mix_image
 from famseg_kernels.ssd_scan.triton.mix import mix_axis, mix_direction
 from famseg_kernels.ssd_scan.triton.states import chunk_states
@@ -21,7 +21,7 @@ from famseg_kernels.ssd_scan.triton.steps import Rows, Sizes, Steps, Sums, runni
 
 
 class Configuration(NamedTuple):
-    """How bf16 is cut. What runs in TF32 or by FMA takes at most 32 of everything."""
+    """How bf16 is cut. What runs in TF32 takes at most 32 of everything."""
 
     chunk: int  # tokens of a chunk, at most
     tile: int  # of headdim and state that a program takes at once, at most; for states the larger of both
@@ -33,17 +33,14 @@ class Configuration(NamedTuple):
 
 
 # By compute capability × 10; 0 stands for every other chip and for the interpreter. These are the largest that sm_80
-# and sm_90 hold in registers: a tile of 64 × 64 takes 32 of 255 with 4 warps. A product by FMA keeps rows of both
-# factors as well: of 64 they would not fit.
+# and sm_90 hold in registers: a tile of 64 × 64 takes 32 of 255 with 4 warps. With chunks of 64 the gradients of B, C
+# and steps spill 300 to 1300 bytes a thread.
 CONFIGURATIONS = {
-    80: Configuration(chunk=64, tile=32, backward_chunk=32, backward_tile=64, image=600, num_stages=2),
-    90: Configuration(chunk=64, tile=32, backward_chunk=32, backward_tile=64, image=600, num_stages=2),
-    0: Configuration(chunk=64, tile=32, backward_chunk=32, backward_tile=64, image=600, num_stages=2),
+    80: Configuration(chunk=64, tile=64, backward_chunk=32, backward_tile=64, image=600, num_stages=2),
+    90: Configuration(chunk=64, tile=64, backward_chunk=32, backward_tile=64, image=600, num_stages=2),
+    0: Configuration(chunk=64, tile=64, backward_chunk=32, backward_tile=64, image=600, num_stages=2),
 }
 _WARPS = 4
-# `matrix_gradients` keeps seven tiles: of bf16 4 warps spill (up to 72 bytes a thread, by the compiler's version), 8
-# hardly. A multiprocessor holds as many warps either way: two programs of 4 at 255 registers, or one of 8.
-_GRADIENT_WARPS = 8
 # Channels of the heads that share a program's G in `mix_direction` and `mix_axis`: narrow heads go together.
 _WIDTH = 64
 
@@ -80,6 +77,8 @@ class _Plan:
         # Not of narrow heads, which share G in `mix_axis`, nor without bf16: M would be made for every 32 channels
         # again.
         suits = x.dtype == torch.bfloat16 and self.directions == 4 and self.headdim >= 32
+        # What is multiplied in bf16 is stored so; fp16 has not the range.
+        self.states_dtype = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
         self.one_matrix = suits and self.tokens <= tuned.image
 
     def constants(self, tile: int) -> dict[str, Any]:
@@ -128,8 +127,7 @@ class _Plan:
         first, last: the state of the sequence at its begin and at its end, last is written.
         """
         shape = (self.directions, self.batches, self.chunks, self.heads, self.headdim, self.state)
-        # What is multiplied in bf16 is stored so.
-        states = u.new_empty(shape, dtype=torch.bfloat16 if u.dtype == torch.bfloat16 else torch.float32)
+        states = u.new_empty(shape, dtype=self.states_dtype)
         constants = self.constants(self.state_tile)
         blocks = -(-self.headdim // constants["BLOCK_P"]) * -(-self.state // constants["BLOCK_N"])
         launch.run(
@@ -257,42 +255,51 @@ class _Plan:
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
         """Gradients of B and C, of steps and their log-decays (parts, batch, tokens, columns), of D."""
         constants = self.constants(self.tile)
-        parts = -(-self.state // constants["BLOCK_N"])
-        programs = self.directions * self.batches * self.chunks * self.groups * parts
+        # Three TF32 products keep two parts of every factor: of 32 columns they would not fit into registers.
+        width = 16 if self.x.dtype == torch.float32 else constants["BLOCK_N"]
+        parts = -(-self.state // width)
+        programs = self.directions * self.batches * self.chunks * self.groups
         in_group = self.heads // self.groups
         # The heads of a group add to one gradient of B and C. Where there are too few programs for a GPU they are
         # split, and the shares added: fp32 and up to 8 times B and C, but of a problem that is small. Likewise each
         # direction has its share where all read the same B and C.
-        splits = next((s for s in range(1, 9) if in_group % s == 0 and programs * s >= 256), _divisor(in_group, 8))
+        splits = next(
+            (s for s in range(1, 9) if in_group % s == 0 and programs * parts * s >= 256), _divisor(in_group, 8)
+        )
         alone = splits == 1 and self.matrices == self.directions
         shape = (splits, self.batches, self.tokens, self.directions, self.groups, self.state)
         of_B, of_C = (self.x.new_empty(shape, dtype=self.x.dtype if alone else torch.float32) for _ in "BC")
         columns = self.directions * self.heads
-        of_step, of_log = (self.fp32(parts, self.batches, self.tokens, columns) for _ in range(2))
+        of_step, of_log = (self.fp32(1 + parts, self.batches, self.tokens, columns) for _ in range(2))
         of_skip = None if self.skip is None else self.fp32(self.batches * self.chunks, self.heads, self.headdim)
+        of_gram = self.x.new_empty((programs * splits, self.chunk, self.chunk), dtype=self.states_dtype)
+        common = {
+            "x": _strided(self.x),
+            "dy": _strided(dy),
+            "B": _strided(self.B),
+            "C": _strided(self.C),
+            "sums": self.sums,
+            "resets": self.resets,
+            "of_gram": of_gram,
+            "of_step": of_step,
+            "of_log": of_log,
+            "sizes": self.sizes,
+            "splits": splits,
+            "directions": self.directions,
+            "matrices": self.matrices,
+            "HEADS": in_group // splits,
+            **constants,
+        }
+        launch.run(pair_gradients, (programs * splits,), self.config, of_skip=of_skip, **common)
         launch.run(
             matrix_gradients,
-            (programs * splits,),
-            self.config._replace(num_warps=_GRADIENT_WARPS),
-            x=_strided(self.x),
-            dy=_strided(dy),
-            B=_strided(self.B),
-            C=_strided(self.C),
-            sums=self.sums,
-            resets=self.resets,
+            (programs * splits, parts),
+            self.config,
             states=states,
             state_gradients=state_gradients,
             of_B=of_B,
             of_C=of_C,
-            of_step=of_step,
-            of_log=of_log,
-            of_skip=of_skip,
-            sizes=self.sizes,
-            splits=splits,
-            directions=self.directions,
-            matrices=self.matrices,
-            HEADS=in_group // splits,
-            **constants,
+            **(common | {"BLOCK_N": width}),
         )
         if not alone:
             shares = (0, 3) if self.matrices == 1 else (0,)
