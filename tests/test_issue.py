@@ -318,7 +318,7 @@ def test_products_of_the_scan_of_an_image_are_its_flops(tools) -> None:
 
     # A kernel that was changed and is slower now: 5 % above what was predicted when these figures were last looked at.
     sums = {(r["chip"], r["pass"]): r["us"] for r in table.summed(rows)}
-    most = {("A100", "fwd"): 92, ("A100", "fwd+bwd"): 600, ("H100", "fwd"): 49, ("H100", "fwd+bwd"): 365}
+    most = {("A100", "fwd"): 98, ("A100", "fwd+bwd"): 482, ("H100", "fwd"): 53, ("H100", "fwd+bwd"): 234}
     assert not {key: sums[key] for key, us in most.items() if sums[key] > 1.05 * us}
 
 

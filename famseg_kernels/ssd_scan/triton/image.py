@@ -10,13 +10,6 @@ from famseg_kernels.ssd_scan.triton.steps import difference, load_sums, state_of
 
 
 @triton.jit
-def _place(pixel, axis: tl.constexpr, sizes):
-    """Of the pixels in the order of an axis; of those beyond the image, the last one's."""
-    pixel = tl.minimum(pixel, sizes.height * sizes.width - 1)
-    return pixel if axis == 0 else pixel % sizes.width * sizes.height + pixel // sizes.width
-
-
-@triton.jit
 def mix_image(
     u, left, right, sums, skip, y, sizes,
     TRANSPOSED: tl.constexpr, SHARED: tl.constexpr, TILES: tl.constexpr, TOKENS: tl.constexpr,
@@ -39,6 +32,7 @@ def mix_image(
     tokens = sizes.height * sizes.width
     i = tile * CHUNK + lane
     live_i = i < tokens
+    within_i = tl.minimum(i, tokens - 1)
     left_rows = i.to(tl.int64) * left.pixel
     column = head * P + block * BLOCK_P + tl.arange(0, BLOCK_P)
     exists = column < head * P + P
@@ -50,6 +44,7 @@ def mix_image(
     for tile_j in range(TILES):
         j = tile_j * CHUNK + lane
         live_j = j < tokens
+        within_j = tl.minimum(j, tokens - 1)
         right_rows = j.to(tl.int64) * right.pixel
         both = live_i[:, None] & live_j[None, :]
         mixing = tl.zeros((CHUNK, CHUNK), tl.float32)
@@ -69,18 +64,19 @@ def mix_image(
                     left_pointer + at, left_rows, live_i, right_pointer + at, right_rows, live_j,
                     N, CHUNK, BLOCK_N, DOT, PRECISION,
                 )  # fmt: skip
-            order_i, order_j = _place(i, axis, sizes), _place(j, axis, sizes)
-            lower_i, high_i, low_i = load_sums(sums, lower, batch, head, order_i, sizes, TOKENS)
-            lower_j, high_j, low_j = load_sums(sums, lower, batch, head, order_j, sizes, TOKENS)
+            lower_i, high_i, low_i = load_sums(sums, lower, batch, head, within_i, sizes, TOKENS)
+            lower_j, high_j, low_j = load_sums(sums, lower, batch, head, within_j, sizes, TOKENS)
             below = difference(high_i, low_i, high_j, low_j)
-            upper_i, high_i, low_i = load_sums(sums, upper, batch, head, order_i, sizes, TOKENS)
-            upper_j, high_j, low_j = load_sums(sums, upper, batch, head, order_j, sizes, TOKENS)
+            upper_i, high_i, low_i = load_sums(sums, upper, batch, head, within_i, sizes, TOKENS)
+            upper_j, high_j, low_j = load_sums(sums, upper, batch, head, within_j, sizes, TOKENS)
             above = difference(high_i, low_i, high_j, low_j)
             if TRANSPOSED:
                 lower_weight, upper_weight = lower_i[:, None], upper_i[:, None]
             else:
                 lower_weight = tl.where(live_j, lower_j, 0.0)[None, :]
                 upper_weight = tl.where(live_j, upper_j, 0.0)[None, :]
+            order_i = i if axis == 0 else i % sizes.width * sizes.height + i // sizes.width
+            order_j = j if axis == 0 else j % sizes.width * sizes.height + j // sizes.width
             later = order_i[:, None] >= order_j[None, :]
             decay = tl.where(later, below, above)
             decay = tl.exp2(tl.where(both, -decay if TRANSPOSED else decay, float("-inf")))
@@ -93,8 +89,7 @@ def mix_image(
 
     if not TRANSPOSED:
         for direction in tl.static_range(4):
-            order_i = _place(i, direction // 2, sizes)
-            _, high, _ = load_sums(sums, direction, batch, head, order_i, sizes, TOKENS)
+            _, high, _ = load_sums(sums, direction, batch, head, within_i, sizes, TOKENS)
             result += state_of_zeros(high)[:, None]
     inside = live_i[:, None] & exists[None, :]
     if skip is not None:

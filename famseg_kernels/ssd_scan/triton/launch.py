@@ -103,9 +103,9 @@ class _Plan:
 
     @functools.cached_property
     def sums(self) -> Sums:
-        return self.running_sums(self.chunk, self.chunks)
+        return self.running_sums(self.chunk, self.chunks, by_pixel=False)
 
-    def running_sums(self, chunk: int, chunks: int) -> Sums:
+    def running_sums(self, chunk: int, chunks: int, *, by_pixel: bool) -> Sums:
         sums = Sums(*(self.fp32(self.directions, self.batches, self.heads, chunks, chunk) for _ in Sums._fields))
         launch.run(
             running_sums,
@@ -115,6 +115,7 @@ class _Plan:
             **sums._asdict(),
             sizes=self.sizes._replace(chunks=chunks),
             SOFTPLUS=self.softplus,
+            BY_PIXEL=by_pixel,
             CHUNK=chunk,
         )
         return sums
@@ -215,7 +216,7 @@ class _Plan:
             u=_strided(u),
             left=_strided(left),
             right=_strided(right),
-            sums=self.running_sums(whole, 1),
+            sums=self.running_sums(whole, 1, by_pixel=True),
             skip=self.skip,
             y=y,
             sizes=self.sizes._replace(chunks=1),

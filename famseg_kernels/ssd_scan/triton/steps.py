@@ -107,9 +107,10 @@ def load_steps(steps, batch, pixels, live, column, SOFTPLUS: tl.constexpr):
 @triton.jit
 def running_sums(
     steps, step, high, low, sizes,
-    SOFTPLUS: tl.constexpr, CHUNK: tl.constexpr,
+    SOFTPLUS: tl.constexpr, BY_PIXEL: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """The steps of a chunk, a direction and a head, and their log-decays summed: `Sums`."""
+    """The steps of a chunk, a direction and a head, and their log-decays summed: `Sums`. BY_PIXEL: of an image of one
+    chunk, in the order of its pixels."""
     head = tl.program_id(0) % sizes.heads
     program = tl.program_id(0) // sizes.heads
     chunk = program % sizes.chunks
@@ -125,10 +126,12 @@ def running_sums(
     # A fixed-point number as two floats, so that differences of large ones keep their digits.
     higher = sums.to(tl.float32)
     lower = (sums - higher.to(tl.int64)).to(tl.float32)
-    place = ((direction * sizes.batches + batch) * sizes.heads + head) * sizes.chunks * CHUNK + token
-    tl.store(step + place, value)
-    tl.store(high + place, higher * (1.0 / _ONE))
-    tl.store(low + place, lower * (1.0 / _ONE))
+    place = ((direction * sizes.batches + batch) * sizes.heads + head) * sizes.chunks * CHUNK
+    place += pixels if BY_PIXEL else token
+    written = live if BY_PIXEL else token >= 0
+    tl.store(step + place, value, mask=written)
+    tl.store(high + place, higher * (1.0 / _ONE), mask=written)
+    tl.store(low + place, lower * (1.0 / _ONE), mask=written)
 
 
 @triton.jit
