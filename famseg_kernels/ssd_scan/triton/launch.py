@@ -194,6 +194,9 @@ class _Plan:
             launch.run(mix_direction, grid, self.config, resets=self.resets, skip=self.skip, **gates, y=y, **common)
             return y
         part, shared = None, self.matrices == 1
+        if self.x.dtype == torch.float32:
+            # Three TF32 products keep two parts of every factor: of 32 channels they would not fit into registers.
+            common["BLOCK_P"] = 16
         for axis in range(self.directions // 2):
             # What the second axis adds to is kept in fp32.
             y = self.like_x(torch.float32 if self.directions == 4 and axis == 0 else self.x.dtype)
