@@ -129,7 +129,7 @@ def test_the_sanitizer_looks_at_every_triton_kernel_that_is_launched():
     pytest.importorskip("triton")
     from benchmarks.gpu.steps.sanitizer import kernels
 
-    launched = "convolve strip_gradients square_gradients chunk_states pass_states mix_direction mix_axis mix_image"
+    launched = "convolve strip_gradients square_gradients chunk_states pair_gradients mix_direction mix_axis mix_image"
     launched += " running_sums matrix_gradients step_gradients reassemble_forward weight_gradient source_gradient"
     assert {f"kne={name}" for name in launched.split()} <= set(kernels("triton"))
 

@@ -9,15 +9,16 @@ pixel, so nothing is transposed. Per chunk and head, with X (Q, p), B and C (Q, 
     S ← through · S + Xᵀ (weight ∘ B)                            the state that leaves it
 
 An element of M off the diagonal belongs to one direction only, so two directions cost one exponential and one product
-M X. Kernels: `chunk_states` (each chunk's own Xᵀ (weight ∘ B)), `pass_states` (the recurrence over chunks, in place)
-and for Y `mix_direction` or, once an axis, `mix_axis`; the column launch adds to what the row launch has left. A
-sequence of a single chunk (64 tokens in bf16, else 32) needs the last alone. Of a bf16 image of at most 600 pixels one
-matrix holds all four directions, and there are no states: `running_sums` and `mix_image` (docs/design/gpu-model.md
-counts both ways).
+M X. Kernels: `running_sums` (steps, and their log-decays summed within each chunk), `chunk_states` (walks along the
+chunks with the state in registers, and writes what enters each), and for Y `mix_direction` or, once an axis,
+`mix_axis`; the column launch adds to what the row launch has left. A sequence of a single chunk (64 tokens in bf16,
+else 32) needs no states. Of a bf16 image of at most 600 pixels one matrix holds all four directions, and there are no
+states either: `mix_image` (docs/design/gpu-model.md counts both ways).
 
 The gradient of X is the same computation on dY with M transposed, B and C swapped and the gradients of the states for
-the states: by the same kernels. `matrix_gradients` makes the rest, and `step_gradients` takes the steps' gradients
-through softplus and clamp. Only the inputs are kept for backward.
+the states: by the same kernels. `pair_gradients` makes what pairs of tokens in a chunk give to the rest,
+`matrix_gradients` what the states give, and `step_gradients` takes the steps' gradients through softplus and clamp.
+Only the inputs are kept for backward.
 
 Log-decays are summed in fixed point, int64 with 40 bits after the point: the sum is exact, so a step of -110 costs its
 neighbours no digits, as it would in fp32, and no segmented sum is needed. Integers hold no NaN: where a log-decay is
@@ -30,11 +31,9 @@ what lies beyond a reset is chosen away, never weighed by 0. With both direction
 
 Device memory, forward, a token and head, K = 4, e bytes an element: x is read once a direction for the states and once
 an axis for Y (6·p·e), y is written, read and written (the row's part in fp32: 8·p + p·e), the chunks' states are
-written, read and written by the recurrence, and read (16·K·p·n/Q); B and C serve the heads of a group from the L2
-cache. At p = n = Q = 64 in bf16 that is 1.4 KB and 4.1 KB of states. Products are K/2·(2·Q·n + Q·p) + 2·K·p·n = 57 k
-multiply–adds, with 128 exponentials. So bf16 should be bound by memory, and there by the states: 1.1 ns a token and
-head on H200 (4.8 TB/s), 2.7 ns on A100 (2 TB/s), against 0.2 and 0.6 ns of products at 60 % of the tensor cores' peak.
-fp32 should be bound by its FMA products (`ieee`: no silent TF32). No GPU has run this yet.
+written and read once (2·K·p·n·e/Q: in bf16 they are stored as they are multiplied); B and C serve the heads of a group
+from the L2 cache. At p = n = Q = 64 in bf16 that is 1.4 KB and 1 KB of states. fp32 products are three of TF32, which
+keep fp32's digits. No GPU has run this yet; `python -m benchmarks.issue` predicts what binds each kernel.
 """
 
 from famseg_kernels.ssd_scan.triton.launch import CONFIGURATIONS, Configuration, scan, scan_2d

@@ -6,42 +6,18 @@ import triton
 import triton.language as tl
 
 from famseg_kernels.ssd_scan.triton.mix import gram_of
-from famseg_kernels.ssd_scan.triton.steps import difference, load_steps, pixels_of, state_of_zeros, two_floats
-
-
-@triton.jit
-def running_sums(
-    steps, step, sums_high, sums_low, sizes, SOFTPLUS: tl.constexpr, TOKENS: tl.constexpr
-):  # fmt: skip
-    """Steps and running sums of log-decays, (direction, batch, head, pixel), of images of at most TOKENS.
-
-    The sums are those `mix_axis` makes of a chunk: in a direction's own order.
-    """
-    batches, heads = sizes.batches, sizes.heads
-    head = tl.program_id(0) % heads
-    batch = (tl.program_id(0) // heads % batches).to(tl.int64)
-    direction = tl.program_id(0) // (heads * batches)
-    token = tl.arange(0, TOKENS)
-    live = token < sizes.height * sizes.width
-    pixels = pixels_of(token, direction // 2, sizes)
-    value, log_decay = load_steps(steps, batch, pixels, live, direction * heads + head, SOFTPLUS)
-    sums = tl.cumsum(log_decay, 0)
-    higher, lower = two_floats(tl.where(direction % 2 == 0, sums, tl.sum(log_decay, 0) - sums + log_decay))
-    place = ((direction * batches + batch) * heads + head) * sizes.height * sizes.width + pixels
-    tl.store(step + place, value, mask=live)
-    tl.store(sums_high + place, higher, mask=live)
-    tl.store(sums_low + place, lower, mask=live)
+from famseg_kernels.ssd_scan.triton.steps import difference, load_sums, state_of_zeros
 
 
 @triton.jit
 def mix_image(
-    u, left, right, step, sums_high, sums_low, skip, y, sizes,
-    TRANSPOSED: tl.constexpr, SHARED: tl.constexpr, TILES: tl.constexpr,
+    u, left, right, sums, skip, y, sizes,
+    TRANSPOSED: tl.constexpr, SHARED: tl.constexpr, TILES: tl.constexpr, TOKENS: tl.constexpr,
     P: tl.constexpr, N: tl.constexpr, CHUNK: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """y = M u + D u of CHUNK pixels and a head, with the M of four directions: what `mix_axis` does in two launches."""
-    batches, heads, groups = sizes.batches, sizes.heads, sizes.groups
+    heads, groups = sizes.heads, sizes.groups
     blocks_p: tl.constexpr = (P + BLOCK_P - 1) // BLOCK_P
     program = tl.program_id(0)
     block = program % blocks_p
@@ -56,6 +32,7 @@ def mix_image(
     tokens = sizes.height * sizes.width
     i = tile * CHUNK + lane
     live_i = i < tokens
+    within_i = tl.minimum(i, tokens - 1)
     left_rows = i.to(tl.int64) * left.pixel
     column = head * P + block * BLOCK_P + tl.arange(0, BLOCK_P)
     exists = column < head * P + P
@@ -67,6 +44,7 @@ def mix_image(
     for tile_j in range(TILES):
         j = tile_j * CHUNK + lane
         live_j = j < tokens
+        within_j = tl.minimum(j, tokens - 1)
         right_rows = j.to(tl.int64) * right.pixel
         both = live_i[:, None] & live_j[None, :]
         mixing = tl.zeros((CHUNK, CHUNK), tl.float32)
@@ -86,26 +64,17 @@ def mix_image(
                     left_pointer + at, left_rows, live_i, right_pointer + at, right_rows, live_j,
                     N, CHUNK, BLOCK_N, DOT, PRECISION,
                 )  # fmt: skip
-            lower_at = ((lower * batches + batch) * heads + head) * tokens
-            upper_at = ((upper * batches + batch) * heads + head) * tokens
-            below = difference(
-                tl.load(sums_high + lower_at + i, mask=live_i, other=0.0),
-                tl.load(sums_low + lower_at + i, mask=live_i, other=0.0),
-                tl.load(sums_high + lower_at + j, mask=live_j, other=0.0),
-                tl.load(sums_low + lower_at + j, mask=live_j, other=0.0),
-            )
-            above = difference(
-                tl.load(sums_high + upper_at + i, mask=live_i, other=0.0),
-                tl.load(sums_low + upper_at + i, mask=live_i, other=0.0),
-                tl.load(sums_high + upper_at + j, mask=live_j, other=0.0),
-                tl.load(sums_low + upper_at + j, mask=live_j, other=0.0),
-            )
+            lower_i, high_i, low_i = load_sums(sums, lower, batch, head, within_i, sizes, TOKENS)
+            lower_j, high_j, low_j = load_sums(sums, lower, batch, head, within_j, sizes, TOKENS)
+            below = difference(high_i, low_i, high_j, low_j)
+            upper_i, high_i, low_i = load_sums(sums, upper, batch, head, within_i, sizes, TOKENS)
+            upper_j, high_j, low_j = load_sums(sums, upper, batch, head, within_j, sizes, TOKENS)
+            above = difference(high_i, low_i, high_j, low_j)
             if TRANSPOSED:
-                lower_weight = tl.load(step + lower_at + i, mask=live_i, other=0.0)[:, None]
-                upper_weight = tl.load(step + upper_at + i, mask=live_i, other=0.0)[:, None]
+                lower_weight, upper_weight = lower_i[:, None], upper_i[:, None]
             else:
-                lower_weight = tl.load(step + lower_at + j, mask=live_j, other=0.0)[None, :]
-                upper_weight = tl.load(step + upper_at + j, mask=live_j, other=0.0)[None, :]
+                lower_weight = tl.where(live_j, lower_j, 0.0)[None, :]
+                upper_weight = tl.where(live_j, upper_j, 0.0)[None, :]
             order_i = i if axis == 0 else i % sizes.width * sizes.height + i // sizes.width
             order_j = j if axis == 0 else j % sizes.width * sizes.height + j // sizes.width
             later = order_i[:, None] >= order_j[None, :]
@@ -120,8 +89,8 @@ def mix_image(
 
     if not TRANSPOSED:
         for direction in tl.static_range(4):
-            at = ((direction * batches + batch) * heads + head) * tokens
-            result += state_of_zeros(tl.load(sums_high + at + i, mask=live_i, other=0.0))[:, None]
+            _, high, _ = load_sums(sums, direction, batch, head, within_i, sizes, TOKENS)
+            result += state_of_zeros(high)[:, None]
     inside = live_i[:, None] & exists[None, :]
     if skip is not None:
         weight_of_u = tl.load(skip + column, mask=exists, other=0.0).to(tl.float32)

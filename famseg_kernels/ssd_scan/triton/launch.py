@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -12,15 +13,15 @@ from torch import Tensor
 
 from famseg_kernels import backends, launch
 from famseg_kernels.ssd_scan.problem import TENSORS, Problem, operations
-from famseg_kernels.ssd_scan.triton.gradients import matrix_gradients, step_gradients
-from famseg_kernels.ssd_scan.triton.image import mix_image, running_sums
+from famseg_kernels.ssd_scan.triton.gradients import matrix_gradients, pair_gradients, step_gradients
+from famseg_kernels.ssd_scan.triton.image import mix_image
 from famseg_kernels.ssd_scan.triton.mix import mix_axis, mix_direction
-from famseg_kernels.ssd_scan.triton.states import chunk_states, pass_states
-from famseg_kernels.ssd_scan.triton.steps import Rows, Sizes, Steps
+from famseg_kernels.ssd_scan.triton.states import chunk_states
+from famseg_kernels.ssd_scan.triton.steps import Rows, Sizes, Steps, Sums, running_sums
 
 
 class Configuration(NamedTuple):
-    """How bf16 is cut. What runs in TF32 or by FMA takes at most 32 of everything."""
+    """How bf16 is cut. What runs in TF32 takes at most 32 of everything."""
 
     chunk: int  # tokens of a chunk, at most
     tile: int  # of headdim and state that a program takes at once, at most; for states the larger of both
@@ -32,26 +33,16 @@ class Configuration(NamedTuple):
 
 
 # By compute capability × 10; 0 stands for every other chip and for the interpreter. These are the largest that sm_80
-# and sm_90 hold in registers: a tile of 64 × 64 takes 32 of 255 with 4 warps. A product by FMA keeps rows of both
-# factors as well: of 64 they would not fit.
+# and sm_90 hold in registers: a tile of 64 × 64 takes 32 of 255 with 4 warps. With chunks of 64 the gradients of B, C
+# and steps spill 300 to 1300 bytes a thread.
 CONFIGURATIONS = {
-    80: Configuration(chunk=64, tile=32, backward_chunk=32, backward_tile=64, image=600, num_stages=2),
-    90: Configuration(chunk=64, tile=32, backward_chunk=32, backward_tile=64, image=600, num_stages=2),
-    0: Configuration(chunk=64, tile=32, backward_chunk=32, backward_tile=64, image=600, num_stages=2),
+    80: Configuration(chunk=64, tile=64, backward_chunk=32, backward_tile=64, image=600, num_stages=2),
+    90: Configuration(chunk=64, tile=64, backward_chunk=32, backward_tile=64, image=600, num_stages=2),
+    0: Configuration(chunk=64, tile=64, backward_chunk=32, backward_tile=64, image=600, num_stages=2),
 }
 _WARPS = 4
-# `matrix_gradients` keeps seven tiles: of bf16 4 warps spill (up to 72 bytes a thread, by the compiler's version), 8
-# hardly. A multiprocessor holds as many warps either way: two programs of 4 at 255 registers, or one of 8.
-_GRADIENT_WARPS = 8
 # Channels of the heads that share a program's G in `mix_direction` and `mix_axis`: narrow heads go together.
 _WIDTH = 64
-
-
-class _Carried(NamedTuple):
-    """The states that enter each chunk and the sums of the chunks' log-decays."""
-
-    states: Tensor | None
-    totals: Tensor | None
 
 
 class _Plan:
@@ -86,6 +77,8 @@ class _Plan:
         # Not of narrow heads, which share G in `mix_axis`, nor without bf16: M would be made for every 32 channels
         # again.
         suits = x.dtype == torch.bfloat16 and self.directions == 4 and self.headdim >= 32
+        # What is multiplied in bf16 is stored so; fp16 has not the range.
+        self.states_dtype = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
         self.one_matrix = suits and self.tokens <= tuned.image
 
     def constants(self, tile: int) -> dict[str, Any]:
@@ -100,7 +93,7 @@ class _Plan:
             "BLOCK_P": max(16, min(tile, _power_of_two(self.headdim))),
             "BLOCK_N": max(16, min(tile, _power_of_two(self.state))),
             "DOT": tl.bfloat16 if narrow else tl.float32,
-            "PRECISION": "ieee" if self.x.dtype == torch.float32 else "tf32",
+            "PRECISION": "tf32x3" if self.x.dtype == torch.float32 else "tf32",
         }
 
     def rows(self, t: Tensor) -> Tensor:
@@ -108,60 +101,62 @@ class _Plan:
         t = t.reshape(self.batches, self.tokens, -1)
         return t if t.stride(2) == 1 else t.contiguous()
 
+    @functools.cached_property
+    def sums(self) -> Sums:
+        return self.running_sums(self.chunk, self.chunks, by_pixel=False)
+
+    def running_sums(self, chunk: int, chunks: int, *, by_pixel: bool) -> Sums:
+        sums = Sums(*(self.fp32(self.directions, self.batches, self.heads, chunks, chunk) for _ in Sums._fields))
+        launch.run(
+            running_sums,
+            (self.directions * self.batches * chunks * self.heads,),
+            launch.Config(num_warps=max(1, min(_WARPS, chunk // 64))),
+            steps=self.steps,
+            **sums._asdict(),
+            sizes=self.sizes._replace(chunks=chunks),
+            SOFTPLUS=self.softplus,
+            BY_PIXEL=by_pixel,
+            CHUNK=chunk,
+        )
+        return sums
+
     def states(
-        self, u: Tensor, v: Tensor, totals: Tensor, first: Tensor | None, last: Tensor | None, *, gradient: bool
-    ) -> Tensor:
+        self, u: Tensor, v: Tensor, first: Tensor | None, last: Tensor | None, *, gradient: bool
+    ) -> Tensor | None:
         """The states that enter each chunk, from X and B, or the gradients of those that leave it, from dY and C.
 
-        totals (directions, batch, chunks, heads): written with the states, read with the gradients. first, last: the
-        state of the sequence at its begin and at its end, last is written.
+        first, last: the state of the sequence at its begin and at its end, last is written.
         """
-        states = u.new_empty((*totals.shape, self.headdim, self.state), dtype=torch.float32)
+        shape = (self.directions, self.batches, self.chunks, self.heads, self.headdim, self.state)
+        states = u.new_empty(shape, dtype=self.states_dtype)
         constants = self.constants(self.state_tile)
         blocks = -(-self.headdim // constants["BLOCK_P"]) * -(-self.state // constants["BLOCK_N"])
         launch.run(
             chunk_states,
-            (totals.numel() * blocks,),
+            (self.directions * self.batches * self.heads * blocks,),
             self.config,
             u=_strided(u),
             v=_strided(v),
-            steps=self.steps,
+            sums=self.sums,
             resets=self.resets,
             states=states,
-            totals=totals,
+            first=first,
+            last=last,
             sizes=self.sizes,
+            # No array of NumPy, as which the interpreter takes a number, bounds a range.
+            chunks=tl.constexpr(self.chunks) if backends.TRITON_INTERPRETS else self.chunks,
             directions=self.directions,
             matrices=self.matrices,
-            SOFTPLUS=self.softplus,
             GRADIENT=gradient,
             **constants,
         )
-        size = self.headdim * self.state
-        block = min(1024, _power_of_two(size))
-        launch.run(
-            pass_states,
-            (self.directions * self.batches * self.heads * -(-size // block),),
-            launch.Config(_WARPS),
-            states=states,
-            totals=totals,
-            first=first,
-            last=last,
-            batches=self.batches,
-            chunks=self.chunks,
-            heads=self.heads,
-            size=size,
-            GRADIENT=gradient,
-            BLOCK=block,
-            UNROLL=8,
-        )
         return states
 
-    def carried(self, initial: Tensor | None, *others: Tensor | None, last: Tensor | None = None) -> _Carried:
-        """States and totals, or None where nothing enters or leaves the only chunk."""
+    def entering(self, initial: Tensor | None, *others: Tensor | None, last: Tensor | None = None) -> Tensor | None:
+        """The states that enter each chunk, or None where nothing enters or leaves the only one."""
         if self.chunks == 1 and all(t is None for t in (initial, last, *others)):
-            return _Carried(None, None)
-        totals = self.x.new_empty((self.directions, self.batches, self.chunks, self.heads), dtype=torch.int64)
-        return _Carried(self.states(self.x, self.B, totals, initial, last, gradient=False), totals)
+            return None
+        return self.states(self.x, self.B, initial, last, gradient=False)
 
     def mix(
         self,
@@ -186,10 +181,9 @@ class _Plan:
             "u": _strided(u),
             "left": _strided(left),
             "right": _strided(right),
-            "steps": self.steps,
+            "sums": self.sums,
             "states": states,
             "sizes": self.sizes,
-            "SOFTPLUS": self.softplus,
             "TRANSPOSED": transposed,
             "HEADS": heads,
             **self.constants(self.tile),
@@ -200,6 +194,9 @@ class _Plan:
             launch.run(mix_direction, grid, self.config, resets=self.resets, skip=self.skip, **gates, y=y, **common)
             return y
         part, shared = None, self.matrices == 1
+        if self.x.dtype == torch.float32:
+            # Three TF32 products keep two parts of every factor: of 32 channels they would not fit into registers.
+            common["BLOCK_P"] = 16
         for axis in range(self.directions // 2):
             # What the second axis adds to is kept in fp32.
             y = self.like_x(torch.float32 if self.directions == 4 and axis == 0 else self.x.dtype)
@@ -209,19 +206,7 @@ class _Plan:
         return y
 
     def mix_image(self, u: Tensor, left: Tensor, right: Tensor, transposed: bool) -> Tensor:
-        step, high, low = (self.fp32(self.directions, self.batches, self.heads, self.tokens) for _ in range(3))
-        launch.run(
-            running_sums,
-            (self.directions * self.batches * self.heads,),
-            launch.Config(_WARPS),
-            steps=self.steps,
-            step=step,
-            sums_high=high,
-            sums_low=low,
-            sizes=self.sizes,
-            SOFTPLUS=self.softplus,
-            TOKENS=_power_of_two(self.tokens),
-        )
+        whole = _power_of_two(self.tokens)
         # Of 64 pixels a program's tiles would not fit into registers.
         constants = self.constants(self.state_tile) | {"CHUNK": min(self.chunk, 32)}
         tiles = -(-self.tokens // constants["CHUNK"])
@@ -234,15 +219,14 @@ class _Plan:
             u=_strided(u),
             left=_strided(left),
             right=_strided(right),
-            step=step,
-            sums_high=high,
-            sums_low=low,
+            sums=self.running_sums(whole, 1, by_pixel=True),
             skip=self.skip,
             y=y,
-            sizes=self.sizes,
+            sizes=self.sizes._replace(chunks=1),
             TRANSPOSED=transposed,
             SHARED=self.matrices == 1,
             TILES=tiles,
+            TOKENS=whole,
             **constants,
         )
         return y
@@ -250,7 +234,7 @@ class _Plan:
     def gradients(
         self,
         dy: Tensor,
-        carried: _Carried,
+        states: Tensor | None,
         needs: Sequence[bool],
         of_final: Tensor | None = None,
         of_initial: Tensor | None = None,
@@ -259,9 +243,9 @@ class _Plan:
 
         of_final: the gradient of the final states; of_initial, of the initial ones, is written.
         """
-        states, state_gradients = carried.states, None
-        if carried.totals is not None:
-            state_gradients = self.states(dy, self.C, carried.totals, of_final, of_initial, gradient=True)
+        state_gradients = None
+        if states is not None:
+            state_gradients = self.states(dy, self.C, of_final, of_initial, gradient=True)
         of_x = self.mix(dy, state_gradients, transposed=True) if needs[0] else None
         if not any(needs[1:]):
             return [of_x, *itertools.repeat(None, 6)]
@@ -275,43 +259,51 @@ class _Plan:
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
         """Gradients of B and C, of steps and their log-decays (parts, batch, tokens, columns), of D."""
         constants = self.constants(self.tile)
-        parts = -(-self.state // constants["BLOCK_N"])
-        programs = self.directions * self.batches * self.chunks * self.groups * parts
+        # Three TF32 products keep two parts of every factor: of 32 columns they would not fit into registers.
+        width = 16 if self.x.dtype == torch.float32 else constants["BLOCK_N"]
+        parts = -(-self.state // width)
+        programs = self.directions * self.batches * self.chunks * self.groups
         in_group = self.heads // self.groups
         # The heads of a group add to one gradient of B and C. Where there are too few programs for a GPU they are
         # split, and the shares added: fp32 and up to 8 times B and C, but of a problem that is small. Likewise each
         # direction has its share where all read the same B and C.
-        splits = next((s for s in range(1, 9) if in_group % s == 0 and programs * s >= 256), _divisor(in_group, 8))
+        splits = next(
+            (s for s in range(1, 9) if in_group % s == 0 and programs * parts * s >= 256), _divisor(in_group, 8)
+        )
         alone = splits == 1 and self.matrices == self.directions
         shape = (splits, self.batches, self.tokens, self.directions, self.groups, self.state)
         of_B, of_C = (self.x.new_empty(shape, dtype=self.x.dtype if alone else torch.float32) for _ in "BC")
         columns = self.directions * self.heads
-        of_step, of_log = (self.fp32(parts, self.batches, self.tokens, columns) for _ in range(2))
+        of_step, of_log = (self.fp32(1 + parts, self.batches, self.tokens, columns) for _ in range(2))
         of_skip = None if self.skip is None else self.fp32(self.batches * self.chunks, self.heads, self.headdim)
+        of_gram = self.x.new_empty((programs * splits, self.chunk, self.chunk), dtype=self.states_dtype)
+        common = {
+            "x": _strided(self.x),
+            "dy": _strided(dy),
+            "B": _strided(self.B),
+            "C": _strided(self.C),
+            "sums": self.sums,
+            "resets": self.resets,
+            "of_gram": of_gram,
+            "of_step": of_step,
+            "of_log": of_log,
+            "sizes": self.sizes,
+            "splits": splits,
+            "directions": self.directions,
+            "matrices": self.matrices,
+            "HEADS": in_group // splits,
+            **constants,
+        }
+        launch.run(pair_gradients, (programs * splits,), self.config, of_skip=of_skip, **common)
         launch.run(
             matrix_gradients,
-            (programs * splits,),
-            self.config._replace(num_warps=_GRADIENT_WARPS),
-            x=_strided(self.x),
-            dy=_strided(dy),
-            B=_strided(self.B),
-            C=_strided(self.C),
-            steps=self.steps,
-            resets=self.resets,
+            (programs * splits, parts),
+            self.config,
             states=states,
             state_gradients=state_gradients,
             of_B=of_B,
             of_C=of_C,
-            of_step=of_step,
-            of_log=of_log,
-            of_skip=of_skip,
-            sizes=self.sizes,
-            splits=splits,
-            directions=self.directions,
-            matrices=self.matrices,
-            SOFTPLUS=self.softplus,
-            HEADS=in_group // splits,
-            **constants,
+            **(common | {"BLOCK_N": width}),
         )
         if not alone:
             shares = (0, 3) if self.matrices == 1 else (0,)
@@ -387,7 +379,7 @@ def _forward(problem: Problem, wants_states: bool) -> list[Tensor]:
             plan = _Plan(problem)
             states = None
             if not plan.one_matrix:
-                states = plan.carried(_contiguous(problem.initial_states), last=final).states
+                states = plan.entering(_contiguous(problem.initial_states), last=final)
             y = plan.mix(plan.x, states, gate=_contiguous(problem.z)).view(x.shape)
     return [y] if final is None else [y, final]
 
@@ -396,7 +388,7 @@ def _final_states(problem: Problem) -> Tensor:
     final = _room_for_states(problem)
     if problem.x.numel():
         with launch.on(problem.x.device):
-            _Plan(problem).carried(_contiguous(problem.initial_states), last=final)
+            _Plan(problem).entering(_contiguous(problem.initial_states), last=final)
     return final
 
 
@@ -419,13 +411,11 @@ def _backward(
         of_initial = None if initial is None else x.new_empty(initial.shape, dtype=torch.float32)
         with launch.on(x.device):
             plan = _Plan(problem, backward=True)
-            carried = plan.carried(_contiguous(initial), of_final)
+            states = plan.entering(_contiguous(initial), of_final)
             dy = torch.zeros_like(x) if dy is None else dy
             if z is not None:
-                dy = plan.mix(
-                    plan.x, carried.states, gate=z.contiguous(), y_gradient=dy.contiguous(), gate_gradient=of_z
-                )
-            *found, of_bias = plan.gradients(plan.rows(dy), carried, [*needs[:6], needs[7]], of_final, of_initial)
+                dy = plan.mix(plan.x, states, gate=z.contiguous(), y_gradient=dy.contiguous(), gate_gradient=of_z)
+            *found, of_bias = plan.gradients(plan.rows(dy), states, [*needs[:6], needs[7]], of_final, of_initial)
         found += [of_z, of_bias, of_initial]
     else:
         found = [None if t is None else torch.zeros_like(t) for t in like]

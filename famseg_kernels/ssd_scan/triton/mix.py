@@ -7,14 +7,13 @@ import triton.language as tl
 
 from famseg_kernels.finite import finite, nan_unless_finite
 from famseg_kernels.ssd_scan.triton.steps import (
-    decay_of,
     difference,
-    load_steps,
+    load_sums,
+    load_total,
     pixels_of,
     row,
     sequences,
     state_of_zeros,
-    two_floats,
 )
 
 
@@ -64,9 +63,9 @@ def _add_state(
 
 @triton.jit
 def mix_direction(
-    u, left, right, steps, resets, skip, states, gate, y_gradient, gate_gradient, y, sizes,
-    SOFTPLUS: tl.constexpr, TRANSPOSED: tl.constexpr, P: tl.constexpr, N: tl.constexpr, HEADS: tl.constexpr,
-    CHUNK: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    u, left, right, sums, resets, skip, states, gate, y_gradient, gate_gradient, y, sizes,
+    TRANSPOSED: tl.constexpr, P: tl.constexpr, N: tl.constexpr, HEADS: tl.constexpr, CHUNK: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """y = M u + D u + what the states add, of a chunk and HEADS heads; TRANSPOSED: with Mᵀ, for the gradient of x.
 
@@ -104,9 +103,7 @@ def mix_direction(
 
     for h in range(HEADS):
         head = head_block * HEADS + h
-        step, log_decay = load_steps(steps, batch, pixels, live, head, SOFTPLUS)
-        sums, total = tl.cumsum(log_decay, 0), tl.sum(log_decay, 0)
-        high, low = two_floats(sums)
+        step, high, low = load_sums(sums, 0, batch, head, token, sizes, CHUNK)
         decay = difference(high, low, high, low)
         # A token's step goes with what it gives: that is a column of M and a row of its transpose.
         if TRANSPOSED:
@@ -115,7 +112,11 @@ def mix_direction(
             mixing = tl.where(side, gram * tl.exp2(decay) * step[None, :], 0.0)
         mixing = mixing.to(DOT)
         if states is not None:
-            factor = decay_of(total - sums) * step if TRANSPOSED else decay_of(sums)
+            if TRANSPOSED:
+                total_high, total_low = load_total(sums, 0, batch, head, chunk, sizes, CHUNK)
+                factor = tl.exp2((total_high - high) + (total_low - low)) * step
+            else:
+                factor = tl.exp2(high + low)
         elif not TRANSPOSED:
             entering = state_of_zeros(high)
             if resets is not None:
@@ -157,8 +158,8 @@ def mix_direction(
 
 @triton.jit
 def mix_axis(
-    u, left, right, steps, skip, states, part, y, sizes,
-    SOFTPLUS: tl.constexpr, TRANSPOSED: tl.constexpr, AXIS: tl.constexpr, SHARED: tl.constexpr,
+    u, left, right, sums, skip, states, part, y, sizes,
+    TRANSPOSED: tl.constexpr, AXIS: tl.constexpr, SHARED: tl.constexpr,
     P: tl.constexpr, N: tl.constexpr, HEADS: tl.constexpr, CHUNK: tl.constexpr, BLOCK_P: tl.constexpr,
     BLOCK_N: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -203,13 +204,8 @@ def mix_axis(
 
     for h in range(HEADS):
         head = head_block * HEADS + h
-        # The sums of a direction go from where it enters the chunk to the token: of 1 and 3 from the chunk's end.
-        lower_step, lower_log = load_steps(steps, batch, pixels, live, lower * heads + head, SOFTPLUS)
-        upper_step, upper_log = load_steps(steps, batch, pixels, live, upper * heads + head, SOFTPLUS)
-        lower_sums = tl.cumsum(lower_log, 0, reverse=TRANSPOSED)
-        upper_sums = tl.cumsum(upper_log, 0, reverse=not TRANSPOSED)
-        lower_high, lower_low = two_floats(lower_sums)
-        upper_high, upper_low = two_floats(upper_sums)
+        lower_step, lower_high, lower_low = load_sums(sums, lower, batch, head, token, sizes, CHUNK)
+        upper_step, upper_high, upper_low = load_sums(sums, upper, batch, head, token, sizes, CHUNK)
         below = difference(lower_high, lower_low, lower_high, lower_low)
         above = difference(upper_high, upper_low, upper_high, upper_low)
         decay = tl.where(rows >= columns, below, above)
@@ -222,10 +218,12 @@ def mix_axis(
         mixing = mixing.to(DOT)
         if states is not None:
             if TRANSPOSED:
-                lower_factor = decay_of(tl.sum(lower_log, 0) - lower_sums) * lower_step
-                upper_factor = decay_of(tl.sum(upper_log, 0) - upper_sums) * upper_step
+                total_high, total_low = load_total(sums, lower, batch, head, chunk, sizes, CHUNK)
+                lower_factor = tl.exp2((total_high - lower_high) + (total_low - lower_low)) * lower_step
+                total_high, total_low = load_total(sums, upper, batch, head, chunk, sizes, CHUNK)
+                upper_factor = tl.exp2((total_high - upper_high) + (total_low - upper_low)) * upper_step
             else:
-                lower_factor, upper_factor = decay_of(lower_sums), decay_of(upper_sums)
+                lower_factor, upper_factor = tl.exp2(lower_high + lower_low), tl.exp2(upper_high + upper_low)
         elif not TRANSPOSED:
             entering = state_of_zeros(lower_high + upper_high)  # of a chunk neither is as large by other means
 

@@ -5,23 +5,23 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from famseg_kernels.ssd_scan.triton.steps import decay_of, load_steps, pixels_of, row, sequences
-
-_CUT = tl.constexpr(-(1 << 62))  # in the place of a chunk's sum of log-decays: a sequence starts anew in it
+from famseg_kernels.ssd_scan.triton.steps import load_sums, load_total, pixels_of, row, sequences
 
 
 @triton.jit
 def chunk_states(
-    u, v, steps, resets, states, totals, sizes, directions, matrices,
-    SOFTPLUS: tl.constexpr, GRADIENT: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
+    u, v, sums, resets, states, first, last, sizes, chunks, directions, matrices,
+    GRADIENT: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """What a chunk by itself adds to the state, Xᵀ (weight ∘ B), or GRADIENT: to its gradient, dYᵀ (arrive ∘ C).
+    """The state that enters each chunk, S ← through · S + Xᵀ (weight ∘ B) from one to the next; GRADIENT: the gradient
+    of the one that leaves it, dS ← through · dS + dYᵀ (arrive ∘ C), from the last chunk to the first.
 
-    u: X or dY, v: B or C. states (direction, batch, chunk, head, P, N), totals (direction, batch, chunk, head) fixed
-    point. The tokens are taken in the order of the direction, so that each one is a forward scan.
+    u: X or dY, v: B or C. A block of P and N of one direction and head a program, which walks along the chunks with it.
+    states (direction, batch, chunk, head, P, N). first, last (batch, head, P, N) or None: the state before the first
+    chunk and after the last one, of direction 0.
     """
-    batches, chunks, heads = sizes.batches, sizes.chunks, sizes.heads
+    batches, heads = sizes.batches, sizes.heads
     tokens = sizes.height * sizes.width
     blocks_p: tl.constexpr = (P + BLOCK_P - 1) // BLOCK_P
     blocks_n: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
@@ -30,85 +30,45 @@ def chunk_states(
     program //= blocks_p * blocks_n
     head = program % heads
     program //= heads
-    chunk = program % chunks
-    program //= chunks
     batch = (program % batches).to(tl.int64)
     direction = program // batches
-
-    lane = tl.arange(0, CHUNK)
-    token = chunk * CHUNK + tl.where(direction % 2 == 0, lane, CHUNK - 1 - lane)
-    live = token < tokens
-    pixels = pixels_of(token, direction // 2, sizes)
-    step, log_decay = load_steps(steps, batch, pixels, live, direction * heads + head, SOFTPLUS)
-    total = tl.sum(log_decay, 0)
-    sums = tl.cumsum(log_decay, 0)
-    factor = decay_of(sums) if GRADIENT else decay_of(total - sums) * step
-    if resets is not None:
-        # Only the first sequence reads the state that enters, only the last one adds to the state that leaves.
-        sequence = sequences(resets, batch, pixels, tokens, live)
-        last = tl.max(sequence, 0)
-        total = tl.where(last > 0, _CUT, total)
-        # The others are not loaded either: 0 times a NaN of theirs is NaN.
-        live &= sequence == (0 if GRADIENT else last)
-        factor = tl.where(live, factor, 0.0)
 
     p = block // blocks_n * BLOCK_P + tl.arange(0, BLOCK_P)
     n = block % blocks_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = (p < P)[:, None] & (n < N)[None, :]
+    element = p[:, None] * N + n[None, :]
     matrix = tl.where(matrices > 1, direction, 0) * sizes.groups + head // (heads // sizes.groups)
-    u_tile = tl.load(
-        row(u, batch, pixels[:, None]) + head * P + p[None, :], mask=live[:, None] & (p < P)[None, :], other=0.0
-    )
-    v_tile = tl.load(
-        row(v, batch, pixels[:, None]) + matrix * N + n[None, :], mask=live[:, None] & (n < N)[None, :], other=0.0
-    )
-    scaled = v_tile.to(tl.float32) * factor[:, None]
-    state = tl.dot(tl.trans(u_tile.to(DOT)), scaled.to(DOT), input_precision=PRECISION)
-    at = ((direction * batches + batch) * chunks + chunk) * heads + head
-    tl.store(states + (at * P + p[:, None]) * N + n[None, :], state, mask=(p < P)[:, None] & (n < N)[None, :])
-    if not GRADIENT:
-        tl.store(totals + at, total, mask=block == 0)
-
-
-@triton.jit
-def pass_states(
-    states, totals, first, last, batches, chunks, heads, size,
-    GRADIENT: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr,
-):  # fmt: skip
-    """From what each chunk adds to the state that enters it, in place; GRADIENT: the one that leaves it.
-
-    first, last (batch, head, size) or None: the state before the first chunk and after the last one, of direction 0.
-    """
-    blocks = tl.cdiv(size, BLOCK)
-    program = tl.program_id(0)
-    block = program % blocks
-    program //= blocks
-    head = program % heads
-    program //= heads
-    batch = (program % batches).to(tl.int64)
-    direction = program // batches
-    ascending = (direction % 2 == 0) != GRADIENT
-
-    element = block * BLOCK + tl.arange(0, BLOCK)
-    inside = element < size
-    place = (batch * heads + head) * size + element
-    state = tl.zeros((BLOCK,), tl.float32)
+    u_column = head * P + p[None, :]
+    v_column = matrix * N + n[None, :]
+    lane = tl.arange(0, CHUNK)
+    state = tl.zeros((BLOCK_P, BLOCK_N), tl.float32)
     if first is not None:
-        state = tl.load(first + place, mask=inside, other=0.0).to(tl.float32)
-    done = 0
-    while done < chunks:
-        # A chunk's load waits for no other chunk: unrolled, they are all under way together.
-        for i in tl.static_range(UNROLL):
-            index = done + i
-            exists = index < chunks
-            chunk = tl.where(ascending, index, chunks - 1 - index)
-            at = ((direction * batches + batch) * chunks + chunk) * heads + head
-            # (Triton 3.9's interpreter cannot & a number with a block.)
-            here = element < tl.where(exists, size, 0)
-            added = tl.load(states + at * size + element, mask=here, other=0.0)
-            total = tl.load(totals + at, mask=exists, other=0)
-            tl.store(states + at * size + element, state, mask=here)
+        state = tl.load(first + (batch * heads + head) * (P * N) + element, mask=inside, other=0.0).to(tl.float32)
+    for i in range(chunks):
+        chunk = tl.where((direction % 2 == 0) != GRADIENT, i, chunks - 1 - i)
+        token = chunk * CHUNK + lane
+        live = token < tokens
+        pixels = pixels_of(token, direction // 2, sizes)
+        step, high, low = load_sums(sums, direction, batch, head, token, sizes, CHUNK)
+        total_high, total_low = load_total(sums, direction, batch, head, chunk, sizes, CHUNK)
+        factor = tl.exp2(high + low) if GRADIENT else tl.exp2((total_high - high) + (total_low - low)) * step
+        through = tl.exp2(total_high + total_low)
+        if resets is not None:
+            # Only the first sequence reads the state that enters, only the last one adds to the state that leaves.
+            sequence = sequences(resets, batch, pixels, tokens, live)
+            begun = tl.max(sequence, 0)
+            # The others are not loaded either: 0 times a NaN of theirs is NaN.
+            live &= sequence == (0 if GRADIENT else begun)
+        u_tile = tl.load(row(u, batch, pixels[:, None]) + u_column, mask=live[:, None] & (p < P)[None, :], other=0.0)
+        v_tile = tl.load(row(v, batch, pixels[:, None]) + v_column, mask=live[:, None] & (n < N)[None, :], other=0.0)
+        at = ((direction * batches + batch) * chunks + chunk) * heads + head
+        tl.store(states + at * (P * N) + element, state.to(states.dtype.element_ty), mask=inside)
+        scaled = tl.where(live, factor, 0.0)[:, None] * v_tile.to(tl.float32)
+        state *= through
+        if resets is not None:
             # Not by a factor of 0: 0 times a NaN or an infinity of another sequence is NaN.
-            state = tl.where(total == _CUT, 0.0, state * decay_of(total)) + added
-        done += UNROLL
+            state = tl.where(begun > 0, 0.0, state)
+        state = tl.dot(tl.trans(u_tile.to(DOT)), scaled.to(DOT), state, input_precision=PRECISION)
     if last is not None:
-        tl.store(last + place, state, mask=element < tl.where(direction == 0, size, 0))
+        place = (batch * heads + head) * (P * N) + element
+        tl.store(last + place, state, mask=inside & (p < tl.where(direction == 0, P, 0))[:, None])

@@ -35,6 +35,18 @@ class Steps(NamedTuple):
     high: Any
 
 
+class Sums(NamedTuple):
+    """What `running_sums` makes of the steps, (direction, batch, head, chunk, token of the chunk).
+
+    Tokens in the order of the axis, those beyond the image too. Sums of log-decays to base 2, as two floats: from where
+    the direction enters the chunk to the token.
+    """
+
+    step: Any
+    high: Any
+    low: Any
+
+
 class Sizes(NamedTuple):
     """Of the tensors; `chunks` of a sequence of height · width tokens."""
 
@@ -93,28 +105,60 @@ def load_steps(steps, batch, pixels, live, column, SOFTPLUS: tl.constexpr):
 
 
 @triton.jit
-def state_of_zeros(sums):
+def running_sums(
+    steps, step, high, low, sizes,
+    SOFTPLUS: tl.constexpr, BY_PIXEL: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """The steps of a chunk, a direction and a head, and their log-decays summed: `Sums`. BY_PIXEL: of an image of one
+    chunk, in the order of its pixels."""
+    head = tl.program_id(0) % sizes.heads
+    program = tl.program_id(0) // sizes.heads
+    chunk = program % sizes.chunks
+    program //= sizes.chunks
+    batch = (program % sizes.batches).to(tl.int64)
+    direction = program // sizes.batches
+    token = chunk * CHUNK + tl.arange(0, CHUNK)
+    live = token < sizes.height * sizes.width
+    pixels = pixels_of(token, direction // 2, sizes)
+    value, log_decay = load_steps(steps, batch, pixels, live, direction * sizes.heads + head, SOFTPLUS)
+    sums = tl.cumsum(log_decay, 0)
+    sums = tl.where(direction % 2 == 0, sums, tl.sum(log_decay, 0) - sums + log_decay)
+    # A fixed-point number as two floats, so that differences of large ones keep their digits.
+    higher = sums.to(tl.float32)
+    lower = (sums - higher.to(tl.int64)).to(tl.float32)
+    place = ((direction * sizes.batches + batch) * sizes.heads + head) * sizes.chunks * CHUNK
+    place += pixels if BY_PIXEL else token
+    written = live if BY_PIXEL else token >= 0
+    tl.store(step + place, value, mask=written)
+    tl.store(high + place, higher * (1.0 / _ONE), mask=written)
+    tl.store(low + place, lower * (1.0 / _ONE), mask=written)
+
+
+@triton.jit
+def load_sums(sums, direction, batch, head, token, sizes, CHUNK: tl.constexpr):
+    """Step and sum, as two floats, of these tokens."""
+    place = ((direction * sizes.batches + batch) * sizes.heads + head) * sizes.chunks * CHUNK + token
+    return tl.load(sums.step + place), tl.load(sums.high + place), tl.load(sums.low + place)
+
+
+@triton.jit
+def load_total(sums, direction, batch, head, chunk, sizes, CHUNK: tl.constexpr):
+    """The sum of a whole chunk, as two floats: that of the token where the direction leaves it."""
+    last = chunk * CHUNK + tl.where(direction % 2 == 0, CHUNK - 1, 0)
+    _, high, low = load_sums(sums, direction, batch, head, last, sizes, CHUNK)
+    return high, low
+
+
+@triton.jit
+def state_of_zeros(high):
     """What a state of zeros adds, by the sum of the log-decays up to a token: NaN once one of them was no number."""
-    return tl.where(sums > 0.5 * _NO_NUMBER, float("nan"), 0.0)
+    return tl.where(high > 0.5 * _NO_NUMBER, float("nan"), 0.0)
 
 
 @triton.jit
 def sequences(resets, batch, pixels, tokens, live):
     """How many sequences have started in the chunk up to each token."""
     return tl.cumsum((tl.load(resets + batch * tokens + pixels, mask=live, other=0) != 0).to(tl.int32), 0)
-
-
-@triton.jit
-def two_floats(sums):
-    """A fixed-point number as the sum of two floats, so that differences of large ones keep their digits."""
-    high = sums.to(tl.float32)
-    low = (sums - high.to(tl.int64)).to(tl.float32)
-    return high * (1.0 / _ONE), low * (1.0 / _ONE)
-
-
-@triton.jit
-def decay_of(sums):
-    return tl.exp2(sums.to(tl.float32) * (1.0 / _ONE))
 
 
 @triton.jit
