@@ -77,13 +77,17 @@ class Encoded(NamedTuple):
 Forward = Callable[[Problem], Tensor]
 Backward = Callable[[Problem, Tensor, Sequence[bool]], list[Tensor | None]]
 Unsupported = Callable[[Problem], str | None]
+Faster = Callable[[str, Problem], str | None]
 
 
-def operations(forward: Forward, backward: Backward, unsupported: Unsupported | None = None) -> tuple[Backend, Backend]:
+def operations(
+    forward: Forward, backward: Backward, unsupported: Unsupported | None = None, faster: Faster | None = None
+) -> tuple[Backend, Backend]:
     """A backend's `reassemble` and `carafe`, from functions of a problem.
 
     forward: y in x's dtype and memory format. backward: from the gradient of y those of x and of the weights where
-    they are needed, None elsewhere. unsupported: None when there is a kernel for the problem, else the reason.
+    they are needed, None elsewhere. unsupported: None when there is a kernel for the problem, else the reason. faster:
+    as `Backend` has it.
     """
 
     def with_forms(problem: Callable[..., Problem]) -> Backend:
@@ -91,6 +95,7 @@ def operations(forward: Forward, backward: Backward, unsupported: Unsupported | 
             lambda *arguments: forward(problem(*arguments)),
             lambda grad, needs, *arguments: backward(problem(*arguments), grad, needs),
             None if unsupported is None else lambda *arguments: unsupported(problem(*arguments)),
+            None if faster is None else lambda method, *arguments: faster(method, problem(*arguments)),
         )
 
     return with_forms(_of_logits), with_forms(_of_masks)
