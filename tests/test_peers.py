@@ -129,8 +129,9 @@ def test_the_sanitizer_looks_at_every_triton_kernel_that_is_launched():
     pytest.importorskip("triton")
     from benchmarks.gpu.steps.sanitizer import kernels
 
-    launched = "convolve strip_gradients square_gradients chunk_states pair_gradients mix_direction mix_axis mix_image"
-    launched += " running_sums matrix_gradients step_gradients reassemble_forward weight_gradient source_gradient"
+    launched = "convolve_square convolve_strips square_gradients row_gradients col_gradients running_sums chunk_states"
+    launched += " mix_direction mix_axis mix_image pair_gradients matrix_gradients step_gradients"
+    launched += " reassemble_forward weight_gradient source_gradient"
     assert {f"kne={name}" for name in launched.split()} <= set(kernels("triton"))
 
 
