@@ -134,7 +134,12 @@ class Mamba2Scan2d(nn.Module):
     def _gated_norm(self, y: Tensor, z: Tensor) -> Tensor:
         """Mamba-2's gated RMS norm over channels: norm(y · silu(z)) · weight, in y's dtype."""
         gated = (y * F.silu(z)).permute(0, 2, 3, 1)
-        normed = F.rms_norm(gated, (self.d_inner,), self.norm_weight.to(y.dtype), _EPSILON)
+        weight = self.norm_weight.to(y.dtype)
+        if torch.jit.is_tracing():  # torch's older exporter to ONNX knows no rms_norm
+            wide = gated.to(torch.promote_types(y.dtype, torch.float32))
+            normed = (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + _EPSILON)).to(y.dtype) * weight
+        else:
+            normed = F.rms_norm(gated, (self.d_inner,), weight, _EPSILON)
         return normed.permute(0, 3, 1, 2)
 
 
