@@ -121,9 +121,16 @@ def test_planes_that_do_not_fit_are_cut_into_tiles(emulation, case, kilobytes: i
     assert_right(STRIP_CONV, case, dtype)
 
 
+# feature_aware_upsample is torch's convolution, then the kernels of reassemble.
 NOT_FINITE = [
     *((STRIP_CONV, case) for case in BANDS),
-    *((o, case) for o in OPERATIONS if o is not STRIP_CONV for case in o.spec.cases if "empty" not in case.name),
+    *(
+        (o, case)
+        for o in OPERATIONS
+        if o.spec.name in ("reassemble", "carafe")
+        for case in o.spec.cases
+        if "empty" not in case.name
+    ),
 ]
 
 
