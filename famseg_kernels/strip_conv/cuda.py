@@ -30,8 +30,8 @@ def faster(*_: Any) -> str:
     """The backend that automatic choice takes instead, where it can: by counting (`python -m benchmarks.issue`).
 
     On an H200 in bf16 Triton's kernels need 0.7 to 1.3 times the time of these for the strips' forward, a quarter to a
-    third for their backward, and a ninth for the 3 × 3 of an MLP; and they read channels_last as it lies, which is copied
-    here.
+    third for their backward, and a ninth for the 3 × 3 of an MLP; and they read channels_last as it lies, which is
+    copied here.
     """
     return "triton"
 
