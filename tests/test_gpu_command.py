@@ -279,7 +279,7 @@ def test_a_dry_run_killed_ten_times_completes_with_nothing_measured_twice(tmp_pa
     assert not [key for key, (status, _) in statuses.items() if status == "failed"], statuses
     assert {step for step, _ in done} == {step.name for step in command.STEPS}
     page = (out / "summary.md").read_text()
-    assert "**Correctness: all cases passed that can run here: cuda 3, triton 5.**" in page, page
+    assert "**Correctness: all cases passed that can run here: cuda 4, triton 6.**" in page, page
     assert "not reached, first" not in page and "not begun" not in page
     for step in ("correctness", "timings", "peers", "network", "tuning"):
         assert (out / f"{step}.csv").stat().st_size and (out / f"{step}.log").exists()
