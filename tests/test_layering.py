@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 KERNELS = ROOT / "famseg_kernels"
 # What all rooms stand on; each file may import the earlier ones.
 BASE = (
-    *("testing.case", "testing.tolerance", "backends", "checks", "children", "finite", "launch", "spec", "choice"),
+    *("testing.case", "testing.tolerance", "backends", "checks", "children", "launch", "spec", "choice"),
     "torch_op",
 )
 ROOMS = ("strip_conv", "ssd_scan", "reassembly")

@@ -35,6 +35,14 @@ def _group_of(splits, sizes, directions):
 
 
 @triton.jit
+def _tokens_of(direction, chunk, sizes, CHUNK: tl.constexpr):
+    """Of a chunk: lanes, the token of each in the direction's own order, whether there is one, and its pixel."""
+    lane = tl.arange(0, CHUNK)
+    token = chunk * CHUNK + tl.where(direction % 2 == 0, lane, CHUNK - 1 - lane)
+    return lane, token, token < sizes.height * sizes.width, pixels_of(token, direction // 2, sizes)
+
+
+@triton.jit
 def pair_gradients(
     x, dy, B, C, sums, resets, of_gram, of_step, of_log, of_skip, sizes, splits, directions, matrices,
     P: tl.constexpr, N: tl.constexpr, HEADS: tl.constexpr, CHUNK: tl.constexpr, BLOCK_P: tl.constexpr,
@@ -52,12 +60,8 @@ def pair_gradients(
     """
     heads = sizes.heads
     direction, batch, chunk, group, split = _group_of(splits, sizes, directions)
-    lane = tl.arange(0, CHUNK)
-    # In the direction's own order.
-    token = chunk * CHUNK + tl.where(direction % 2 == 0, lane, CHUNK - 1 - lane)
+    lane, token, live, pixels = _tokens_of(direction, chunk, sizes, CHUNK)
     tokens = sizes.height * sizes.width
-    live = token < tokens
-    pixels = pixels_of(token, direction // 2, sizes)
     rows, columns = lane[:, None], lane[None, :]
     p = tl.arange(0, BLOCK_P)
     matrix = (tl.where(matrices > 1, direction, 0) * sizes.groups + group) * N
@@ -123,12 +127,8 @@ def matrix_gradients(
     batches, chunks, heads, groups = sizes.batches, sizes.chunks, sizes.heads, sizes.groups
     block = tl.program_id(1)
     direction, batch, chunk, group, split = _group_of(splits, sizes, directions)
-    lane = tl.arange(0, CHUNK)
-    # In the direction's own order.
-    token = chunk * CHUNK + tl.where(direction % 2 == 0, lane, CHUNK - 1 - lane)
+    lane, token, live, pixels = _tokens_of(direction, chunk, sizes, CHUNK)
     tokens = sizes.height * sizes.width
-    live = token < tokens
-    pixels = pixels_of(token, direction // 2, sizes)
     rows, columns = lane[:, None], lane[None, :]
     p = tl.arange(0, BLOCK_P)
     n = block * BLOCK_N + tl.arange(0, BLOCK_N)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from famseg_kernels.finite import finite, nan_unless_finite
 from famseg_kernels.ssd_scan.triton.steps import (
     difference,
     load_sums,
@@ -38,8 +37,9 @@ def add_product(result, matrix, reads, tile, DOT: tl.constexpr, PRECISION: tl.co
     """result + matrix · tile, where row i is to read only the rows j of the tile of which reads[i, j]: the others it
     multiplies by 0, which is NaN of what is not finite. So that is left out and put in its places by itself."""
     wide = tile.to(tl.float32)
-    result = tl.dot(matrix, finite(wide, 1).to(DOT), result, input_precision=PRECISION)
-    if nan_unless_finite(wide) != 0.0:  # of a NaN it is true
+    finite = tl.where(tl.abs(wide) < float("inf"), wide, 0.0)
+    result = tl.dot(matrix, finite.to(DOT), result, input_precision=PRECISION)
+    if tl.sum(tl.sum(wide * 0.0, 1), 0) != 0.0:  # of a NaN, which anything not finite makes of the sum, it is true
         spoilt = tl.dot(reads.to(DOT), tl.where(wide * 0.0 == 0.0, 0.0, 1.0).to(DOT), input_precision="tf32")
         result = tl.where(spoilt > 0.0, float("nan"), result)
     return result

@@ -274,9 +274,6 @@ def _row_gradients(
             weights=cols,
             WANTED=sizes["ROWS"],
             ALONG=sizes["COLS"],
-            WIDE=sizes["WIDE"],
-            TALL=sizes["TALL"],
-            ROWS=_configuration(a).gradient_rows,
             **cut.arguments,
         )
     *pieces, dy_sum = partial.sum(0).split([k for size in sizes["ROWS"] for k in (size, 1)] + [1])
@@ -303,9 +300,6 @@ def _col_gradients(
             biases=biases,
             WANTED=sizes["COLS"],
             ALONG=sizes["ROWS"],
-            WIDE=sizes["WIDE"],
-            TALL=sizes["TALL"],
-            ROWS=_configuration(a).gradient_rows,
             **cut.arguments,
         )
     pieces = partial.sum(0).split(list(sizes["COLS"]))
@@ -313,7 +307,10 @@ def _col_gradients(
 
 
 def _gradient_cut(x: Tensor, sizes: dict[str, Any]) -> _Cut:
-    return _strips_cut(x, (*sizes["ROWS"], *sizes["COLS"]), _configuration(x).gradient_rows * len(sizes["ROWS"]))
+    """As both kernels of the strips' gradients take it."""
+    rows = _configuration(x).gradient_rows
+    cut = _strips_cut(x, (*sizes["ROWS"], *sizes["COLS"]), rows * len(sizes["ROWS"]))
+    return cut._replace(arguments={**cut.arguments, "WIDE": sizes["WIDE"], "TALL": sizes["TALL"], "ROWS": rows})
 
 
 def _dense(tensors: Sequence[Any]) -> tuple[Any, ...]:
