@@ -48,6 +48,7 @@ SELECTIONS = (
     "compiles and (strip_conv2d or carafe) and {name}-triton-float32",
     "any_configuration and {name}",
     "one_by_one and {name}",
+    "share_the_channels and {name}",
 )
 # Of tests/test_not_finite.py: each way by which a kernel keeps what is not finite in its place. An image takes 20 s.
 NOT_FINITE = {
@@ -135,6 +136,19 @@ def test_gradients_asked_for_one_by_one_are_the_same(name):
         # What a launch computes on the way is left out.
         (gradient,) = operation.promised_gradients(alone, [args[0]], needs, args)
         assert torch.equal(gradient, together[i])
+
+
+@pytest.mark.skipif(not backends.TRITON_INTERPRETS, reason="runs in the interpreter's process")
+@pytest.mark.parametrize("programs", [1, 256])
+@pytest.mark.parametrize("name", ["feature_aware_upsample"])
+def test_programs_may_share_the_channels(name, programs, monkeypatch):
+    """Of three tiles, of which the last has gaps: one program takes all, or each has its own."""
+    module = importlib.import_module("famseg_kernels.reassembly.triton.launch")
+    monkeypatch.setattr(module, "PROGRAMS", programs)
+    args = reassembly.feature_aware_upsample("tiles", (1, 37, 3, 5), 3, compressed=33).arguments(torch.float32)
+    expected = ahead.OPERATIONS[name].implementations["reference"].forward(*args)
+    found = ahead.OPERATIONS[name].implementations["triton"].forward(*args)
+    torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.skipif(backends.TRITON_INTERPRETS, reason="kernels of this process are interpreted")

@@ -1,17 +1,19 @@
-"""What is launched for a call of reassemble or carafe, and how it is cut into programs."""
+"""What is launched for a call, and how it is cut into programs."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
-from famseg_kernels import checks, launch
-from famseg_kernels.reassembly.problem import Problem, chain, operations
+from famseg_kernels import backends, checks, launch
+from famseg_kernels.reassembly.problem import Encoded, Problem, chain, operations
 from famseg_kernels.reassembly.triton.kernels import (
     Blocks,
     Image,
@@ -20,6 +22,7 @@ from famseg_kernels.reassembly.triton.kernels import (
     source_gradient,
     weight_gradient,
 )
+from famseg_kernels.reassembly.triton.upsample import Encoder, upsample_forward
 
 
 class Configuration(NamedTuple):
@@ -172,5 +175,119 @@ def _backward(problem: Problem, grad: Tensor, needs: Sequence[bool]) -> list[Ten
     return [dx, dw]
 
 
+# --- feature_aware_upsample --------------------------------------------------------------------------------------
+
+MOST_COLUMNS = 128  # of a product: a pixel's logits, which a thread holds
+PIXEL_BYTES = 64  # at most, of a pixel in channels_last
+PROGRAMS = 256  # below which several share a pixel's channels
+
+
+class _Upsampling:
+    """How the forward of one call is cut into programs: a thread has 8 channels of a pixel at a time, or 16 bytes."""
+
+    pixels = 128
+
+    def __init__(self, call: Encoded) -> None:
+        n, c, height, width = call.x.shape
+        self.call = call
+        self.sizes = Sizes(c // call.groups, call.groups, height, width)
+        self.blocks = triton.cdiv(height * width, self.pixels)
+        size = call.x.element_size()
+        self.taps = triton.next_power_of_2(call.kernel_size**2)
+        self.parts = _parts(call.scale, MOST_COLUMNS // self.taps)
+        self.columns = self.taps * triton.next_power_of_2(self.parts)
+        # Lanes of a pixel: two read 32 bytes, a sector, of channels_last; fp32 has two tiles of sums in its products.
+        contiguous = call.x.is_contiguous()
+        lanes = 1 if contiguous and size == 2 else 2
+        self.num_warps = self.pixels * lanes // 32
+        self.channels = min(lanes * (8 if contiguous else 16 // size), triton.next_power_of_2(self.sizes.channels))
+        # Where pixels make few programs, several share the channels, each with the product to itself.
+        chunks = triton.cdiv(self.sizes.channels, self.channels)
+        programs = n * call.groups * self.blocks * (call.scale**2 // self.parts)
+        self.chunks = triton.cdiv(chunks, max(1, min(chunks, PROGRAMS // programs)))
+        self.grid = (
+            n * call.groups * self.blocks,
+            call.scale**2 // self.parts,
+            triton.cdiv(self.sizes.channels, self.channels * self.chunks),
+        )
+        # A row of what tensor cores are given: shared memory of sm_90 has room for longer ones.
+        row = (128 if launch.capability(call.x.device) == 90 else 64) // size
+        self.depth = max(16, min(row, triton.next_power_of_2(call.compressed.shape[1])))
+        self.depths = triton.cdiv(call.compressed.shape[1], self.depth)
+
+    def weight(self) -> Tensor:
+        """The encoder's weight as `Encoder` has it."""
+        call, (groups, parts) = self.call, (self.sizes.groups, self.parts)
+        _, channels, size, _ = call.weight.shape
+        taps, blocks = call.kernel_size**2, call.scale**2 // parts
+        weight = call.weight.reshape(groups, taps, blocks, parts, channels, size**2).permute(5, 0, 2, 3, 1, 4)
+        shape = (size**2, groups, blocks, self.columns // self.taps, self.taps, self.depth * self.depths)
+        packed = weight.new_zeros(shape)
+        packed[:, :, :, :parts, :taps, :channels] = weight
+        if packed.dtype != torch.float32:
+            return packed
+        high = (packed.view(torch.int32) & -8192).view(torch.float32)
+        return torch.stack((high, packed - high))
+
+
+def _fits(call: Encoded) -> bool:
+    """Whether the forward is one kernel. Otherwise torch's convolution writes the logits and `reassemble` reads them.
+
+    So it is for kernels of one tap or of more than 49, without compressed channels, where an image's places are no
+    numbers of 32 bits, and in channels_last for pixels of more than 64 bytes: there `reassemble` has four lanes a
+    pixel, where this kernel, whose lanes all hold 100 weights, has two and reads half as much of a cache line.
+    """
+    x, compressed = call.x, call.compressed
+    if not 3 <= call.kernel_size <= 7 or not compressed.numel():
+        return False
+    if not x.is_contiguous() and x.shape[1] * x.element_size() > PIXEL_BYTES:
+        return False
+    # The copy of compressed that is read has no gaps.
+    last = sum((size - 1) * stride for size, stride in zip(x.shape[1:], x.stride()[1:], strict=True))
+    return max(last, compressed[0].numel()) < 2**31
+
+
+def _upsample(*arguments: Any) -> Tensor:
+    call = Encoded(*arguments)
+    if not call.x.numel() or not _fits(call):
+        return _chain.forward(*arguments)
+    x, compressed, _, bias, kernel_size, scale, _, dilation = call
+    y = torch.empty(
+        call.problem(compressed).y_shape, dtype=x.dtype, device=x.device, memory_format=checks.image_format(x)
+    )
+    plan = _Upsampling(call)
+    encoder = Encoder(plan.weight(), None if bias is None else bias.contiguous(), compressed.shape[1], dilation)
+    # Rows of the product are channels of a pixel. A copy costs less than loads of single numbers at odd places.
+    compressed = compressed.contiguous(memory_format=torch.channels_last)
+    with launch.on(x.device):
+        launch.run(
+            upsample_forward,
+            plan.grid,
+            launch.Config(plan.num_warps, num_stages=3),
+            x=_image(x),
+            compressed=_image(compressed),
+            encoder=encoder,
+            y=_image(y),
+            sizes=plan.sizes,
+            pixel_blocks=plan.blocks,
+            K=kernel_size,
+            S=scale,
+            E=call.weight.shape[3],
+            PARTS=plan.parts,
+            TAPS=plan.taps,
+            N=plan.columns,
+            P=plan.pixels,
+            C=plan.channels,
+            CHUNKS=plan.chunks,
+            EVEN=plan.sizes.channels % (plan.channels * plan.chunks) == 0,
+            D=plan.depth,
+            D_BLOCKS=plan.depths,
+            # Triton's interpreter has no product of bf16.
+            DOT=tl.float32 if backends.TRITON_INTERPRETS else getattr(tl, str(x.dtype).removeprefix("torch.")),
+        )
+    return y
+
+
 reassemble, carafe = operations(_forward, _backward, _unsupported)
-feature_aware_upsample = chain(_forward, _backward, _unsupported)
+_chain = chain(_forward, _backward, _unsupported)
+feature_aware_upsample = dataclasses.replace(_chain, forward=_upsample)
