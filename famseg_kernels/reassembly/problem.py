@@ -104,7 +104,7 @@ def operations(
 def chain(
     forward: Forward, backward: Backward, unsupported: Unsupported | None = None, faster: str | None = None
 ) -> Backend:
-    """`feature_aware_upsample` of a backend that has no kernel of its own for it: torch's convolution, then `forward`.
+    """`feature_aware_upsample` where a backend has no kernel of its own for it: torch's convolution, then `forward`.
 
     The backward computes the logits again, as every backward here keeps nothing but the inputs.
     faster: the backend that automatic choice takes instead, where it can.

@@ -12,7 +12,11 @@ each other in memory (channels_last), 16 bytes of them a lane. Logits, masks and
 The softmax is taken on the way, a kernel row at a time: neither a softmaxed, nor a pixel-shuffled, nor an unfolded
 tensor exists. Backward: a pixel's weights sum over channels in registers; x gathers from the s²·k² results that used
 it, two rows of it at once from the same dy. No two programs write the same place. The first leaves the softmax's log Σ
-exp (an fp32 number a result pixel) for the second. No GPU has run this yet.
+exp (an fp32 number a result pixel) for the second.
+
+feature_aware_upsample makes the logits in its forward's only kernel (`upsample.py`), where pixels are no wider than it is
+good at; its backward writes them and their gradient, which the convolution's gradients read anyway. No GPU has run this
+yet.
 """
 
 from famseg_kernels.reassembly.triton.launch import (

@@ -227,7 +227,7 @@ class _Upsampling:
         if packed.dtype != torch.float32:
             return packed
         high = (packed.view(torch.int32) & -8192).view(torch.float32)
-        return torch.stack((high, packed - high))
+        return torch.stack((high, packed - high), 3)
 
 
 def _fits(call: Encoded) -> bool:

@@ -18,8 +18,8 @@ from famseg_kernels.reassembly.triton.kernels import _at, _inside, _larger, _pix
 
 
 class Encoder(NamedTuple):
-    """weight: (1 or 2, k_e², groups, S² / PARTS, N, C_d), zeros where N and C_d are padded; of fp32, its leading 11
-    bits and then the others. bias: as the operation was given it."""
+    """weight: (k_e², groups, S² / PARTS, 1, N, C_d), zeros where N and C_d are padded; 2 of them instead of 1 in fp32,
+    the leading 11 bits and then the others. bias: as the operation was given it."""
 
     weight: Any
     bias: Any
@@ -69,7 +69,6 @@ def _logits(
     SPLIT: tl.constexpr = compressed.pointer.dtype.element_ty == tl.float32
     part_blocks: tl.constexpr = S * S // PARTS
     column, d = tl.arange(0, N), tl.arange(0, D)
-    rest = E * E * sizes.groups * part_blocks * N * (D * D_BLOCKS)
     logits, small = tl.zeros([P, N], tl.float32), tl.zeros([P, N], tl.float32)
     for step in range(E * E * D_BLOCKS):
         tap, channel = step // D_BLOCKS, step % D_BLOCKS * D + d
@@ -81,13 +80,14 @@ def _logits(
             mask=(row_inside & column_inside)[:, None] & (channel < encoder.channels)[None, :],
             other=0.0,
         )
-        line = ((tap * sizes.groups + group) * part_blocks + part_block) * N + column
-        weight = encoder.weight + line[:, None] * (D * D_BLOCKS) + channel[None, :]
+        tile = ((tap * sizes.groups + group) * part_blocks + part_block) * (2 if SPLIT else 1)
+        weight = encoder.weight + tl.cast(tile, tl.int64) * (N * D * D_BLOCKS)
+        weight += column[:, None] * (D * D_BLOCKS) + channel[None, :]
         right = tl.trans(tl.load(weight))
         if SPLIT:
             high = (left.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
             logits = tl.dot(high, right, logits, input_precision="tf32")
-            small = tl.dot(high, tl.trans(tl.load(weight + rest)), small, input_precision="tf32")
+            small = tl.dot(high, tl.trans(tl.load(weight + N * D * D_BLOCKS)), small, input_precision="tf32")
             small = tl.dot(left - high, right, small, input_precision="tf32")
         else:
             logits = tl.dot(left.to(DOT), right.to(DOT), logits)
