@@ -14,9 +14,9 @@ tensor exists. Backward: a pixel's weights sum over channels in registers; x gat
 it, two rows of it at once from the same dy. No two programs write the same place. The first leaves the softmax's log Σ
 exp (an fp32 number a result pixel) for the second.
 
-feature_aware_upsample makes the logits in its forward's only kernel (`upsample.py`), where pixels are no wider than it is
-good at; its backward writes them and their gradient, which the convolution's gradients read anyway. No GPU has run this
-yet.
+feature_aware_upsample makes the logits in its forward's only kernel (`upsample.py`), unless `launch.py` says that two
+are better. Its backward writes them and their gradient, which the convolution's gradients read anyway. No GPU has run
+this yet.
 """
 
 from famseg_kernels.reassembly.triton.launch import (

@@ -233,12 +233,13 @@ class _Upsampling:
 def _fits(call: Encoded) -> bool:
     """Whether the forward is one kernel. Otherwise torch's convolution writes the logits and `reassemble` reads them.
 
-    So it is for kernels of one tap or of more than 49, without compressed channels, where an image's places are no
-    numbers of 32 bits, and in channels_last for pixels of more than 64 bytes: there `reassemble` has four lanes a
-    pixel, where this kernel, whose lanes all hold 100 weights, has two and reads half as much of a cache line.
+    So it is for kernels of one tap or of 49 and more (in fp32 they do not fit in registers), without compressed
+    channels, where an image's places are no numbers of 32 bits, and in channels_last for pixels of more than 64 bytes:
+    there `reassemble` has four lanes a pixel, where this kernel, whose lanes all hold 100 weights, has two and reads
+    half as much of a cache line.
     """
     x, compressed = call.x, call.compressed
-    if not 3 <= call.kernel_size <= 7 or not compressed.numel():
+    if call.kernel_size not in (3, 5) or not compressed.numel():
         return False
     if not x.is_contiguous() and x.shape[1] * x.element_size() > PIXEL_BYTES:
         return False
