@@ -86,6 +86,7 @@ QUICK = (
     *(("ssd_scan_2d", "vmamba_56x56_n16", "bf16"), ("ssd_scan", "mamba2_2048_n8", "bf16")),
     *(("reassemble", "famseg_32x32_n16", "bf16"), ("reassemble", "famseg_32x32_n16", "fp32")),
     *(("carafe", "carafe_64x64_n16", "bf16"), ("carafe", "carafe_64x64_n16", "fp16")),
+    ("feature_aware_upsample", "carafe_64x64_n16", "bf16"),
 )
 
 

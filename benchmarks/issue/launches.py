@@ -15,6 +15,7 @@ from unittest import mock
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
 
 from benchmarks import ahead
 from benchmarks.issue.sass import Refusal
@@ -59,7 +60,10 @@ class Launch:
     shared: int  # bytes of dynamic shared memory
     parameters: bytes
     tensors: dict[int, int]  # base → bytes
-    torch_bytes: int = 0  # of an operator of torch between the kernels: what it reads and writes
+    # Of an operator of torch between the kernels: what it reads and writes, its FLOPs, on tensor cores if in 16 bits.
+    torch_bytes: int = 0
+    torch_flops: float = 0.0
+    torch_tensor_cores: bool = False
 
 
 _FORMATS = {
@@ -140,7 +144,10 @@ class Torch(TorchDispatchMode):
             tensors = [t for t in tree_leaves((args, kwargs, result)) if isinstance(t, torch.Tensor)]
             moved = sum(t.nbytes for t in tensors if t.device.type == "meta")
             if moved:
-                self._add(Launch("torch", f"torch {name}", "", b"", (1, 1, 1), 0, 0, b"", {}, torch_bytes=moved))
+                count = flop_registry.get(func.overloadpacket)
+                flops = float(count(*args, **(kwargs or {}), out_val=result)) if count else 0.0
+                where = (f"torch {name}", "", b"", (1, 1, 1), 0, 0, b"", {})
+                self._add(Launch("torch", *where, moved, flops, tensors[0].dtype.itemsize == 2))
         return result
 
 

@@ -138,9 +138,15 @@ def _counted_or_refused(launch: Launch, capability: int) -> Counted | Refusal | 
 
 
 def _predicted(launch: Launch, known: Counted | Refusal | None, chip: Chip) -> Row:
-    if known is None:  # torch's: at the bandwidth of a copy, which a good kernel reaches
-        us = 1e6 * launch.torch_bytes / (chip.memory * chips.COPY)
-        return {"us": us, "binds": "memory", "memory us": us, "MB": launch.torch_bytes / 1e6, "refusal": ""}
+    if known is None:  # torch's: at the bandwidth of a copy and all of a unit's rate, which a good kernel reaches
+        unit, rate = ("tensor", chips.TENSOR) if launch.torch_tensor_cores else ("fma", chips.FMA)
+        bounds = {
+            "memory": 1e6 * launch.torch_bytes / (chip.memory * chips.COPY),
+            unit: 1e6 * launch.torch_flops / (2 * rate[chip.capability] * chip.processors * chip.clock),
+        }
+        binds = max(bounds, key=lambda name: bounds[name])
+        moved = {"MB": launch.torch_bytes / 1e6, "refusal": ""}
+        return {"us": bounds[binds], "binds": binds, **{f"{name} us": us for name, us in bounds.items()}, **moved}
     row: Row = {"blocks": math.prod(launch.grid), "threads": launch.threads, "refusal": ""}
     try:
         if isinstance(known, Refusal):

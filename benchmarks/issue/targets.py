@@ -51,7 +51,9 @@ def of(op: str, case: str, dtype: str, passed: str) -> Target | None:
 
 
 def bounds(op: str, case: str, dtype: str, passed: str, chip: Chip) -> dict[str, float]:
-    """Microseconds that the work takes at least on FMA units, on tensor cores (16 bits), and at a copy's bandwidth.
+    """Microseconds that the work takes at least on FMA units, on tensor cores, and at a copy's bandwidth.
+
+    Tensor cores: in 16 bits; in fp32 as three products of TF32, each at half of that rate.
 
     FLOPs: twice the forward's in the backward. Bytes: those that any implementation moves, of the backward as
     `benchmarks.timing` has them: arguments and the result's gradient in, gradients out.
@@ -70,12 +72,12 @@ def bounds(op: str, case: str, dtype: str, passed: str, chip: Chip) -> dict[str,
         "FMA": 1e6 * flops / (chips.FMA[chip.capability] * every_clock),
         "copy": 1e6 * moved / (chip.memory * chips.COPY),
     }
-    if dtype != "fp32":
-        found["tensor"] = 1e6 * flops / (chips.TENSOR[chip.capability] * every_clock)
+    products = 6 if dtype == "fp32" else 1
+    found["tensor"] = 1e6 * products * flops / (chips.TENSOR[chip.capability] * every_clock)
     return found
 
 
 def least(of_work: dict[str, float]) -> tuple[float, str]:
     """The time that no call can beat, and what sets it: arithmetic on the fastest unit for the dtype, or bytes."""
-    arithmetic = of_work.get("tensor", of_work["FMA"])
+    arithmetic = min(of_work["tensor"], of_work["FMA"])
     return (arithmetic, "arithmetic") if arithmetic > of_work["copy"] else (of_work["copy"], "memory")
