@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from famseg.cli import export as command
+from famseg.cli import onnx_graph
 from famseg.cli.export import export_program, main
 from famseg.data.augment import MEAN, STD
 from famseg.inference import load_network
@@ -118,15 +119,21 @@ def test_pt2_agrees_with_the_network_and_holds_no_op_of_this_library(tmp_path: P
 def test_a_file_that_disagrees_is_never_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint = write_checkpoint(tmp_path / "best.ckpt", shortcut="identity", upsample="bilinear", context="none")
 
-    def spoilt(network, file_format):
-        program = export_program(network, file_format)
-        program.state_dict["classifier.bias"] = torch.nn.Parameter(network.model.classifier.bias + 1.0)
+    def spoilt(model, file_format):
+        program = export_program(model, file_format)
+        program.state_dict["classifier.bias"] = torch.nn.Parameter(model.classifier.bias + 1.0)
         return program
 
     monkeypatch.setattr(command, "export_program", spoilt)
     with pytest.raises(RuntimeError, match="was not written"):
-        main([str(checkpoint), "--format", "pt2"])
+        main([str(checkpoint)])
     assert [path.name for path in tmp_path.iterdir()] == ["best.ckpt"]
+
+
+def test_what_has_no_form_in_onnx_is_decomposed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = write_checkpoint(tmp_path / "best.ckpt", shortcut="identity", upsample="bilinear", context="none")
+    monkeypatch.setattr(onnx_graph, "_aten", dict)
+    assert main([str(checkpoint)]) == 0
 
 
 @pytest.mark.parametrize(

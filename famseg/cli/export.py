@@ -75,8 +75,8 @@ def _export(options: Options) -> int:
         raise DataError(f"{out}: is a folder; give a file name")
 
     metadata = describe(network, options.format)
-    program = export_program(network, options.format)
-    write, load = (_write_onnx, _load_onnx) if options.format == "onnx" else (_write_pt2, _load_pt2)
+    program = export_program(network.model, options.format)
+    write, load = (write_onnx, _load_onnx) if options.format == "onnx" else (_write_pt2, _load_pt2)
     # Written beside the target, checked, then renamed: nothing unchecked ever has the target's name.
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder:
         partial = Path(folder) / out.name
@@ -119,7 +119,7 @@ def describe(network: Network, file_format: str) -> dict[str, Any]:
     }
 
 
-def export_program(network: Network, file_format: str) -> ExportedProgram:
+def export_program(model: nn.Module, file_format: str) -> ExportedProgram:
     """The network as a graph in which batch, height and width are free, batch norms folded into convolutions.
 
     The ops of this library are in it: in a PT2 file their references, which are their definitions, take their place, in
@@ -135,7 +135,7 @@ def export_program(network: Network, file_format: str) -> ExportedProgram:
     example = torch.zeros(2, 1, height, width)
     with warnings.catch_warnings(), _tracing(), torch.no_grad():
         warnings.simplefilter("ignore", FutureWarning)  # torch's own, about its pytrees
-        return torch.export.export(_folded(network.model), (example,), dynamic_shapes=(free,))
+        return torch.export.export(_folded(model), (example,), dynamic_shapes=(free,))
 
 
 def _tracing() -> AbstractContextManager[Any]:
@@ -158,7 +158,7 @@ def _folded(model: nn.Module) -> nn.Module:
     return model
 
 
-def _write_onnx(program: ExportedProgram, metadata: dict[str, Any], path: Path) -> None:
+def write_onnx(program: ExportedProgram, metadata: dict[str, Any], path: Path) -> None:
     from famseg.cli.onnx_graph import onnx_program  # onnxscript is an extra
 
     exported = onnx_program(program)
