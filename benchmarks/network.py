@@ -2,8 +2,9 @@
 
 The network with our kernels, beside the same network from standard parts (depthwise convolutions one by one,
 cross-scanned sequences through an SSD scan, CARAFE by unfold or, on a GPU, by a loop over taps; mamba_ssm and mmcv take
-over where they are installed) and beside U-Net from segmentation-models-pytorch. All take turns in one run; every
-contestant starts from the same weights, and each build's output is compared with the reference's before it is timed.
+over where they are installed), beside its ONNX file in onnxruntime and OpenVINO (inference in fp32 on a CPU), and
+beside U-Net from segmentation-models-pytorch. All take turns in one run; every contestant starts from the same weights,
+and each build's output is compared with the reference's before it is timed.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 
 import famseg_kernels as fk
 from benchmarks import measure, peers
+from benchmarks.exported import Exported, runtimes
 from benchmarks.models import MSCAN, CarafeNeck, VMambaStage
 from benchmarks.timing import without_tf32
 from famseg.models import create_model
@@ -106,8 +108,9 @@ class Contest:
             builds = {name: build for name, build in builds.items() if "channels_last" not in name}
         torch.manual_seed(0)
         state = create_model(setting.model, CLASSES).state_dict()
-        # A fresh network scales its strip blocks by 0.01: 10 % of error in them would not show in its output.
-        state = {name: torch.ones_like(t) if "layer_scale" in name else t for name, t in state.items()}
+        # A fresh network scales its strip blocks by 0.01: 10 % of error in them would not show in its output. By 1, the
+        # products in them would leave fp32 after a few blocks.
+        state = {name: torch.full_like(t, 0.02) if "layer_scale" in name else t for name, t in state.items()}
         x = torch.randn(setting.batch, 1, size, size, device=device)
         self.target = torch.randint(CLASSES, (setting.batch, size, size), device=device)
         self.builds: dict[str, tuple[Context, nn.Module, Tensor]] = {}
@@ -126,6 +129,9 @@ class Contest:
             self.builds[OTHER] = (functools.partial(fk.use_backend, "auto"), unet, x)
         else:
             setting.say(f"{OTHER} left out: {reason}")
+        if setting.seconds and device == "cpu" and setting.dtype == "fp32":
+            for runtime, exported in runtimes(self.builds[OURS][1], setting.say):
+                self.builds[f"{OURS} in {runtime}"] = (ours, exported, x)
         self._same_output()
 
     @property
@@ -164,6 +170,8 @@ class Contest:
         setting, failed = self.setting, list(self.wrong)
         calls: dict[str, measure.Call] = {}
         for build, (context, model, image) in self.builds.items():
+            if kind == "training step" and isinstance(model, Exported):
+                continue
             model.train(kind == "training step")
             if kind != "training step":
                 run: Callable[[], Any] = functools.partial(infer, model, image)
@@ -191,6 +199,7 @@ class Contest:
         calls = {build: calls[build] for build in times}
         ours = times[OURS].median if OURS in times else float("nan")
         for build, call in calls.items():
+            exported = isinstance(self.builds[build][1], Exported)
             yield {
                 "model": setting.model if build != OTHER else "unet_resnet34",
                 "batch": setting.batch,
@@ -201,7 +210,8 @@ class Contest:
                 "ms": round(times[build].median, 2),
                 "graph": times[build].graph,
                 "images_s": round(1e3 * setting.batch / times[build].median, 2),
-                "peak_mb": round(measure.peak_megabytes(call, setting.device), 1),
+                # Only what torch allocates is seen.
+                "peak_mb": "" if exported else round(measure.peak_megabytes(call, setting.device), 1),
                 "famseg_speedup": round(times[build].median / ours, 2),
             }
         for build in (OURS, TRUTH):

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 KERNELS = ROOT / "famseg_kernels"
 # What all rooms stand on; each file may import the earlier ones.
 BASE = (
-    *("testing.case", "testing.tolerance", "backends", "checks", "children", "launch", "spec", "choice"),
+    *("testing.case", "testing.tolerance", "backends", "checks", "children", "launch", "onnx", "spec", "choice"),
     "torch_op",
 )
 ROOMS = ("strip_conv", "ssd_scan", "reassembly")
@@ -29,6 +29,7 @@ ROOM_FILES = {
     "cpu": ("spec", "problem"),
     "triton": ("spec", "problem", "triton"),  # a file or a folder
     "cuda": ("spec", "problem"),
+    "onnx": ("spec", "reference"),
     "op": ("spec", "reference", "cpu", "triton", "cuda", "torch_op"),
     "layer": ("spec", "op"),
 }

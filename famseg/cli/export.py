@@ -1,9 +1,9 @@
 """famseg-export: a trained network as one ONNX or PT2 file that runs without this library.
 
 The file takes `image`, float32 (batch, 1, H, W): grey values in [0, 1], letterboxed to H x W, minus the mean, over the
-standard deviation; and gives `logits`, float32 (batch, classes, H, W). H and W are any multiples of 32 from 64 on; the
-network is at its best at the size it was trained at. The metadata, a JSON text under "famseg", say all of this. The
-written file is run at two sizes and compared with the network before the command says that it is done.
+standard deviation; and gives `logits`, float32 (batch, classes, H, W). H and W are free; in a PT2 file, multiples of 32
+from 64 on. The network is at its best at the size it was trained at. The metadata, a JSON text under "famseg", say all
+of this. The written file is run at two sizes and compared with the network before the command says that it is done.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import importlib.metadata
 import importlib.util
 import itertools
 import json
-import logging
 import math
 import sys
 import tempfile
@@ -39,7 +38,8 @@ from famseg.options import CHECKPOINT_HELP, ConfigError, option
 from famseg_kernels import decompositions
 
 PROG = "famseg-export"
-# The deepest stage has a stride of 32; its one pixel at 32 px would be traced as a constant.
+# A PT2 file refuses sizes at which its trace would have been another: where an upsampled map is cropped, and where the
+# deepest stage, of stride 32, has one pixel.
 _MULTIPLE, _SMALLEST = 32, 64
 # fp32 through other kernels in another order: measured 1e-6 of the largest logit, on a trained network.
 _TOLERANCE = 1e-4
@@ -74,14 +74,14 @@ def _export(options: Options) -> int:
     if out.is_dir():
         raise DataError(f"{out}: is a folder; give a file name")
 
-    metadata = describe(network)
-    program = export_program(network)
-    write, load = (_write_onnx, _load_onnx) if options.format == "onnx" else (_write_pt2, _load_pt2)
+    metadata = describe(network, options.format)
+    program = export_program(network.model, options.format)
+    write, load = (write_onnx, _load_onnx) if options.format == "onnx" else (_write_pt2, _load_pt2)
     # Written beside the target, checked, then renamed: nothing unchecked ever has the target's name.
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder:
         partial = Path(folder) / out.name
         write(program, metadata, partial)
-        shapes = _checked_shapes(metadata["image_size"])
+        shapes = _checked_shapes(metadata["image_size"], options.format)
         error = _largest_error(network, load(partial), shapes)
         if not error <= _TOLERANCE:
             raise RuntimeError(
@@ -96,12 +96,16 @@ def _export(options: Options) -> int:
     return 0
 
 
-def describe(network: Network) -> dict[str, Any]:
+def describe(network: Network, file_format: str) -> dict[str, Any]:
     """What a program must know to use the exported file."""
+    size, sizes = network.image_size, "any height and width"
+    if file_format == "pt2":
+        size = max(math.ceil(size / _MULTIPLE) * _MULTIPLE, _SMALLEST)
+        sizes = f"multiples of {_MULTIPLE} from {_SMALLEST} on"
     return {
         "classes": list(CLASSES),
-        "image_size": max(math.ceil(network.image_size / _MULTIPLE) * _MULTIPLE, _SMALLEST),
-        "sizes": f"image_size x image_size is what the network knows; multiples of {_MULTIPLE} from {_SMALLEST} on run",
+        "image_size": size,
+        "sizes": f"image_size x image_size is what the network knows; {sizes} run",
         "input": "image, float32 (batch, 1, height, width): (grey / 255 - mean) / std",
         "output": "logits, float32 (batch, classes, height, width); resize them, then take the largest",
         "mean": MEAN,
@@ -115,19 +119,23 @@ def describe(network: Network) -> dict[str, Any]:
     }
 
 
-def export_program(network: Network) -> ExportedProgram:
+def export_program(model: nn.Module, file_format: str) -> ExportedProgram:
     """The network as a graph in which batch, height and width are free, batch norms folded into convolutions.
 
-    The ops of this library are in it: writing a file replaces them by their references, which are their definitions,
-    so nothing is rewritten by hand.
+    The ops of this library are in it: in a PT2 file their references, which are their definitions, take their place, in
+    an ONNX file their own translations.
     """
-    # No size of the example may be 1 or equal another, or the trace would take it for a constant or for that other one:
-    # the deepest stage has 9 x 10 positions, more than one chunk of the scan.
-    example = torch.zeros(2, 1, 9 * _MULTIPLE, 10 * _MULTIPLE)
-    free = {0: Dim("batch", min=1), 2: _MULTIPLE * Dim("rows", min=2), 3: _MULTIPLE * Dim("columns", min=2)}
-    with warnings.catch_warnings(), _tracing():
+    # No size of the example may be 1 or equal another, or the trace would take it for a constant or for that other one.
+    height, width = 9 * _MULTIPLE, 10 * _MULTIPLE
+    free: dict[int, Any] = {0: Dim("batch", min=1)}
+    free |= {2: _MULTIPLE * Dim("rows", min=2), 3: _MULTIPLE * Dim("columns", min=2)}
+    if file_format == "onnx":  # it keeps no conditions of the trace; odd sizes, so that every crop is in the graph
+        height, width = height + 13, width + 11
+        free = dict.fromkeys((0, 2, 3), Dim.DYNAMIC)
+    example = torch.zeros(2, 1, height, width)
+    with warnings.catch_warnings(), _tracing(), torch.no_grad():
         warnings.simplefilter("ignore", FutureWarning)  # torch's own, about its pytrees
-        return torch.export.export(_folded(network.model), (example,), dynamic_shapes=(free,))
+        return torch.export.export(_folded(model), (example,), dynamic_shapes=(free,))
 
 
 def _tracing() -> AbstractContextManager[Any]:
@@ -145,20 +153,15 @@ def _folded(model: nn.Module) -> nn.Module:
             if isinstance(first, nn.Conv2d) and isinstance(second, nn.BatchNorm2d):
                 sequence[index] = fuse_conv_bn_eval(first, second)
                 sequence[index + 1] = nn.Identity()
+            if isinstance(second, nn.ReLU):
+                second.inplace = False
     return model
 
 
-def _write_onnx(program: ExportedProgram, metadata: dict[str, Any], path: Path) -> None:
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    with warnings.catch_warnings(), _tracing():
-        warnings.simplefilter("ignore")  # of torch.onnx and onnxscript, about each other's versions
-        # Not optimised: rewriting in Python takes minutes, and onnxruntime folds and fuses as it loads a file.
-        exported = torch.onnx.export(
-            program, dynamo=True, verbose=False, input_names=["image"], output_names=["logits"], optimize=False
-        )
-    assert exported is not None
-    for node in exported.model.graph:  # stack traces, four times the size of the weights
-        node.metadata_props.clear()
+def write_onnx(program: ExportedProgram, metadata: dict[str, Any], path: Path) -> None:
+    from famseg.cli.onnx_graph import onnx_program  # onnxscript is an extra
+
+    exported = onnx_program(program)
     exported.model.metadata_props["famseg"] = json.dumps(metadata)
     exported.save(str(path))
 
@@ -185,9 +188,10 @@ def _load_pt2(path: Path) -> Callable[[Tensor], np.ndarray]:
     return lambda x: module(x).detach().numpy()
 
 
-def _checked_shapes(size: int) -> list[tuple[int, int, int]]:
+def _checked_shapes(size: int, file_format: str) -> list[tuple[int, int, int]]:
     """(batch, height, width): the network's own, and another of everything, with a batch of one among them."""
-    return [(1, size, size), (3, size + _MULTIPLE, _SMALLEST)]
+    other = (3, size + 9, 46) if file_format == "onnx" else (3, size + _MULTIPLE, _SMALLEST)
+    return [(1, size, size), other]
 
 
 def _largest_error(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Literal
 
 import torch
@@ -13,12 +14,18 @@ from famseg_kernels import DepthwiseConv2d, Mamba2Scan2d, StripAttention
 Shortcut = Literal["mamba", "identity"]
 
 
+def without_autocast(x: Tensor) -> AbstractContextManager[object]:
+    """Autocast off for x's device, where it is on: torch.export makes a graph of its own of every such region."""
+    device = x.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+
+
 class LayerNorm2d(nn.LayerNorm):
     """LayerNorm over the channels of (N, C, H, W), in x's dtype: autocast would give fp32, to be cast back."""
 
     def forward(self, x: Tensor) -> Tensor:
         weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x):
             y = F.layer_norm(x.permute(0, 2, 3, 1), self.normalized_shape, weight, bias, self.eps)
             return y.permute(0, 3, 1, 2)
 
@@ -27,7 +34,7 @@ class GroupNorm(nn.GroupNorm):
     """GroupNorm in x's dtype, likewise."""
 
     def forward(self, x: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x):
             return F.group_norm(x, self.num_groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
 
 

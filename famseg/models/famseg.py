@@ -196,7 +196,8 @@ class Decoder(nn.Module):
         # Every size is the ceiling of the input's over the stride, so an upsampled map is cropped by one at most.
         sizes = {1: size}
         for stride in (2, 4, 8, 16):
-            sizes[stride] = torch.Size(-(-extent // stride) for extent in size)
+            # Not -(-extent // stride): exported, a division may round towards zero.
+            sizes[stride] = torch.Size((extent + stride - 1) // stride for extent in size)
         stride = 2 ** (len(self.steps) - 1)
         skips = {16: features[2], 8: features[1]}
         for step, has_skip in zip(self.steps, self.skips, strict=True):

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from famseg.models.blocks import GroupNorm
+from famseg.models.blocks import GroupNorm, without_autocast
 
 _BASES_SEED = 20220918
 _EPSILON = 1e-6
@@ -33,7 +33,7 @@ class NMF2d(nn.Module):
         self.register_buffer("bases", F.normalize(start, dim=0), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x):
             return self._factorise(x.float().flatten(2)).view(x.shape).to(x.dtype)
 
     def _factorise(self, x: Tensor) -> Tensor:
