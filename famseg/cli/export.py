@@ -8,10 +8,8 @@ written file is run at two sizes and compared with the network before the comman
 
 from __future__ import annotations
 
-import copy
 import importlib.metadata
 import importlib.util
-import itertools
 import json
 import logging
 import math
@@ -26,15 +24,15 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.export import Dim, ExportedProgram
-from torch.nn.utils import fuse_conv_bn_eval
 
 from famseg.anatomy import CLASSES
 from famseg.cli.command import build_parser, parse, required, run
 from famseg.data.augment import MEAN, STD
 from famseg.files.errors import DataError
 from famseg.inference import Network, load_network
+from famseg.models.optimize import fold_norms
 from famseg.options import CHECKPOINT_HELP, ConfigError, option
 from famseg_kernels import decompositions
 
@@ -127,7 +125,7 @@ def export_program(network: Network) -> ExportedProgram:
     free = {0: Dim("batch", min=1), 2: _MULTIPLE * Dim("rows", min=2), 3: _MULTIPLE * Dim("columns", min=2)}
     with warnings.catch_warnings(), _tracing():
         warnings.simplefilter("ignore", FutureWarning)  # torch's own, about its pytrees
-        return torch.export.export(_folded(network.model), (example,), dynamic_shapes=(free,))
+        return torch.export.export(fold_norms(network.model), (example,), dynamic_shapes=(free,))
 
 
 def _tracing() -> AbstractContextManager[Any]:
@@ -135,17 +133,6 @@ def _tracing() -> AbstractContextManager[Any]:
     import torch._dynamo  # takes more than a second: not for --help
 
     return torch._dynamo.config.patch(fake_tensor_cache_enabled=False)
-
-
-def _folded(model: nn.Module) -> nn.Module:
-    """A copy of the model in which each convolution has taken in the batch norm that follows it: fewer nodes."""
-    model = copy.deepcopy(model).eval()
-    for sequence in (m for m in model.modules() if isinstance(m, nn.Sequential)):
-        for index, (first, second) in enumerate(itertools.pairwise(sequence)):
-            if isinstance(first, nn.Conv2d) and isinstance(second, nn.BatchNorm2d):
-                sequence[index] = fuse_conv_bn_eval(first, second)
-                sequence[index + 1] = nn.Identity()
-    return model
 
 
 def _write_onnx(program: ExportedProgram, metadata: dict[str, Any], path: Path) -> None:
