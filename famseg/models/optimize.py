@@ -146,7 +146,7 @@ def _steps(modules: list[nn.Module]) -> list[nn.Module]:
     return steps
 
 
-# --- its parts -----------------------------------------------------------------------------------------
+# --- its parts, which hand on channels_last maps (N, C, H, W), and compute on their pixels (N·H·W, C) ---
 
 
 # What oneDNN calls them, how it computes them, and the same in place.
@@ -158,13 +158,13 @@ _ACTIVATIONS: dict[str, tuple[str, str, Callable[[Tensor], Tensor]]] = {
 }
 
 
-class _Pointwise(nn.Module):
-    """A 1×1 convolution as a matrix product over pixels: (N, C, H, W) → (N, C', H/s, W/s), channels_last.
+class _Product(nn.Module):
+    """A 1×1 convolution of pixels: (P, C) → (P, C').
 
     y = after(W · before(x) + b), where `before` and `after` are (scale, shift) of each channel, then the activation.
     """
 
-    weight: Tensor
+    weight: Tensor  # (C, C')
     bias: Tensor | None
 
     def __init__(
@@ -173,7 +173,6 @@ class _Pointwise(nn.Module):
         bias: Tensor | None,
         before: tuple[Tensor, Tensor | None] | None = None,
         after: tuple[Tensor, Tensor] | None = None,
-        stride: int = 1,
         activation: str = "",
     ) -> None:
         super().__init__()
@@ -188,15 +187,42 @@ class _Pointwise(nn.Module):
             scale, shift = after
             bias = shift if bias is None else scale * bias + shift
             weight = scale[:, None] * weight
-        self.register_buffer("weight", weight.to(dtype))
+        self.register_buffer("weight", weight.T.to(dtype).contiguous())
         self.register_buffer("bias", None if bias is None else bias.to(dtype))
-        self.stride, self.activation = stride, activation
+        self.activation = activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x.mm(self.weight) if self.bias is None else torch.addmm(self.bias, x, self.weight)
+        return _ACTIVATIONS[self.activation][2](y)
+
+
+def _pixels(x: Tensor) -> Tensor:
+    """(N, C, H, W) → (N·H·W, C); no copy where x is channels_last."""
+    return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
+
+
+def _image(pixels: Tensor, like: Tensor) -> Tensor:
+    """(N·H·W, C) → (N, C, H, W), channels_last, of the size of `like`."""
+    n, _, h, w = like.shape
+    return pixels.view(n, h, w, pixels.shape[1]).permute(0, 3, 1, 2)
+
+
+class _Pointwise(nn.Module):
+    """A 1×1 convolution: (N, C, H, W) → (N, C', H/stride, W/stride), channels_last."""
+
+    def __init__(self, conv: nn.Conv2d, activation: str) -> None:
+        super().__init__()
+        self.product = _Product(conv.weight, conv.bias, activation=activation)
+        self.stride = conv.stride[0]
 
     def forward(self, x: Tensor) -> Tensor:
         if self.stride != 1:
             x = x[:, :, :: self.stride, :: self.stride]
-        y = F.linear(x.permute(0, 2, 3, 1), self.weight, self.bias).permute(0, 3, 1, 2)
-        return _ACTIVATIONS[self.activation][2](y)
+        return _image(self.product(_pixels(x)), x)
+
+
+# Elements of a map from which on a pass over it takes longer than oneDNN needs to prepare a call with an activation.
+_LEAST_FUSED = 1 << 16
 
 
 class _Convolution(nn.Module):
@@ -217,7 +243,7 @@ class _Convolution(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         weight, bias, groups = self.weight, self.bias, self.groups
         name, algorithm, activate = _ACTIVATIONS[self.activation]
-        here = x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32 and x.numel() > 0
+        here = x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32 and x.numel() >= _LEAST_FUSED
         if here and torch.backends.mkldnn.is_available() and not torch.compiler.is_compiling():
             shape = self.padding, self.stride, self.dilation, groups
             return torch.ops.mkldnn._convolution_pointwise(x, weight, bias, *shape, name, [], algorithm)
@@ -230,7 +256,7 @@ def _convolution(conv: nn.Conv2d, activation: str = "") -> nn.Module:
     """oneDNN is faster than a matrix product where that would have few columns."""
     if conv.kernel_size != (1, 1) or conv.groups != 1 or conv.out_channels < 8:
         return _Convolution(conv, activation)
-    return _Pointwise(conv.weight, conv.bias, stride=conv.stride[0], activation=activation)
+    return _Pointwise(conv, activation)
 
 
 class _StripBlock(nn.Module):
@@ -244,20 +270,22 @@ class _StripBlock(nn.Module):
         scale_1, scale_2 = block.layer_scale_1.double(), block.layer_scale_2.double()
         norm_1, norm_2 = _affine(block.norm1), _affine(block.norm2)
         # x + scale_1 · (u + proj_2(…)) with u = norm1(x): that much of x goes by.
-        self.register_buffer("passed", (1 + scale_1 * norm_1[0]).to(dtype)[:, None, None])
-        self.proj_1 = _Pointwise(attn.proj_1.weight, attn.proj_1.bias, before=norm_1, activation="gelu")
+        self.register_buffer("passed", (1 + scale_1 * norm_1[0]).to(dtype))
+        self.proj_1 = _Product(attn.proj_1.weight, attn.proj_1.bias, before=norm_1, activation="gelu")
         self.strip = attn.spatial_gating_unit
-        self.conv3 = _Pointwise(self.strip.conv3.weight, self.strip.conv3.bias)
-        self.proj_2 = _Pointwise(attn.proj_2.weight, attn.proj_2.bias, after=(scale_1, scale_1 * norm_1[1]))
-        self.fc1 = _Pointwise(mlp.fc1.weight, mlp.fc1.bias, before=norm_2)
+        self.conv3 = _Product(self.strip.conv3.weight, self.strip.conv3.bias)
+        self.proj_2 = _Product(attn.proj_2.weight, attn.proj_2.bias, after=(scale_1, scale_1 * norm_1[1]))
+        self.fc1 = _Product(mlp.fc1.weight, mlp.fc1.bias, before=norm_2)
         self.dwconv = _Convolution(mlp.dwconv.dwconv, "gelu")
-        self.fc2 = _Pointwise(mlp.fc2.weight, mlp.fc2.bias, after=(scale_2, torch.zeros_like(scale_2)))
+        self.fc2 = _Product(mlp.fc2.weight, mlp.fc2.bias, after=(scale_2, torch.zeros_like(scale_2)))
 
     def forward(self, x: Tensor) -> Tensor:
-        a = self.proj_1(x)
-        gated = self.conv3(StripConv2d.forward(self.strip, a)).mul_(a)
-        x = self.proj_2(gated).addcmul_(x, self.passed)
-        return self.fc2(self.dwconv(self.fc1(x))).add_(x)
+        pixels = _pixels(x)
+        a = self.proj_1(pixels)
+        gated = self.conv3(_pixels(StripConv2d.forward(self.strip, _image(a, x)))).mul_(a)
+        pixels = self.proj_2(gated).addcmul_(pixels, self.passed)
+        hidden = self.dwconv(_image(self.fc1(pixels), x))
+        return _image(self.fc2(_pixels(hidden)).add_(pixels), x)
 
 
 class _Residual(nn.Module):
@@ -285,40 +313,34 @@ class _Scan(nn.Module):
         before = norm.weight.double(), norm.bias.double()
         widths = (inner, inner, bc, bc, scan.directions * scan.heads)
         rows = zip(scan.in_proj.weight.split(widths), scan.in_proj.bias.split(widths), strict=True)
-        z, *convolved, dt = (_Pointwise(weight, bias, before) for weight, bias in rows)
+        z, *xbc, dt = (_Product(weight, bias, before) for weight, bias in rows)
         parts = slice(0, inner), slice(inner, inner + bc), slice(inner + bc, None)
-        self.z, self.dt = z, dt
-        self.convolved = nn.ModuleList(
-            nn.Sequential(project, _Convolution(scan.conv2d, "silu", part))
-            for project, part in zip(convolved, parts, strict=True)
-        )
-        self.out = _Pointwise(scan.out_proj.weight, None, before=(scan.norm_weight.double(), None))
+        self.z, self.xbc, self.dt = z, nn.ModuleList(xbc), dt
+        self.convolutions = nn.ModuleList(_Convolution(scan.conv2d, "silu", part) for part in parts)
+        self.out = _Product(scan.out_proj.weight, None, before=(scan.norm_weight.double(), None))
         self.register_buffer("A", -torch.exp(scan.A_log.to(torch.promote_types(scan.A_log.dtype, torch.float32))))
         self.register_buffer("D", scan.D.detach())
         self.register_buffer("dt_bias", scan.dt_bias.detach())
         self.epsilon, self.chunk_size = norm.eps, scan.chunk_size
-        self.heads, self.directions = (scan.heads, scan.headdim), (scan.directions, scan.heads)
-        self.states = scan.bc_directions, scan.ngroups, scan.d_state
+        states = scan.bc_directions, scan.ngroups, scan.d_state
+        self.sizes = (scan.heads, scan.headdim), states, states, (scan.directions, scan.heads)
 
     def forward(self, x: Tensor) -> Tensor:
-        pixels = x.permute(0, 2, 3, 1)
-        u = F.layer_norm(pixels, pixels.shape[3:], eps=self.epsilon).permute(0, 3, 1, 2)
-        z, dt, inputs, B, C = (part(u).permute(0, 2, 3, 1) for part in (self.z, self.dt, *self.convolved))
+        n, channels, h, w = x.shape
+        u = F.layer_norm(_pixels(x), (channels,), eps=self.epsilon)
+        xbc = [
+            conv(_image(project(u), x)).permute(0, 2, 3, 1)
+            for project, conv in zip(self.xbc, self.convolutions, strict=True)
+        ]
+        inputs, B, C, dt = (t.reshape(n, h, w, *size) for t, size in zip((*xbc, self.dt(u)), self.sizes, strict=True))
         y = ssd_scan_2d(
-            inputs.unflatten(3, self.heads),
-            dt.unflatten(3, self.directions),
-            self.A,
-            B.unflatten(3, self.states),
-            C.unflatten(3, self.states),
-            self.D,
-            dt_bias=self.dt_bias,
-            dt_softplus=True,
-            chunk_size=self.chunk_size,
+            *(inputs, dt, self.A, B, C, self.D), dt_bias=self.dt_bias, dt_softplus=True, chunk_size=self.chunk_size
         )
-        y = y.flatten(3).mul_(F.silu(z, inplace=True))
+        z = self.z(u)
+        y = y.view(z.shape).mul_(F.silu(z, inplace=True))
         wide = y.to(torch.promote_types(y.dtype, torch.float32))
-        y = y.mul_(torch.rsqrt(wide.square().mean(3, keepdim=True) + NORM_EPSILON))
-        return self.out(y.permute(0, 3, 1, 2))
+        y = y.mul_(torch.rsqrt(wide.square().mean(1, keepdim=True) + NORM_EPSILON))
+        return _image(self.out(y), x)
 
 
 def _affine(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
