@@ -254,7 +254,7 @@ class _Convolution(nn.Module):
 
 def _convolution(conv: nn.Conv2d, activation: str = "") -> nn.Module:
     """oneDNN is faster than a matrix product where that would have few columns."""
-    if conv.kernel_size != (1, 1) or conv.groups != 1 or conv.out_channels < 8:
+    if conv.kernel_size != (1, 1) or conv.groups != 1 or conv.out_channels <= 8:
         return _Convolution(conv, activation)
     return _Pointwise(conv, activation)
 
