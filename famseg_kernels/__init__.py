@@ -25,7 +25,7 @@ from famseg_kernels.reassembly.op import (
 )
 from famseg_kernels.ssd_scan.layer import Mamba2Scan2d
 from famseg_kernels.ssd_scan.op import SCAN_2D_OPERATION, SCAN_OPERATION, ssd_scan, ssd_scan_2d
-from famseg_kernels.strip_conv.layer import StripAttention, StripConv2d
+from famseg_kernels.strip_conv.layer import DepthwiseConv2d, StripAttention, StripConv2d
 from famseg_kernels.strip_conv.op import OPERATION as _STRIP_OPERATION
 from famseg_kernels.strip_conv.op import strip_conv2d
 
@@ -42,6 +42,7 @@ OPERATIONS = (
 
 __all__ = [
     "OPERATIONS",
+    "DepthwiseConv2d",
     "FeatureAwareUpsample",
     "Mamba2Scan2d",
     "StripAttention",

@@ -102,7 +102,12 @@ def dtype_name(x: Tensor) -> str:
 
 
 def image_format(x: Tensor) -> torch.memory_format:
-    """The memory format of a result shaped like the image tensor x: channels_last if x is, else contiguous."""
-    if x.is_contiguous() or not x.is_contiguous(memory_format=torch.channels_last):
+    """The memory format of a result shaped like the image tensor x: channels_last if x is, or is a part of such a
+    tensor's channels, as torch's convolutions have it; else contiguous."""
+    if x.is_contiguous():
         return torch.contiguous_format
-    return torch.channels_last
+    if x.is_contiguous(memory_format=torch.channels_last):
+        return torch.channels_last
+    (_, c, h, w), (n_stride, c_stride, h_stride, w_stride) = x.shape, x.stride()
+    nested = c_stride == 1 and w_stride >= c and h_stride >= w * w_stride and n_stride >= h * h_stride
+    return torch.channels_last if nested and c > 1 else torch.contiguous_format

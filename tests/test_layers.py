@@ -229,6 +229,73 @@ def test_kernels_that_the_op_refuses_are_refused_by_the_layer(options):
         fk.StripConv2d(2, **options)(torch.zeros(1, 2, 8, 8))
 
 
+# --- DepthwiseConv2d as nn.Conv2d ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("size", "bias"), [(1, True), (3, False), (5, True)])
+def test_a_depthwise_convolution_is_torchs_with_another_kernel(size, bias):
+    torch.manual_seed(0)
+    theirs = nn.Conv2d(6, 6, size, padding=size // 2, groups=6, bias=bias)
+    torch.manual_seed(0)
+    ours = fk.DepthwiseConv2d(6, size, bias)
+    assert ours.state_dict().keys() == theirs.state_dict().keys()
+    assert torch.equal(ours.weight, theirs.weight)
+    x = torch.randn(2, 6, 7, 9)
+    with torch.profiler.profile() as profile:
+        y = ours(x)
+    assert any("famseg::strip_conv2d" in event.name for event in profile.events())
+    torch.testing.assert_close(y, theirs(x), rtol=1e-4, atol=1e-5)
+
+
+def altered_depthwise(change):
+    """A layer after `change`, and torch's convolution after the same."""
+    torch.manual_seed(0)
+    ours, theirs = fk.DepthwiseConv2d(4), nn.Conv2d(4, 4, 3, padding=1, groups=4)
+    theirs.load_state_dict(ours.state_dict())
+    for layer in (ours, theirs):
+        change(layer)
+    return ours, theirs
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda conv: setattr(conv, "stride", (2, 2)),
+        lambda conv: setattr(conv, "padding", (0, 0)),
+        lambda conv: setattr(conv, "dilation", (2, 2)),
+        lambda conv: conv.register_forward_hook(lambda module, args, y: 3 * y),
+        lambda conv: prune.l1_unstructured(conv, "weight", 0.5),
+        lambda conv: parametrizations.weight_norm(conv),
+    ],
+    ids=["stride", "padding", "dilation", "hook", "pruned", "weight_norm"],
+)
+def test_what_is_changed_on_a_depthwise_convolution_takes_effect(change):
+    ours, theirs = altered_depthwise(change)
+    x = torch.randn(2, 4, 7, 9)
+    torch.testing.assert_close(ours(x), theirs(x), rtol=1e-4, atol=1e-5)
+
+
+def test_a_patch_of_all_convolutions_is_honoured_by_a_depthwise_one(monkeypatch):
+    ours, x = fk.DepthwiseConv2d(4), torch.randn(1, 4, 5, 5)
+    y = ours(x)
+    own = nn.Conv2d._conv_forward
+    monkeypatch.setattr(nn.Conv2d, "_conv_forward", lambda self, *args: 2 * own(self, *args))
+    torch.testing.assert_close(ours(x), 2 * y, rtol=1e-4, atol=1e-5)
+
+
+def test_a_depthwise_convolution_refuses_an_even_size():
+    with pytest.raises(ValueError, match="kernel_size: expected an odd size, got 4"):
+        fk.DepthwiseConv2d(2, 4)
+
+
+@pytest.mark.parametrize("name", ["conv2d", "in_proj"])
+def test_hooks_on_the_children_of_a_scan_block_take_effect(name):
+    layer, seen = fk.Mamba2Scan2d(4, 4, 4), []
+    getattr(layer, name).register_forward_hook(lambda *args: seen.append(name))
+    layer(torch.randn(1, 4, 3, 3))
+    assert seen == [name]
+
+
 # --- FeatureAwareUpsample as mmcv's CARAFEPack --------------------------------------------------------------
 
 
@@ -336,6 +403,7 @@ def test_other_steps_than_mmcv_s_are_taken():
 
 LAYERS = {
     "StripAttention": lambda: fk.StripAttention(4),
+    "DepthwiseConv2d": lambda: fk.DepthwiseConv2d(4),
     "StripConv2d": lambda: fk.StripConv2d(4, None, (5,), bias=False),
     "FeatureAwareUpsample": lambda: fk.FeatureAwareUpsample(4),
     "Mamba2Scan2d": lambda: fk.Mamba2Scan2d(4, 4, 4),

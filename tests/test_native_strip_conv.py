@@ -233,6 +233,31 @@ def test_a_square_kernel_alone_reads_channels_last_as_it_lies(
     assert tolerance.violation(y, eager, compose(*converted(args, torch.float64))) is None
 
 
+@pytest.mark.filterwarnings("ignore:TF32 acceleration")
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+@pytest.mark.parametrize("shape", [(2, 32, 9, 11), (1, 16, 1, 1), (1, 48, 2, 5), (2, 16, 40, 3), (3, 16, 40, 31)])
+@pytest.mark.parametrize("size", [1, 3, 5, 7, 9])
+def test_gradients_of_a_square_kernel_alone_read_channels_last_as_it_lies(
+    size: int, shape: tuple[int, ...], dtype: torch.dtype, isa: str, one_thread: None
+) -> None:
+    args = converted(arguments(shape, size, [], True), dtype)
+    x, *rest = args
+    grad = torch.randn(shape, generator=torch.Generator().manual_seed(2)).to(dtype)
+    last = [t.contiguous(memory_format=torch.channels_last) for t in (grad, x)]
+    found = cpu.backward(last[0], [True, True, True], last[1], *rest)
+    with torch.backends.mkldnn.flags(enabled=dtype.itemsize > 2):
+        eager = run(compose, args, grad)
+    for ours, theirs, true in zip(
+        found, eager[1:], run(compose, converted(args, torch.float64), grad.double())[1:], strict=True
+    ):
+        assert tolerance.violation(ours, theirs, true) is None
+    # Each alone, and with other numbers of threads.
+    for index in range(3):
+        torch.set_num_threads(1 + index)
+        alone = cpu.backward(last[0], [i == index for i in range(3)], last[1], *rest)
+        assert torch.equal(alone[index], found[index]) and [t is not None for t in alone].count(True) == 1
+
+
 def test_a_square_kernel_alone_of_very_many_channels() -> None:
     # Their weights are more than the loop for channels-last images takes.
     x, *rest = converted(arguments((1, 5248, 2, 2), 7, [], True), torch.float32)

@@ -8,9 +8,10 @@ import sys
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import famseg_kernels as fk
-from benchmarks import network, timing
+from benchmarks import network, timing, where
 from benchmarks.rates import machine_rates
 from benchmarks.shapes import SHAPES, TINY, gpu_shapes, network_shapes
 from famseg_kernels.spec import Backend
@@ -100,3 +101,33 @@ def test_all_kernel_sizes_of_the_network_are_timed(shapes):
     asked = sizes(network_shapes("famseg_tiny", 16, 512)["strip_conv2d"])
     assert asked == {(5, ((7, 7), (11, 11), (21, 21))), (3, ())}
     assert asked <= sizes(shapes["strip_conv2d"])
+
+
+# --- where the time goes ------------------------------------------------------------------------------
+
+
+def test_where_counts_what_torch_counts(capsys):
+    assert where.main(["--size", "64", "--batch", "2", "--train", "--steps", "1", "--lines", "3"]) == 0
+    printed = capsys.readouterr().out
+    model, x = where.create_model("famseg_nano", 3), torch.randn(2, 1, 64, 64)
+    with FlopCounterMode(display=False) as counter:
+        model(x).sum().backward()
+    line = next(line for line in printed.splitlines() if line.startswith("all "))
+    assert float(line.split()[4]) == pytest.approx(counter.get_total_flops() / 1e9, abs=1e-3)
+    assert "famseg::" in printed and "this library's" in printed
+
+
+def test_where_finds_copies_that_only_change_the_order_and_casts():
+    x = torch.randn(2, 3, 4, 5)
+
+    def run():
+        last = x.contiguous(memory_format=torch.channels_last)
+        return last.clone(), last.to(torch.bfloat16), last + 1
+
+    assert [o.kind for o in where.watched(run, 2)] == ["order", "", "cast", ""]
+
+
+def test_where_refuses_a_step_that_is_not_the_same_twice():
+    steps = iter([torch.neg, torch.neg, torch.exp])
+    with pytest.raises(RuntimeError, match="different operations"):
+        where.watched(lambda: next(steps)(torch.ones(2)), 2)

@@ -79,7 +79,7 @@ MEMORY = {"LDG", "STG", "LDS", "STS", "LDSM", "STSM", "LDGSTS", "LDL", "STL", "R
 # An issue slot and nothing else.
 _ISSUE = {
     *("BRA", "EXIT", "RET", "CALL", "BSSY", "BSYNC", "BREAK", "BAR", "NOP", "DEPBAR", "LDGDEPBAR", "WARPSYNC"),
-    *("WARPGROUP", "MEMBAR", "FENCE", "LDC", "B2R", "ENDCOLLECTIVE", "YIELD", "ERRBAR", "CCTL"),
+    *("WARPGROUP", "MEMBAR", "FENCE", "LDC", "B2R", "ENDCOLLECTIVE", "YIELD", "ERRBAR", "CGAERRBAR", "CCTL"),
 }
 
 

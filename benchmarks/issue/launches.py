@@ -80,7 +80,7 @@ def triton_launches(
     def catch(kernel: Any, grid: tuple[int, ...], config: launch.Config, **arguments: Any) -> None:
         x, y, z = (*grid, 1, 1)[:3]
         result = kernel.warmup(grid=grid, **arguments, **config._asdict())
-        parameters = _parameters(result.src.signature, arguments, addresses)
+        parameters = parameters_of(result.src.signature, arguments, addresses)
         found.append(
             Launch(
                 "triton",
@@ -114,22 +114,24 @@ def called(
     assert implementation.unsupported and implementation.forward and implementation.backward
     if (reason := implementation.unsupported(*args)) is not None:
         raise Refusal(reason)
-    with _Torch() as between:
+    between: list[Launch] = []
+    with Torch(between.append):
         results = implementation.forward(*args)
-    forward = taken() + between.launches
+    forward = taken() + between
+    between.clear()
     grads = [torch.empty_like(r) for r in results] if isinstance(results, list) else torch.empty_like(results)
     needs = [t is not None and t.is_floating_point() for t in operation.flatten(args)]
-    with _Torch() as between:
+    with Torch(between.append):
         implementation.backward(grads, needs, *args)
-    return forward, taken() + between.launches
+    return forward, taken() + between
 
 
-class _Torch(TorchDispatchMode):
-    """Collects what torch itself computes between our kernels: sums of partial results, copies, zeros."""
+class Torch(TorchDispatchMode):
+    """Gives `add` what torch itself computes between kernels: sums of partial results, copies, zeros."""
 
-    def __init__(self) -> None:
+    def __init__(self, add: Callable[[Launch], None]) -> None:
         super().__init__()
-        self.launches: list[Launch] = []
+        self._add = add
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -138,13 +140,11 @@ class _Torch(TorchDispatchMode):
             tensors = [t for t in tree_leaves((args, kwargs, result)) if isinstance(t, torch.Tensor)]
             moved = sum(t.nbytes for t in tensors if t.device.type == "meta")
             if moved:
-                self.launches.append(
-                    Launch("torch", f"torch {name}", "", b"", (1, 1, 1), 0, 0, b"", {}, torch_bytes=moved)
-                )
+                self._add(Launch("torch", f"torch {name}", "", b"", (1, 1, 1), 0, 0, b"", {}, torch_bytes=moved))
         return result
 
 
-def _parameters(signature: Any, arguments: dict[str, Any], addresses: Addresses) -> bytes:
+def parameters_of(signature: Any, arguments: dict[str, Any], addresses: Addresses) -> bytes:
     """The kernel's parameters: those of its signature that are no compile-time constants, each aligned to its size.
 
     Two addresses of scratch memory follow, which no kernel here uses.

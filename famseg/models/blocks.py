@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from famseg_kernels import Mamba2Scan2d, StripAttention, strip_conv2d
+from famseg_kernels import DepthwiseConv2d, Mamba2Scan2d, StripAttention
 
 Shortcut = Literal["mamba", "identity"]
 
@@ -109,14 +109,14 @@ class SpatialAttention(nn.Module):
 
 
 class DWConv(nn.Module):
-    """SegNeXt's name for the depthwise 3×3 of its MLP; a strip convolution without strips, which is faster here."""
+    """SegNeXt's name for the depthwise 3×3 of its MLP."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.dwconv = nn.Conv2d(channels, channels, 3, padding=1, groups=channels)
+        self.dwconv = DepthwiseConv2d(channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        return strip_conv2d(x, self.dwconv.weight, self.dwconv.bias, [], None, [], None)
+        return self.dwconv(x)
 
 
 class Mlp(nn.Module):

@@ -19,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from famseg_kernels import DepthwiseConv2d
+
 WIDTHS = (8, 16, 32, 64, 128)  # UNeXt-S
 SHIFTS = (2, 1, 0, -1, -2)  # pixels by which five groups of channels are moved
 
@@ -140,7 +142,7 @@ class TokenMLP(nn.Module):
         super().__init__()
         self.norm2 = nn.LayerNorm(channels)
         self.fc1, self.fc2 = nn.Linear(channels, channels), nn.Linear(channels, channels)
-        self.dwconv = nn.Conv2d(channels, channels, 3, padding=1, groups=channels)
+        self.dwconv = DepthwiseConv2d(channels)
         self.norm = nn.LayerNorm(channels)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from famseg_kernels.ssd_scan.op import ssd_scan_2d
+from famseg_kernels.strip_conv.layer import DepthwiseConv2d
 
 # silu(GATE_ONE) = 1: the gate of a block that starts as the identity.
 _GATE_ONE = 1.2784645427610738
@@ -70,7 +71,7 @@ class Mamba2Scan2d(nn.Module):
         self.split = (inner, inner + 2 * bc, directions * self.heads)  # z | x, B, C | dt
         self.in_proj = nn.Conv2d(d_model, sum(self.split), 1)
         convolved = inner + 2 * bc
-        self.conv2d = nn.Conv2d(convolved, convolved, d_conv, padding=d_conv // 2, groups=convolved)
+        self.conv2d = DepthwiseConv2d(convolved, d_conv)
         self.norm_weight = nn.Parameter(torch.ones(inner))
         self.out_proj = nn.Conv2d(inner, d_model, 1, bias=False)
 

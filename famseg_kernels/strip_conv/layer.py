@@ -30,8 +30,10 @@ def unfusable(square: nn.Module | None, rows: Sequence[nn.Module], cols: Sequenc
 
 def _departure(conv: nn.Module, thin: int | None) -> str:
     """Why `conv` is not a plain "same" depthwise convolution, of size 1 along axis `thin` or square; or ""."""
-    if reason := children.altered(conv):
-        return reason
+    return children.altered(conv) or _other_convolution(conv, thin)
+
+
+def _other_convolution(conv: nn.Module, thin: int | None) -> str:
     own = conv.__dict__  # twice as fast as attributes: this runs for every child in every forward
     height, width = size = own["kernel_size"]
     if height != width if thin is None else size[thin] != 1:
@@ -51,6 +53,34 @@ def init_convolutions(module: nn.Module) -> None:
             nn.init.normal_(conv.weight, 0.0, math.sqrt(2.0 / fan_out))
             if conv.bias is not None:
                 nn.init.zeros_(conv.bias)
+
+
+class DepthwiseConv2d(nn.Conv2d):
+    """Depthwise convolution with "same" zero padding: nn.Conv2d's parameters and hooks, `strip_conv2d`'s kernels.
+
+    It is a strip convolution without strips. Where its attributes were changed to those of another convolution, or
+    nn.Conv2d has another forward, that is what runs.
+
+    Args:
+        channels: C.
+        kernel_size: odd size of the square kernel.
+        bias: whether there is one.
+
+    Shape: (N, C, H, W) → (N, C, H, W).
+
+    Raises:
+        ValueError: kernel_size is not odd.
+    """
+
+    def __init__(self, channels: int, kernel_size: int = 3, bias: bool = True) -> None:
+        if kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size: expected an odd size, got {kernel_size}")
+        super().__init__(channels, channels, kernel_size, padding=kernel_size // 2, groups=channels, bias=bias)
+
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # torch's name
+        if children.patched() or _other_convolution(self, None):
+            return super()._conv_forward(input, weight, bias)
+        return strip_conv2d(input, weight, bias, [], None, [], None)
 
 
 class StripConv2d(nn.Module):

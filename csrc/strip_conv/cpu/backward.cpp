@@ -36,12 +36,12 @@
 #include "strip_conv/cpu/kernels.h"
 #include "strip_conv/cpu/layout.h"
 #include "strip_conv/cpu/products.h"
+#include "strip_conv/cpu/small_square_backward.h"
 
 namespace famseg::FAMSEG_ISA {
 namespace {
 
 using strip_conv::BranchGradient;
-using strip_conv::Gradients;
 
 // As many pieces of work, if there are images enough: plenty for all threads, and few partial sums.
 constexpr int64_t kPieces = 256;
@@ -405,10 +405,16 @@ void reduce_group(const Problem& p, const Gradients& gradients, int64_t group, c
 
 // ---- by element type ------------------------------------------------------------------------
 
-strip_conv::BackwardPlan backward_plan(const Problem& p) {
+strip_conv::BackwardPlan backward_plan(const Problem& p, const Gradients& gradients) {
   return by_dtype(p.dtype, [&](auto element) {
     using T = Compute<decltype(element)>;
     Arena counting;
+    if (is_small_square(p, gradients)) {
+      small_square_space<T>(p, counting);
+      const int64_t sums = p.c * (p.square.size * p.square.size + 1);
+      return strip_conv::BackwardPlan{small_square_pieces(p), p.c / kLanes<T>,
+                                      static_cast<size_t>(counting.used), sums * sizeof(T)};
+    }
     const BackwardSpace<T> s = lay_out<T>(p, counting);
     const Cut cut = cut_of(p, s);
     return strip_conv::BackwardPlan{cut.pieces(), cut.groups, static_cast<size_t>(counting.used),
@@ -420,7 +426,9 @@ void backward_piece_any(const Problem& p, const Gradients& gradients, int64_t pi
                         void* scratch) {
   by_dtype(p.dtype, [&](auto element) {
     using S = decltype(element);
-    backward_piece<S, Compute<S>>(p, gradients, piece, partial, scratch);
+    const auto run = is_small_square(p, gradients) ? small_square_gradient_piece<S, Compute<S>>
+                                                   : backward_piece<S, Compute<S>>;
+    run(p, gradients, piece, partial, scratch);
   });
 }
 
@@ -428,7 +436,11 @@ void reduce_group_any(const Problem& p, const Gradients& gradients, int64_t grou
                       const void* partials, void* scratch) {
   by_dtype(p.dtype, [&](auto element) {
     using S = decltype(element);
-    reduce_group<S, Compute<S>>(p, gradients, group, partials, scratch);
+    if (is_small_square(p, gradients)) {
+      reduce_small_square<S, Compute<S>>(p, gradients, group, partials);
+    } else {
+      reduce_group<S, Compute<S>>(p, gradients, group, partials, scratch);
+    }
   });
 }
 

@@ -38,7 +38,7 @@ void forward(Isa isa, const Problem& problem, void* y, int threads) {
 
 void backward(Isa isa, const Problem& problem, const Gradients& gradients, int threads) {
   const BackwardKernels& kernels = FAMSEG_KERNELS(isa, strip_conv_backward_kernels);
-  const BackwardPlan plan = kernels.plan(problem);
+  const BackwardPlan plan = kernels.plan(problem, gradients);
   const Buffer partials = allocate(plan.pieces * plan.partial_bytes);
   char* first = static_cast<char*>(partials.get());
   const int useful = useful_threads(threads, std::max(plan.pieces, plan.groups));

@@ -19,14 +19,14 @@ struct ForwardKernels {
   void (*block)(const Problem&, void* y, int64_t block, void* scratch);
 };
 
-// Pieces of work are some channels and columns of some images.
+// Pieces of work are some channels and columns of some images, or some rows of one.
 struct BackwardPlan {
   int64_t pieces, groups;  // groups of channels
   size_t scratch_bytes, partial_bytes;
 };
 
 struct BackwardKernels {
-  BackwardPlan (*plan)(const Problem&);
+  BackwardPlan (*plan)(const Problem&, const Gradients&);
   // Writes the piece's part of the gradient of x, and its share of the gradients of weights and
   // biases to `partial`, partial_bytes.
   void (*piece)(const Problem&, const Gradients&, int64_t piece, void* partial, void* scratch);
