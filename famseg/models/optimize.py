@@ -25,9 +25,10 @@ from torch.nn.utils import fuse_conv_bn_eval
 
 from famseg.models.blocks import BottleMamba, ConvBlock, StripBlock
 from famseg.models.famseg import FAMSeg
-from famseg_kernels import Mamba2Scan2d, StripConv2d, ssd_scan_2d, strip_conv2d
-from famseg_kernels.children import altered, patched
+from famseg_kernels import DepthwiseConv2d, Mamba2Scan2d, StripConv2d, ssd_scan_2d, strip_conv2d
+from famseg_kernels.children import patched
 from famseg_kernels.ssd_scan.layer import NORM_EPSILON
+from famseg_kernels.strip_conv.layer import other_convolution
 
 # Elements of the largest map that a CPU makes at once: as many images of a batch go through a FAMSeg together. Larger
 # maps do not stay in the caches, and from 32 MB on malloc has the system map, and clear, new pages for each.
@@ -66,14 +67,18 @@ def fold_norms(model: nn.Module) -> nn.Module:
 
 def _plain(module: nn.Module) -> bool:
     """Whether what a module computes is known from its type and its tensors."""
-    if isinstance(module, nn.Conv2d):
-        return not altered(module)
+    if isinstance(module, nn.Conv2d) and type(module) not in (nn.Conv2d, DepthwiseConv2d):
+        return False
     if isinstance(module, nn.BatchNorm2d) and (module.running_var is None or module.weight is None):
         return False
-    return not (module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
+    own = module.__dict__
+    return not (module._forward_hooks or module._forward_pre_hooks or "forward" in own or "_conv_forward" in own)
 
 
 def _known(module: nn.Module) -> bool:
+    """Whether this file knows a part of a FAMSeg."""
+    if isinstance(module, nn.Conv2d) and (module.padding_mode != "zeros" or isinstance(module.padding, str)):
+        return False
     return _plain(module) and type(module).__module__.partition(".")[0] in ("famseg", "famseg_kernels", "torch")
 
 
@@ -237,6 +242,7 @@ class _Convolution(nn.Module):
         self.register_buffer("bias", None if conv.bias is None else conv.bias[part])
         assert not isinstance(conv.padding, str)
         self.padding, self.stride, self.dilation = conv.padding, conv.stride, conv.dilation
+        self.depthwise = type(conv) is DepthwiseConv2d and not other_convolution(conv, None)
         self.groups = conv.groups if part == slice(None) else len(self.weight)
         self.activation = activation
 
@@ -247,14 +253,14 @@ class _Convolution(nn.Module):
         if here and torch.backends.mkldnn.is_available() and not torch.compiler.is_compiling():
             shape = self.padding, self.stride, self.dilation, groups
             return torch.ops.mkldnn._convolution_pointwise(x, weight, bias, *shape, name, [], algorithm)
-        if weight.shape[1] == 1 and groups == len(weight) and self.stride == (1, 1):
+        if self.depthwise:
             return activate(strip_conv2d(x, weight, bias, [], None, [], None))
         return activate(F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, groups))
 
 
 def _convolution(conv: nn.Conv2d, activation: str = "") -> nn.Module:
     """oneDNN is faster than a matrix product where that would have few columns."""
-    if conv.kernel_size != (1, 1) or conv.groups != 1 or conv.out_channels <= 8:
+    if conv.kernel_size != (1, 1) or conv.padding != (0, 0) or conv.groups != 1 or conv.out_channels <= 8:
         return _Convolution(conv, activation)
     return _Pointwise(conv, activation)
 
