@@ -166,6 +166,13 @@ def test_what_is_no_plain_convolution_goes_on_as_it_is(name: str, change: str) -
     agree(model, torch.randn(1, 1, 32, 32))
 
 
+def test_another_activation_stays() -> None:
+    model = trained(FAMSeg(FAMSegConfig(**SMALL)))
+    model.encoder.stem[2] = nn.GELU("tanh")
+    model.decoder.steps[0].conv[2] = nn.SiLU()
+    agree(model, torch.randn(1, 1, 48, 48))
+
+
 class Reversed(nn.Sequential):
     def forward(self, x: Tensor) -> Tensor:
         for module in reversed(self):

@@ -1,6 +1,6 @@
 """A trained network as inference wants it: what only training needs is in the weights, and fewer steps touch memory.
 
-What is folded is exact algebra, in fp64, so that outputs change by rounding alone:
+What is folded is exact algebra, so that outputs change by rounding alone:
 
 - a batch norm into the convolution before it, or into the 1×1 convolution behind it, which pads nothing;
 - layer scales, and the weights of layer and RMS norms, into the 1×1 convolution beside them.
@@ -144,8 +144,10 @@ def _steps(modules: list[nn.Module]) -> list[nn.Module]:
     """The modules of a sequence, with an activation inside the convolution before it."""
     steps: list[nn.Module] = []
     for before, module in zip([None, *modules], modules, strict=False):
-        if isinstance(before, nn.Conv2d) and isinstance(module, (nn.ReLU, nn.GELU)):
-            steps[-1] = _convolution(before, "relu" if isinstance(module, nn.ReLU) else "gelu")
+        if isinstance(before, nn.Conv2d) and isinstance(module, nn.ReLU):
+            steps[-1] = _convolution(before, "relu")
+        elif isinstance(before, nn.Conv2d) and isinstance(module, nn.GELU) and module.approximate == "none":
+            steps[-1] = _convolution(before, "gelu")
         else:
             steps.append(_rewritten(module))
     return steps
