@@ -11,8 +11,10 @@ _CONV2D = nn.Conv2d.forward, nn.Conv2d._conv_forward
 
 def altered(conv: nn.Module) -> str:
     """Why calling `conv` may do more than nn.Conv2d does with its weight and bias, or ""."""
-    if type(conv) is not nn.Conv2d:  # a wrapper, a parametrized or quantised module, nn.Identity, …
-        return f"is a {type(conv).__module__}.{type(conv).__qualname__}"
+    kind = type(conv)
+    # A wrapper, a parametrized or quantised module, nn.Identity, …
+    if kind is not nn.Conv2d and kind.__dict__.get("stands_for") is not nn.Conv2d:
+        return f"is a {kind.__module__}.{kind.__qualname__}"
     if conv._forward_hooks or conv._forward_pre_hooks or conv._backward_hooks or conv._backward_pre_hooks:
         return "has hooks"
     own = conv.__dict__

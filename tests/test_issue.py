@@ -298,6 +298,15 @@ LOADS = """
 SLACK = 20  # clocks: the instructions beside the loads
 
 
+@pytest.mark.parametrize("table", range(256))
+def test_logic_of_three_is_what_its_table_says(table: int) -> None:
+    """Bit 4 a + 2 b + c of the table, for words in which all eight combinations of bits occur."""
+    a, b, c = 0xF0, 0xCC, 0xAA
+    assert arithmetic.logic(table, a, b, c) & 0xFF == table
+    lanes = [np.full((1, 32), word, np.uint64) for word in (a, b, c)]
+    assert (np.asarray(arithmetic.logic(table, *lanes), np.uint64) & np.uint64(0xFF) == table).all()
+
+
 def test_a_warp_alone_waits_for_what_it_reads() -> None:
     """Two loads are one round trip if both are asked for first, and two if one is used before."""
     trip = chips.LATENCY[80]["memory"]

@@ -283,6 +283,20 @@ def test_a_patch_of_all_convolutions_is_honoured_by_a_depthwise_one(monkeypatch)
     torch.testing.assert_close(ours(x), 2 * y, rtol=1e-4, atol=1e-5)
 
 
+def test_a_layer_reads_the_weight_of_a_depthwise_convolution_in_place_of_torch_s():
+    layer, x = fk.StripConv2d(3, 5, (7,)), torch.randn(1, 3, 6, 5)
+    expected, conv0 = layer(x), fk.DepthwiseConv2d(3, 5)
+    conv0.load_state_dict(layer.conv0.state_dict())
+    layer.conv0 = conv0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(layer(x), expected)
+    # A subclass may do anything.
+    layer.conv0.__class__ = type("Other", (fk.DepthwiseConv2d,), {})
+    with pytest.warns(UserWarning, match="conv0 is a .*Other"):
+        layer(x)
+
+
 def test_a_depthwise_convolution_refuses_an_even_size():
     with pytest.raises(ValueError, match="kernel_size: expected an odd size, got 4"):
         fk.DepthwiseConv2d(2, 4)

@@ -137,7 +137,7 @@ def compared_high(how: str, a: Value, b: Value, signed: bool, low: Value) -> Val
 def logic(table: int, a: Value, b: Value, c: Value) -> Value:
     """LOP3: every bit of the result from the bits of a, b and c by the table."""
     simple = {0xC0: lambda: a & b, 0xFC: lambda: a | b, 0x3C: lambda: a ^ b, 0xFE: lambda: a | b | c,
-              0xF8: lambda: (a & b) | c, 0x96: lambda: a ^ b ^ c, 0x80: lambda: a & b & c}  # fmt: skip
+              0xF8: lambda: a | (b & c), 0x96: lambda: a ^ b ^ c, 0x80: lambda: a & b & c}  # fmt: skip
     if table in simple:
         return simple[table]()
     result: Value = 0

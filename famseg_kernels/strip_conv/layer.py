@@ -73,6 +73,8 @@ class DepthwiseConv2d(nn.Conv2d):
         ValueError: kernel_size is not odd.
     """
 
+    stands_for = nn.Conv2d  # what it computes with its weight and bias, for `children.altered`
+
     def __init__(self, channels: int, kernel_size: int = 3, bias: bool = True) -> None:
         if kernel_size % 2 == 0:
             raise ValueError(f"kernel_size: expected an odd size, got {kernel_size}")
