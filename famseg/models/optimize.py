@@ -26,7 +26,7 @@ from torch.nn.utils import fuse_conv_bn_eval
 from famseg.models.blocks import BottleMamba, ConvBlock, StripBlock
 from famseg.models.famseg import FAMSeg
 from famseg_kernels import DepthwiseConv2d, Mamba2Scan2d, StripConv2d, ssd_scan_2d, strip_conv2d
-from famseg_kernels.children import patched
+from famseg_kernels.children import altered, patched
 from famseg_kernels.ssd_scan.layer import NORM_EPSILON
 from famseg_kernels.strip_conv.layer import other_convolution
 
@@ -67,12 +67,11 @@ def fold_norms(model: nn.Module) -> nn.Module:
 
 def _plain(module: nn.Module) -> bool:
     """Whether what a module computes is known from its type and its tensors."""
-    if isinstance(module, nn.Conv2d) and type(module) not in (nn.Conv2d, DepthwiseConv2d):
-        return False
+    if isinstance(module, nn.Conv2d):
+        return not altered(module)
     if isinstance(module, nn.BatchNorm2d) and (module.running_var is None or module.weight is None):
         return False
-    own = module.__dict__
-    return not (module._forward_hooks or module._forward_pre_hooks or "forward" in own or "_conv_forward" in own)
+    return not (module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
 
 
 def _known(module: nn.Module) -> bool:
