@@ -29,7 +29,7 @@ from benchmarks import measure, peers
 from benchmarks.exported import Exported, runtimes
 from benchmarks.models import MSCAN, CarafeNeck, VMambaStage
 from benchmarks.timing import without_tf32
-from famseg.models import create_model
+from famseg.models import create_model, optimize_for_inference
 from famseg_kernels.torch_op import Operation
 
 CLASSES = 3
@@ -87,6 +87,7 @@ class Setting:
 
 Context = Callable[[], AbstractContextManager[None]]
 OURS, TRUTH, OTHER = "famseg", "reference backend", "U-Net (ResNet-34)"
+OPTIMIZED = f"{OURS}, optimised"  # for inference alone
 
 
 class Contest:
@@ -100,6 +101,7 @@ class Contest:
         builds: dict[str, tuple[Context, torch.memory_format]] = {
             OURS: (ours, torch.contiguous_format),
             f"{OURS}, channels_last": (ours, torch.channels_last),
+            OPTIMIZED: (ours, torch.contiguous_format),
             "standard parts": (standard_parts, torch.contiguous_format),
             "standard parts, channels_last": (standard_parts, torch.channels_last),
             TRUTH: (functools.partial(fk.use_backend, "reference"), torch.contiguous_format),
@@ -117,7 +119,8 @@ class Contest:
         for build, (context, layout) in builds.items():
             model = create_model(setting.model, CLASSES).to(device)
             model.load_state_dict(state)
-            self.builds[build] = (context, model.to(memory_format=layout), x.to(memory_format=layout))
+            model = optimize_for_inference(model) if build == OPTIMIZED else model.to(memory_format=layout)
+            self.builds[build] = (context, model, x.to(memory_format=layout))
         if not setting.seconds:
             reason: str | None = "this is a dry run"
         else:
@@ -170,7 +173,7 @@ class Contest:
         setting, failed = self.setting, list(self.wrong)
         calls: dict[str, measure.Call] = {}
         for build, (context, model, image) in self.builds.items():
-            if kind == "training step" and isinstance(model, Exported):
+            if kind == "training step" and (build == OPTIMIZED or isinstance(model, Exported)):
                 continue
             model.train(kind == "training step")
             if kind != "training step":

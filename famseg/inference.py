@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from famseg.anatomy import CLASSES
 from famseg.data.augment import letterbox, letterbox_window, normalise
 from famseg.files.errors import DataError
-from famseg.models import create_model, option_names
+from famseg.models import create_model, optimize_for_inference, option_names
 from famseg_kernels.backends import requesting
 
 
@@ -120,9 +120,9 @@ def predict(
     """
     if batch_size < 1:
         raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
-    # Convolutions want channels-last on a GPU.
-    layout = torch.channels_last if device == "cuda" else torch.preserve_format
-    model = network.model.to(device).to(memory_format=layout)  # type: ignore[call-overload]
+    model = optimize_for_inference(network.model).to(device)
+    if device == "cuda":  # convolutions want channels-last there, of all networks
+        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     images = iter(images)
     while batch := list(itertools.islice(images, batch_size)):
         for image in batch:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from famseg import optimize_for_inference
 from famseg.data.augment import letterbox, undo_letterbox
 from famseg.data.phantom import Phantom
 from famseg.files.errors import DataError
@@ -113,6 +114,20 @@ def test_batch_size_and_backend_are_used(checkpoint: Path) -> None:
     with Calls():
         list(predict(load_network(checkpoint), [np.zeros((32, 32), np.uint8)] * 5, batch_size=3, backend="reference"))
     assert set(seen) == {(3, "reference"), (2, "reference")}
+
+
+def test_the_network_is_optimised_once_and_stays_what_it_was(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    network, optimised = load_network(checkpoint), []
+    before = {name: value.clone() for name, value in network.model.state_dict().items()}
+
+    def optimize(model: torch.nn.Module) -> torch.nn.Module:
+        optimised.append(model)
+        return optimize_for_inference(model)
+
+    monkeypatch.setattr("famseg.inference.optimize_for_inference", optimize)
+    assert len(list(predict(network, [np.zeros((32, 32), np.uint8)] * 5, batch_size=2))) == 5
+    assert optimised == [network.model]
+    assert all(torch.equal(value, before[name]) for name, value in network.model.state_dict().items())
 
 
 @pytest.mark.parametrize(

@@ -8,10 +8,8 @@ of this. The written file is run at two sizes and compared with the network befo
 
 from __future__ import annotations
 
-import copy
 import importlib.metadata
 import importlib.util
-import itertools
 import json
 import math
 import sys
@@ -27,13 +25,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
-from torch.nn.utils import fuse_conv_bn_eval
 
 from famseg.anatomy import CLASSES
 from famseg.cli.command import build_parser, parse, required, run
 from famseg.data.augment import MEAN, STD
 from famseg.files.errors import DataError
 from famseg.inference import Network, load_network
+from famseg.models.optimize import fold_norms
 from famseg.options import CHECKPOINT_HELP, ConfigError, option
 from famseg_kernels import decompositions
 
@@ -133,9 +131,12 @@ def export_program(model: nn.Module, file_format: str) -> ExportedProgram:
         height, width = height + 13, width + 11
         free = dict.fromkeys((0, 2, 3), Dim.DYNAMIC)
     example = torch.zeros(2, 1, height, width)
+    folded = fold_norms(model)
+    for relu in (m for m in folded.modules() if isinstance(m, nn.ReLU)):
+        relu.inplace = False  # in place it has no form in ONNX
     with warnings.catch_warnings(), _tracing(), torch.no_grad():
         warnings.simplefilter("ignore", FutureWarning)  # torch's own, about its pytrees
-        return torch.export.export(_folded(model), (example,), dynamic_shapes=(free,))
+        return torch.export.export(folded, (example,), dynamic_shapes=(free,))
 
 
 def _tracing() -> AbstractContextManager[Any]:
@@ -143,19 +144,6 @@ def _tracing() -> AbstractContextManager[Any]:
     import torch._dynamo  # takes more than a second: not for --help
 
     return torch._dynamo.config.patch(fake_tensor_cache_enabled=False)
-
-
-def _folded(model: nn.Module) -> nn.Module:
-    """A copy of the model in which each convolution has taken in the batch norm that follows it: fewer nodes."""
-    model = copy.deepcopy(model).eval()
-    for sequence in (m for m in model.modules() if isinstance(m, nn.Sequential)):
-        for index, (first, second) in enumerate(itertools.pairwise(sequence)):
-            if isinstance(first, nn.Conv2d) and isinstance(second, nn.BatchNorm2d):
-                sequence[index] = fuse_conv_bn_eval(first, second)
-                sequence[index + 1] = nn.Identity()
-            if isinstance(second, nn.ReLU):
-                second.inplace = False
-    return model
 
 
 def write_onnx(program: ExportedProgram, metadata: dict[str, Any], path: Path) -> None:

@@ -17,6 +17,7 @@ from famseg.models.famseg import (
     famseg_config,
     load_mscan,
 )
+from famseg.models.optimize import optimize_for_inference
 from famseg.models.unet import UNetMobileNetV2
 from famseg.models.unext import UNeXt
 
@@ -29,6 +30,7 @@ __all__ = [
     "create_model",
     "load_mscan",
     "model_config",
+    "optimize_for_inference",
     "option_names",
 ]
 

@@ -37,17 +37,19 @@ class NMF2d(nn.Module):
             return self._factorise(x.float().flatten(2)).view(x.shape).to(x.dtype)
 
     def _factorise(self, x: Tensor) -> Tensor:
+        bmm = torch.bmm  # as `@`, without its views: small products, of which there are four a step
         bases = self.bases.float().expand(x.shape[0], -1, -1)  # (N, C, R)
-        coefficients = (x.transpose(1, 2) @ bases).softmax(-1)  # (N, H·W, R)
+        coefficients = bmm(x.mT, bases).softmax(-1)  # (N, H·W, R)
         for _ in range(6 if self.training else 7):
             coefficients = self._update_coefficients(x, bases, coefficients)
-            bases = bases * (x @ coefficients) / (bases @ (coefficients.mT @ coefficients) + _EPSILON)
+            bases = bases * bmm(x, coefficients) / (bmm(bases, bmm(coefficients.mT, coefficients)) + _EPSILON)
         coefficients = self._update_coefficients(x, bases, coefficients)
-        return bases @ coefficients.mT
+        return bmm(bases, coefficients.mT)
 
     @staticmethod
     def _update_coefficients(x: Tensor, bases: Tensor, coefficients: Tensor) -> Tensor:
-        return coefficients * (x.mT @ bases) / (coefficients @ (bases.mT @ bases) + _EPSILON)
+        bmm = torch.bmm
+        return coefficients * bmm(x.mT, bases) / (bmm(coefficients, bmm(bases.mT, bases)) + _EPSILON)
 
 
 class ConvGN(nn.Module):

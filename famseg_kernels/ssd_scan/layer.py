@@ -138,12 +138,12 @@ class Mamba2Scan2d(nn.Module):
         weight = self.norm_weight.to(y.dtype)
         if torch.jit.is_tracing():  # torch's older exporter to ONNX knows no rms_norm
             wide = gated.to(torch.promote_types(y.dtype, torch.float32))
-            normed = (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + _EPSILON)).to(y.dtype) * weight
+            normed = (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + NORM_EPSILON)).to(y.dtype) * weight
         else:
-            normed = F.rms_norm(gated, (self.d_inner,), weight, _EPSILON)
+            normed = F.rms_norm(gated, (self.d_inner,), weight, NORM_EPSILON)
         return normed.permute(0, 3, 1, 2)
 
 
-_EPSILON = 1e-5  # of the gated norm, as in Mamba-2
+NORM_EPSILON = 1e-5  # of the gated norm, as in Mamba-2
 # Root mean square of silu over a unit normal variable, √E[silu(x)²].
 _SILU_RMS = 0.5964

@@ -30,10 +30,11 @@ def unfusable(square: nn.Module | None, rows: Sequence[nn.Module], cols: Sequenc
 
 def _departure(conv: nn.Module, thin: int | None) -> str:
     """Why `conv` is not a plain "same" depthwise convolution, of size 1 along axis `thin` or square; or ""."""
-    return children.altered(conv) or _other_convolution(conv, thin)
+    return children.altered(conv) or other_convolution(conv, thin)
 
 
-def _other_convolution(conv: nn.Module, thin: int | None) -> str:
+def other_convolution(conv: nn.Module, thin: int | None) -> str:
+    """The same of its attributes alone, whatever its type and hooks."""
     own = conv.__dict__  # twice as fast as attributes: this runs for every child in every forward
     height, width = size = own["kernel_size"]
     if height != width if thin is None else size[thin] != 1:
@@ -80,7 +81,7 @@ class DepthwiseConv2d(nn.Conv2d):
         super().__init__(channels, channels, kernel_size, padding=kernel_size // 2, groups=channels, bias=bias)
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # torch's name
-        if children.patched() or _other_convolution(self, None):
+        if children.patched() or other_convolution(self, None):
             return super()._conv_forward(input, weight, bias)
         return strip_conv2d(input, weight, bias, [], None, [], None)
 
