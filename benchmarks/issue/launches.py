@@ -146,8 +146,8 @@ class Torch(TorchDispatchMode):
             if moved:
                 count = flop_registry.get(func.overloadpacket)
                 flops = float(count(*args, **(kwargs or {}), out_val=result)) if count else 0.0
-                where: Any = (f"torch {name}", "", b"", (1, 1, 1), 0, 0, b"", {})
-                self._add(Launch("torch", *where, moved, flops, tensors[0].dtype.itemsize == 2))
+                half = tensors[0].dtype.itemsize == 2
+                self._add(Launch("torch", f"torch {name}", "", b"", (1, 1, 1), 0, 0, b"", {}, moved, flops, half))
         return result
 
 
