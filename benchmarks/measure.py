@@ -24,6 +24,8 @@ from pathlib import Path
 
 import torch
 
+from famseg.memory import keep_freed_memory
+
 Call = Callable[[int], object]  # runs on the buffers of that number
 
 
@@ -122,19 +124,6 @@ def _something(threads: int) -> torch.Tensor:
 
 
 @functools.cache
-def keep_freed_memory() -> None:
-    """Let results lie where freed ones lay, in this process from now on.
-
-    Left alone, glibc gives large blocks back to the system or not, as earlier calls will have it, and the same call
-    takes 1.4 ms or, with the page faults of fresh memory, 3.5. Where there is no glibc nothing is done.
-    """
-    if platform.libc_ver()[0] == "glibc":
-        mmap_max, trim_threshold = -4, -1  # malloc.h
-        libc = ctypes.CDLL(None)
-        libc.mallopt(mmap_max, 0)
-        libc.mallopt(trim_threshold, 2**31 - 1)
-
-
 def _summary(values: Sequence[float], graph: bool = False) -> Time:
     ordered = sorted(values)
     low, high = (ordered[int(part * (len(ordered) - 1))] for part in (0.2, 0.8))

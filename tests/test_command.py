@@ -115,3 +115,26 @@ def test_head_of_a_real_command():
         process.stdout.close()
         assert process.stderr.read() == b""
     assert process.returncode == 141
+
+
+# --- what must be said before torch is imported -------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, "None")],
+    ids=["nothing", "a_count", "a_policy"],
+)
+def test_threads_are_told_to_sleep_soon_unless_the_user_says_otherwise(given, expected):
+    code = "import sys, os, famseg.cli; print('torch' in sys.modules, os.environ.get('GOMP_SPINCOUNT'))"
+    environment = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")} | given
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", expected]
+
+
+def test_the_package_gives_what_it_names_and_nothing_else():
+    import famseg
+
+    assert all(callable(getattr(famseg, name)) for name in famseg.__all__)
+    with pytest.raises(AttributeError, match="'famseg' has no attribute 'nothing'"):
+        famseg.nothing  # noqa: B018

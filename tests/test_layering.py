@@ -35,6 +35,7 @@ ROOM_FILES = {
 }
 # Parts of famseg, each may import the earlier ones (and famseg_kernels).
 FAMSEG = (
+    "memory",
     "biometrics",
     "anatomy",
     "files",

@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.progress import track
 
 from famseg.files.errors import one_line
+from famseg.memory import keep_freed_memory
 from famseg.options import ConfigError
 
 Item = TypeVar("Item")
@@ -86,6 +87,7 @@ def run(prog: str, body: Callable[[], int], interrupted: str = "interrupted") ->
     # OpenCV's own remarks on damaged files; ours say what to do.
     cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
     os.environ["OPENCV_LOG_LEVEL"] = "SILENT"  # of processes that this one starts
+    keep_freed_memory()
     code = 0
     try:
         code, message = _outcome(body, interrupted)

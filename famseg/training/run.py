@@ -28,6 +28,7 @@ from famseg.files.errors import DataError
 from famseg.files.lock import locked
 from famseg.files.writing import write_atomic
 from famseg.inference import load_network, predict, read_checkpoint
+from famseg.memory import keep_freed_memory
 from famseg.reporting.figures import plot_history, plot_overlays
 from famseg.results import write_metrics
 from famseg.training.checkpoint import (
@@ -96,6 +97,7 @@ def prepare(config: TrainConfig, processes: Processes) -> Prepared:
     Raises:
         ConfigError: a setting that cannot be used here. DataError: data that cannot be used.
     """
+    keep_freed_memory()
     accelerator = _accelerator(config, processes)
     samples = open_data(config.data, image_size=config.image_size, seed=config.seed)
     if config.folds:
