@@ -122,7 +122,7 @@ def test_head_of_a_real_command():
 
 @pytest.mark.parametrize(
     ("given", "expected"),
-    [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, "None")],
+    [({}, "20000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, "None")],
     ids=["nothing", "a_count", "a_policy"],
 )
 def test_threads_are_told_to_sleep_soon_unless_the_user_says_otherwise(given, expected):

@@ -8,4 +8,4 @@ waited for. It reads for how long when torch is imported, so it is said here, be
 import os
 
 if "OMP_WAIT_POLICY" not in os.environ:
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    os.environ.setdefault("GOMP_SPINCOUNT", "20000")
