@@ -17,7 +17,7 @@ LOCAL = {"LDL", "STL"}
 # Neither control flow nor registers depend on them, in this model.
 PLAIN = {
     *("BAR", "NOP", "DEPBAR", "LDGDEPBAR", "WARPSYNC", "WARPGROUP", "MEMBAR", "FENCE", "BSSY", "BREAK"),
-    *("ENDCOLLECTIVE", "ERRBAR", "CCTL", "YIELD"),
+    *("ENDCOLLECTIVE", "ERRBAR", "CGAERRBAR", "CCTL", "YIELD"),
 }
 
 
