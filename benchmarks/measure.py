@@ -123,7 +123,6 @@ def _something(threads: int) -> torch.Tensor:
     return torch.zeros(threads << 16)  # torch gives a thread at least half of that many elements
 
 
-@functools.cache
 def _summary(values: Sequence[float], graph: bool = False) -> Time:
     ordered = sorted(values)
     low, high = (ordered[int(part * (len(ordered) - 1))] for part in (0.2, 0.8))

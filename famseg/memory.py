@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import platform
 
 
+@functools.cache
 def keep_freed_memory() -> None:
     """Let tensors lie where freed ones lay, in this process from now on.
 
