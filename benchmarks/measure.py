@@ -21,8 +21,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch.utils.flop_counter import flop_registry
 
 from famseg.memory import keep_freed_memory
 
@@ -121,6 +123,18 @@ def wake_threads() -> None:
 @functools.cache
 def _something(threads: int) -> torch.Tensor:
     return torch.zeros(threads << 16)  # torch gives a thread at least half of that many elements
+
+
+def moves_nothing(func: Any) -> bool:
+    """Whether an operation of torch, as a dispatch mode meets it, is a view or an allocation."""
+    name = func.overloadpacket._qualified_op_name.split("::")[-1]
+    return bool(func.is_view or "empty" in name or name in ("detach", "_reshape_alias", "lift_fresh"))
+
+
+def flops_of(func: Any, args: Any, kwargs: Any, result: Any) -> float:
+    """FLOPs of a call as torch's FlopCounterMode counts them, 0 for what it does not count."""
+    count = flop_registry.get(func.overloadpacket)
+    return float(count(*args, **kwargs, out_val=result)) if count else 0.0
 
 
 def _summary(values: Sequence[float], graph: bool = False) -> Time:

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
 
+from benchmarks import measure
 from benchmarks.network import CLASSES, infer, train_step
 from benchmarks.rates import Rates, machine_rates
 from famseg.models import create_model
@@ -52,18 +52,16 @@ class Watch(TorchDispatchMode):
         begin = time.perf_counter()
         result = func(*args, **kwargs)
         ms = 1e3 * (time.perf_counter() - begin)
-        name = func.overloadpacket._qualified_op_name
-        short = name.split("::")[-1]
-        if func.is_view or "empty" in short or short in ("detach", "_reshape_alias", "lift_fresh"):
+        if measure.moves_nothing(func):
             return result
+        name = func.overloadpacket._qualified_op_name
         tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         made = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
         different = {id(t): t for t in (*tensors, *made)}.values()
-        count = flop_registry.get(func.overloadpacket)
-        flops = float(count(*args, **kwargs, out_val=result)) if count else 0.0
+        flops = measure.flops_of(func, args, kwargs, result)
         shapes = " ".join("×".join(map(str, t.shape)) for t in tensors[:3] if t.dim())
         moved = sum(t.nbytes for t in different)
-        kind = _kind(short, [*tensors, *made])
+        kind = _kind(name.split("::")[-1], [*tensors, *made])
         self.found.append(Operation(name.removeprefix("aten::"), shapes, ms, flops, moved, kind))
         return result
 

@@ -15,9 +15,8 @@ from unittest import mock
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
 
-from benchmarks import ahead
+from benchmarks import ahead, measure
 from benchmarks.issue.sass import Refusal
 from famseg_kernels import launch
 from famseg_kernels.testing.case import Case
@@ -82,22 +81,8 @@ def triton_launches(
     found: list[Launch] = []
 
     def catch(kernel: Any, grid: tuple[int, ...], config: launch.Config, **arguments: Any) -> None:
-        x, y, z = (*grid, 1, 1)[:3]
         result = kernel.warmup(grid=grid, **arguments, **config._asdict())
-        parameters = parameters_of(result.src.signature, arguments, addresses)
-        found.append(
-            Launch(
-                "triton",
-                kernel.__name__,
-                result.metadata.name,
-                result.asm["cubin"],
-                (x, y, z),
-                32 * config.num_warps,
-                result.metadata.shared,
-                parameters,
-                addresses.size,
-            )
-        )
+        found.append(triton_launch(kernel, result, grid, arguments, addresses))
 
     def taken() -> list[Launch]:
         forward = list(found)
@@ -107,6 +92,24 @@ def triton_launches(
     driver.set_active(ahead.Chip(capability))
     with mock.patch.object(launch, "run", catch), mock.patch.object(launch, "capability", lambda _: capability):
         return called(operation, case, dtype, "triton", taken)
+
+
+def triton_launch(
+    kernel: Any, result: Any, grid: tuple[int, ...], arguments: dict[str, Any], addresses: Addresses
+) -> Launch:
+    """Of a kernel and what Triton made of it; `arguments` by name."""
+    x, y, z = (*grid, 1, 1)[:3]
+    return Launch(
+        "triton",
+        kernel.__name__,
+        result.metadata.name,
+        result.asm["cubin"],
+        (x, y, z),
+        32 * result.metadata.num_warps,
+        result.metadata.shared,
+        _parameters(result.src.signature, arguments, addresses),
+        addresses.size,
+    )
 
 
 def called(
@@ -138,20 +141,20 @@ class Torch(TorchDispatchMode):
         self._add = add
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        name = func.overloadpacket._qualified_op_name.split("::")[-1]
-        if not (func.is_view or "empty" in name or name in ("detach", "_reshape_alias", "lift_fresh")):
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if not measure.moves_nothing(func):
             tensors = [t for t in tree_leaves((args, kwargs, result)) if isinstance(t, torch.Tensor)]
             moved = sum(t.nbytes for t in tensors if t.device.type == "meta")
             if moved:
-                count = flop_registry.get(func.overloadpacket)
-                flops = float(count(*args, **(kwargs or {}), out_val=result)) if count else 0.0
+                name = func.overloadpacket._qualified_op_name.split("::")[-1]
+                flops = measure.flops_of(func, args, kwargs, result)
                 half = tensors[0].dtype.itemsize == 2
                 self._add(Launch("torch", f"torch {name}", "", b"", (1, 1, 1), 0, 0, b"", {}, moved, flops, half))
         return result
 
 
-def parameters_of(signature: Any, arguments: dict[str, Any], addresses: Addresses) -> bytes:
+def _parameters(signature: Any, arguments: dict[str, Any], addresses: Addresses) -> bytes:
     """The kernel's parameters: those of its signature that are no compile-time constants, each aligned to its size.
 
     Two addresses of scratch memory follow, which no kernel here uses.

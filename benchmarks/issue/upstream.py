@@ -111,18 +111,7 @@ def predicted(call: Call | Launch, addresses: Addresses) -> table.Row:
         except Exception as error:  # a choice that does not compile is none
             print(f"{call.kernel.__name__} {choice}: {type(error).__name__}", file=sys.stderr)
             continue
-        x, y, z = (*grid, 1, 1)[:3]
-        launch = Launch(
-            "triton",
-            call.kernel.__name__,
-            result.metadata.name,
-            result.asm["cubin"],
-            (x, y, z),
-            32 * result.metadata.num_warps,
-            result.metadata.shared,
-            launches.parameters_of(result.src.signature, named, addresses),
-            addresses.size,
-        )
+        launch = launches.triton_launch(call.kernel, result, grid, named, addresses)
         known = table._counted_or_refused(launch, CHIP.capability)
         rows.append({"kernel": launch.kernel} | table._predicted(launch, known, CHIP))
     return min(rows, key=lambda row: (math.isnan(row["us"]), row["us"]))
@@ -144,12 +133,10 @@ def rows_of(module: Any, case: Any, dtype: torch.dtype) -> dict[str, list[table.
     Bs, Cs = (sequences(t, directions * t.shape[4], t.shape[5]) for t in (B, C))
     bias = torch.empty(directions * heads, device="meta")
     options = {"dt_bias": bias, "dt_softplus": True}
-    forward = lambda: module._mamba_chunk_scan_combined_fwd(xs, steps, A.flatten(), Bs, Cs, CHUNK, **options)  # noqa: E731
-    (out, *_), made = caught(forward)
-    backward = lambda: module._mamba_chunk_scan_combined_bwd(  # noqa: E731
-        torch.empty_like(out), xs, steps, A.flatten(), Bs, Cs, out, CHUNK, **options
-    )
-    _, made_backward = caught(backward)
+    forward, backward = module._mamba_chunk_scan_combined_fwd, module._mamba_chunk_scan_combined_bwd
+    given = xs, steps, A.flatten(), Bs, Cs
+    (out, *_), made = caught(lambda: forward(*given, CHUNK, **options))
+    _, made_backward = caught(lambda: backward(torch.empty_like(out), *given, out, CHUNK, **options))
     addresses = Addresses()
     # Every image read, every sequence written; the results' the other way round. In the backward likewise, each by the
     # other: the result's gradient becomes sequences, and the arguments' are added up.
