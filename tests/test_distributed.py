@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gc
 import multiprocessing
 import os
 import socket
@@ -87,6 +88,7 @@ def half_step(rank: int, folder: str) -> None:
     network = nn.parallel.DistributedDataParallel(synchronise_batch_norm(network, "cpu"), broadcast_buffers=False)
     result = one_step(network, loss, x[2 * rank : 2 * rank + 2], target[2 * rank : 2 * rank + 2])
     torch.save({name.removeprefix("module."): value for name, value in result.items()}, f"{folder}/{rank}.pt")
+    del network
     dist.destroy_process_group()
 
 
@@ -145,6 +147,14 @@ def under_torchrun(rank: int, port: int, arguments: list[str]) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "test"}
     os.environ |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
+    destroy = dist.destroy_process_group
+
+    def last() -> None:
+        # Where it outlives the group, its end can wait for ever.
+        assert not any(type(o) is nn.parallel.DistributedDataParallel for o in gc.get_objects())
+        destroy()
+
+    dist.destroy_process_group = last
     raise SystemExit(main(arguments))
 
 

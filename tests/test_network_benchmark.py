@@ -107,7 +107,7 @@ def test_all_kernel_sizes_of_the_network_are_timed(shapes):
 
 
 def test_where_counts_what_torch_counts(capsys):
-    assert where.main(["--size", "64", "--batch", "2", "--train", "--steps", "1", "--lines", "3"]) == 0
+    assert where.main(["--size", "64", "--batch", "2", "--train", "--steps", "1", "--lines", "1000"]) == 0
     printed = capsys.readouterr().out
     model, x = where.create_model("famseg_nano", 3), torch.randn(2, 1, 64, 64)
     with FlopCounterMode(display=False) as counter:

@@ -241,6 +241,9 @@ def _train(processes: Processes, config: TrainConfig, out: Path) -> None:
     except Diverged as error:
         raise Diverged(f"{error}; {_after_divergence(config, checkpoints.last)}") from None
     if dist.is_initialized():
+        # DistributedDataParallel first: the last to hold the group waits for its threads, and this one would do so
+        # with Python's lock, for which they may be waiting.
+        loop.network = loop.module
         dist.destroy_process_group()
     if processes.rank == 0:
         _write_results(out, run, done, table, checkpoints.best)
