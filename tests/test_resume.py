@@ -116,6 +116,16 @@ def test_ten_kills_at_random_moments(whole, tmp_path):
         runs += 1
 
 
+def test_a_kill_in_a_phase_with_rates_of_its_own(tmp_path):
+    run = [*RUN, "--phases", "adamw:1,sgd:3:lr=0.1..0.001", "--momentum", "0"]
+    assert run_sitting([*run, "--out", str(tmp_path / "whole")]) == 0
+    out = tmp_path / "killed"
+    assert run_sitting([*run, "--out", str(out)], signal.SIGKILL, tick=40) == -signal.SIGKILL
+    assert 1 < len(epochs(out)) < 4
+    assert run_sitting(["--resume", "auto", "--out", str(out)]) == 0
+    assert_same_run(out, tmp_path / "whole")
+
+
 @pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interruption_is_exit_code_130_and_leaves_a_good_checkpoint(whole, tmp_path, signal_number):
     out = tmp_path / "run"
@@ -235,6 +245,8 @@ def test_a_new_phase_may_follow(copy):
         (["--ema", "0"], "ema: "),
         (["--batch-size", "8"], "batch_size: the run to continue has 4 images a step"),
         (["--phases", "sgd:9"], "phases: 5 epochs of adamw:3,sgd:2 are done"),
+        (["--phases", "adamw:3,sgd:4:lr=0.1"], "phases: 5 epochs of adamw:3,sgd:2 are done"),
+        (["--momentum", "0.5"], "momentum: the run to continue has 0.9"),
         (["--epochs", "3"], "phases: 5 epochs of adamw:3,sgd:2 are done"),
     ],
 )
@@ -333,6 +345,34 @@ def test_the_same_command_continues_a_stretched_run():
     assert continued(stored, stored, 20, 1, 1) == stored
     longer = continued(TrainConfig(epochs=40), stored, 20, 1, 1)
     assert (longer.phases, longer.decay_epochs) == ("adamw:30,sgd:10", 36)
+
+
+@pytest.mark.parametrize(
+    ("done", "before", "change", "after"),
+    [
+        # The decay under way ends where it was to end; a schedule that has not begun takes the new length.
+        (10, "adamw:15,sgd:5:lr=0.1", {"epochs": 12}, ("adamw:12", 15)),
+        (10, "adamw:15,sgd:5:lr=0.1", {"epochs": 30}, ("adamw:15,sgd:15:lr=0.1..0.1", None)),
+        (17, "adamw:15,sgd:5:lr=0.1", {"epochs": 30}, ("adamw:15,sgd:15:lr=0.1..0.1", 20)),
+        (17, "adamw:15,sgd:5:lr=0.1", {"epochs": 30, "decay_epochs": 25}, ("adamw:15,sgd:15:lr=0.1..0.1", 25)),
+        (15, "adamw:15", {"phases": "adamw:15,sgd:5:lr=0.1"}, ("adamw:15,sgd:5:lr=0.1..0.1", None)),
+        (15, "adamw:15", {"phases": "adamw:15,sgd:5"}, ("adamw:15,sgd:5", 15)),
+        (10, "adamw:15", {"phases": "adamw:12,sgd:5:lr=0.1"}, None),
+        (16, "adamw:15,sgd:5:lr=0.1", {"phases": "adamw:15,sgd:5:lr=0.2"}, None),
+        (16, "adamw:15,sgd:5:lr=0.1", {"phases": "adamw:15,sgd:5:lr=0.1:limits=0.1..0.2"}, None),
+    ],
+)
+def test_what_a_continued_run_does_with_schedules(done, before, change, after):
+    stored = TrainConfig(phases=before)
+    config = dataclasses.replace(stored, **change)
+    if after is None:
+        with pytest.raises(ConfigError, match=f"phases: {done} epochs of .* are done, which .* does not continue"):
+            continued(config, stored, done, 1, 1)
+    else:
+        new = continued(config, stored, done, 1, 1)
+        assert (new.phases, new.decay_epochs) == after
+        again = continued(dataclasses.replace(new, epochs=40), new, done + 1, 1, 1)  # and once more
+        assert sum(phase.epochs for phase in again.plan()) == 40
 
 
 def test_processes_may_change_when_the_whole_batch_does_not():

@@ -9,6 +9,7 @@ the run continues from the beginning of the epoch that was interrupted.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 
 from famseg.training.config import ConfigError, TrainConfig
-from famseg.training.schedule import Phase, format_phases, resized, total_epochs
+from famseg.training.schedule import Phase, decay_span, format_phases, resized
 
 # What a resumed run may do otherwise: where and how fast it computes, and when it ends.
 _FREE = frozenset(
@@ -94,8 +95,8 @@ def continued(
 ) -> TrainConfig:
     """`config` as the continuation of a run: its phases with what `config` adds to them.
 
-    `epochs` continues or cuts the last phase (and moves no earlier one). The learning rate of epochs beyond the first
-    plan stays at the end of its decay, unless `decay_epochs` says otherwise.
+    `epochs` continues or cuts the last phase (and moves no earlier one). The decay under way ends where it was to end,
+    and the rate is constant after it, unless `decay_epochs` says otherwise.
 
     Raises:
         ConfigError: a setting differs that the epochs done depend on; the message names it.
@@ -118,21 +119,28 @@ def continued(
         return dataclasses.replace(config, phases=stored.phases, epochs=stored.epochs)
     if config.epochs is not None and config.phases in (stored.phases, format_phases(before)):
         after = resized(before, config.epochs)
-    if _optimizers(after)[:epochs_done] != _optimizers(before)[:epochs_done]:
+    decay_epochs = config.decay_epochs
+    kept = _steps(after, epochs_done) == _steps(before, epochs_done)
+    if kept and decay_epochs == stored.decay_epochs and config.decay != "constant":
+        spans = _spans(before, epochs_done, decay_epochs)
+        ends = [end for end in (decay_epochs, spans[-1][1]) if _spans(after, epochs_done, end) == spans]
+        kept, decay_epochs = bool(ends), ends[0] if ends else None
+    if not kept:
         raise ConfigError(
             f"phases: {epochs_done} epochs of {format_phases(before)} are done, which {format_phases(after)} does not "
             "continue; keep what is done and change what follows"
         )
-    return dataclasses.replace(
-        config,
-        phases=format_phases(after),
-        epochs=None,
-        decay_epochs=config.decay_epochs or total_epochs(before),
-    )
+    return dataclasses.replace(config, phases=format_phases(after), epochs=None, decay_epochs=decay_epochs)
 
 
-def _optimizers(phases: list[Phase]) -> list[str]:
-    return [phase.optimizer for phase in phases for _ in range(phase.epochs)]
+def _steps(phases: list[Phase], epochs: int) -> list[tuple[object, ...]]:
+    """What decides how each of the first `epochs` epochs steps, but for where its decay ends."""
+    done = (phase for phase in phases for _ in range(phase.epochs))
+    return [(phase.optimizer, phase.start, phase.rates, phase.limits) for phase in itertools.islice(done, epochs)]
+
+
+def _spans(phases: list[Phase], epochs: int, decay_epochs: int | None) -> list[tuple[int, int]]:
+    return [decay_span(phases, epoch, decay_epochs) for epoch in range(max(epochs, 1))]
 
 
 class Checkpoints:

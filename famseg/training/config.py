@@ -21,7 +21,7 @@ from famseg.options import (
 )
 from famseg.training.finetune import parse_trainable
 from famseg.training.loss import parse_class_weights, parse_loss
-from famseg.training.schedule import Phase, parse_phases, total_epochs, with_adadelta
+from famseg.training.schedule import Phase, format_phases, parse_phases, total_epochs, with_adadelta
 
 __all__ = ["ConfigError", "Diverged", "TrainConfig", "device_for"]
 
@@ -42,11 +42,20 @@ class TrainConfig:
     data: str = option("phantom", "phantom[:LENGTH], hc18:DIR, folder:DIR, or several joined by commas")
     model: str = option("famseg_nano", ", ".join(MODELS))
     epochs: int | None = option(None, "total epochs; the phases are stretched to it (on resume: the last one is)")
-    phases: str = option("adamw:15,sgd:3", "optimizer:epochs, joined by commas (paper: adamw:150,sgd:50)")
-    decay: Literal["cos", "step", "adadelta"] = option(
-        "cos", "how the learning rate falls: cos, step, or adadelta (constant, then Adadelta runs the last phase)"
+    phases: str = option(
+        "adamw:15,sgd:3",
+        "optimizer:epochs, joined by commas (paper: adamw:150,sgd:50); one may have a schedule of its own: "
+        "sgd:50:lr=0.01..0.0001 (rates as they are), sgd:50:limits=0.0005..0.05 (fitted by Eq. 11-12)",
     )
-    decay_epochs: int | None = option(None, "epochs over which the rate decays, constant after; default: all")
+    decay: Literal["cos", "step", "constant", "adadelta"] = option(
+        "cos",
+        "how the learning rate falls: cos, step, constant (not at all), or adadelta (constant after a warm-up, then "
+        "Adadelta runs the last phase)",
+    )
+    decay_epochs: int | None = option(
+        None, "epoch at which the decay under way ends, constant after; default: at the end of its phases"
+    )
+    momentum: float = option(0.9, "of sgd, in Nesterov's form; 0: none (Eq. 6)")
     loss: str = option("ce+dice", "ce, focal, dice and edge, joined by +")
     class_weights: str = option("none", f"of ce and focal: none, balanced, or {len(CLASSES)} numbers joined by commas")
     batch_size: int = option(8, "images a step and process")
@@ -127,6 +136,8 @@ class TrainConfig:
             raise ConfigError(
                 f"lr_limit_min: expected at most lr_limit_max, which is {self.lr_limit_max}, got {self.lr_limit_min}"
             )
+        if not 0 <= self.momentum < 1:
+            raise ConfigError(f"momentum: expected a number from 0 to below 1, got {self.momentum}")
         if self.cuda_graph and self.precision == "fp16":
             raise ConfigError("cuda_graph: fp16's loss scale decides on every step by itself; use bf16 or fp32")
         if self.folds and self.val_fraction != defaults["val_fraction"]:
@@ -141,6 +152,27 @@ class TrainConfig:
             parse_trainable(self.trainable)
         except ValueError as error:
             raise ConfigError(str(error)) from None
+        self._refuse_void_rates(defaults)
+
+    def _refuse_void_rates(self, defaults: dict[str, Any]) -> None:
+        """ConfigError where a setting of the optimizers was changed that no phase uses."""
+        phases = self.plan()
+        if self.decay == "constant" and any(phase.rates and phase.rates[0] != phase.rates[1] for phase in phases):
+            raise ConfigError("phases: expected lr=RATE with decay constant, which leads from no rate to another")
+        decaying = [phase for phase in phases if phase.optimizer != "adadelta"]
+        shared = [phase for phase in decaying if phase.rates is None]
+        used = {
+            "momentum": any(phase.optimizer == "sgd" for phase in phases),
+            "learning_rate": bool(shared),
+            "min_learning_rate": bool(shared) and self.decay != "constant",
+            "lr_limit_min": any(phase.limits is None for phase in shared),
+            "lr_limit_max": any(phase.limits is None for phase in shared),
+        }
+        for name, usable in used.items():
+            if not usable and getattr(self, name) != defaults[name]:
+                raise ConfigError(
+                    f"{name}: no phase of {format_phases(phases)} with decay {self.decay} uses it; leave it out"
+                )
 
     def _expect(self, name: str, choices: tuple[str, ...]) -> None:
         if getattr(self, name) not in choices:

@@ -12,7 +12,7 @@ from famseg.models import create_model
 from famseg.training.config import TrainConfig
 from famseg.training.finetune import freeze
 from famseg.training.loss import SegmentationLoss
-from famseg.training.schedule import Phase, fit_learning_rates, learning_rate, phase_at, total_epochs
+from famseg.training.schedule import Phase, decay_span, fit_learning_rates, learning_rate, phase_at
 from famseg_kernels import use_backend
 
 
@@ -45,13 +45,7 @@ class SegmentationModule(nn.Module):
         # Of training alone: validation has another mode, a ragged last batch and averaged weights, each a compilation.
         self.compiled: Callable[[Tensor], Tensor] | None = None
         self.ema: dict[str, Tensor] = {}
-        self._init_lr, self._min_lr = fit_learning_rates(
-            config.batch_size * processes,
-            config.learning_rate,
-            config.min_learning_rate,
-            config.lr_limit_min,
-            config.lr_limit_max,
-        )
+        self._images = config.batch_size * processes  # a step
 
     def forward(self, image: Tensor) -> Tensor:
         """Logits (N, classes, h, w) of images (N, 1, h, w); in evaluation by the averaged weights, where there are."""
@@ -79,17 +73,30 @@ class SegmentationModule(nn.Module):
         ]
         if phase.optimizer == "adadelta":
             return torch.optim.Adadelta(groups)  # its learning rate is 1: it has none (Zeiler 2012)
+        rate, _ = self._rates(phase)
         if phase.optimizer == "sgd":
-            return torch.optim.SGD(groups, lr=self._init_lr, momentum=0.9, nesterov=True, fused=True)
+            momentum = self.config.momentum
+            return torch.optim.SGD(groups, lr=rate, momentum=momentum, nesterov=momentum > 0, fused=True)
         kind = torch.optim.AdamW if phase.optimizer == "adamw" else torch.optim.Adam
-        return kind(groups, lr=self._init_lr, fused=True)
+        return kind(groups, lr=rate, fused=True)
 
     def rate(self, progress: float) -> float:
         """The learning rate after `progress` (fractional) epochs."""
-        if phase_at(self.phases, int(progress)).optimizer == "adadelta":
+        phase = phase_at(self.phases, int(progress))
+        if phase.optimizer == "adadelta":
             return 1.0  # it has none
-        epochs = self.config.decay_epochs or total_epochs(self.phases)
-        return learning_rate(progress, epochs, self.config.decay, self._init_lr, self._min_lr)
+        start, end = decay_span(self.phases, int(progress), self.config.decay_epochs)
+        return learning_rate(progress - start, end - start, self.config.decay, *self._rates(phase))
+
+    def _rates(self, phase: Phase) -> tuple[float, float]:
+        """Learning rates that the schedule of `phase` leads from and to."""
+        config = self.config
+        if phase.rates and not phase.limits:
+            return phase.rates
+        init, low = phase.rates or (config.learning_rate, config.min_learning_rate)
+        return fit_learning_rates(
+            self._images, init, low, *(phase.limits or (config.lr_limit_min, config.lr_limit_max))
+        )
 
     # --- averaged weights -----------------------------------------------------------------------------
 
