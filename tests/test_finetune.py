@@ -15,7 +15,8 @@ import torchvision
 from famseg.cli.train import main
 from famseg.files.errors import DataError
 from famseg.models import create_model
-from famseg.training.finetune import freeze, load_weights
+from famseg.training.config import ConfigError, TrainConfig
+from famseg.training.finetune import STRATEGIES, count_parameters, freeze, load_weights
 from tests.checkpoints import write_checkpoint
 from tests.test_models import published_mscan
 
@@ -47,6 +48,62 @@ def test_only_the_trainable_part_moves_batch_norms_included(trainable, moves, tm
         assert any(name.startswith(part) and name.endswith("weight") for name in changed)
     if trainable == "encoder":
         assert any(name.endswith("running_mean") for name in changed)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "trained"),
+    [
+        ("a", 4_404_928),
+        ("b", 2_223_296),  # 576 fewer than of a colour image's encoder
+        ("c", 2_223_296),
+        ("d", 3_761_152),
+        ("e", 4_240_896),
+        ("f", 4_365_568),
+        ("g", 164_032),
+        ("h", 6_976),
+        ("i", 4_404_928),
+    ],
+)
+def test_a_strategy_trains_the_papers_number_of_parameters(strategy, trained):
+    model = create_model("unet_mobilenetv2", 1)
+    part = STRATEGIES[strategy][1]
+    freeze(model, part, head=False)
+    assert count_parameters(model) == (trained, 6_628_945 - 576)
+    freeze(model, part)
+    assert count_parameters(model) == (trained + 145, 6_628_945 - 576)
+
+
+def test_without_its_head_all_the_rest_learns():
+    model = create_model("unext")
+    freeze(model, "all", head=False)
+    assert {name for name, p in model.named_parameters() if not p.requires_grad} == {
+        "classifier.weight",
+        "classifier.bias",
+    }
+
+
+def test_a_strategy_in_a_run(tmp_path, capsys):
+    start = write_checkpoint(tmp_path / "start.ckpt", model="unet_mobilenetv2")
+    arguments = ["--model", "unet_mobilenetv2", "--weights", str(start), "--strategy", "h", "--train-head", "false"]
+    assert main([*SHORT, *arguments, "--out", str(tmp_path / "run")]) == 0
+    assert "training 6,976 of 6,628,659 parameters" in capsys.readouterr().out.splitlines()
+    before, after = weights_of(start), weights_of(tmp_path / "run" / "checkpoints" / "last.ckpt")
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed and all(name.startswith("decoder.blocks.4.") for name in changed)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"strategy": "j"}, "strategy: expected one of none, a, b, c, d, e, f, g, h, i, got 'j'"),
+        ({"strategy": "a", "trainable": "decoder"}, "trainable: strategy a trains decoder; leave one of the two out"),
+        ({"strategy": "a", "weights": "x"}, "weights: strategy a starts from random weights; leave them out"),
+        ({"strategy": "i"}, "weights: strategy i starts from the weights of a file; name a file with --weights"),
+    ],
+)
+def test_a_strategy_and_what_contradicts_it(change, message):
+    with pytest.raises(ConfigError, match=message):
+        TrainConfig(**change)
 
 
 def test_layers_of_every_decoder_count_from_the_deepest():

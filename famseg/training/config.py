@@ -19,7 +19,7 @@ from famseg.options import (
     expect_number,
     option,
 )
-from famseg.training.finetune import parse_trainable
+from famseg.training.finetune import STRATEGIES, parse_trainable
 from famseg.training.loss import parse_class_weights, parse_loss
 from famseg.training.schedule import Phase, format_phases, parse_phases, total_epochs, with_adadelta
 
@@ -97,6 +97,10 @@ class TrainConfig:
         None, "start from this file: a checkpoint of famseg-train, MSCAN (FAMSeg) or MobileNetV2 (U-Net)", path=True
     )
     trainable: str = option("all", "what learns: all, encoder, decoder, or layers of it like decoder:1,2 (1: deepest)")
+    train_head: bool = option(True, "false: the classifier stays as it is, with any part that learns")
+    strategy: Literal["none", "a", "b", "c", "d", "e", "f", "g", "h", "i"] = option(
+        "none", "of the fine-tuning study (arXiv 2407.20086, Fig. 2), instead of trainable: c to i start from --weights"
+    )
     out: str | None = option(None, "output folder; default runs/<time>-<model>", path=True)
     resume: str | None = option(
         None, "auto: continue the run in OUT, if there is one; or a checkpoint to continue from", path=True
@@ -144,6 +148,14 @@ class TrainConfig:
             raise ConfigError(f"val_fraction: {self.folds} folds hold out 1/{self.folds}; leave one of the two out")
         if self.class_weights != "none" and not {"ce", "focal"} & set(self.loss.split("+")):
             raise ConfigError(f"class_weights: are of ce and focal, and the loss is {self.loss}; leave them out")
+        if self.strategy != "none":
+            given, part = STRATEGIES[self.strategy]
+            if self.trainable != "all":
+                raise ConfigError(f"trainable: strategy {self.strategy} trains {part}; leave one of the two out")
+            if given != (self.weights is not None):
+                remedy = "leave them out" if self.weights else "name a file with --weights"
+                start = "the weights of a file" if given else "random weights"
+                raise ConfigError(f"weights: strategy {self.strategy} starts from {start}; {remedy}")
         try:
             expect_number("phases", total_epochs(self.plan()), 1)
             model_config(self.model, len(CLASSES), **self.model_options())
@@ -182,6 +194,10 @@ class TrainConfig:
         """The optimizer phases, stretched to `epochs` where given; with decay "adadelta" they end with Adadelta."""
         phases = parse_phases(self.phases, self.epochs)
         return with_adadelta(phases) if self.decay == "adadelta" else phases
+
+    def learning_part(self) -> str:
+        """`trainable`, or what the strategy trains."""
+        return self.trainable if self.strategy == "none" else STRATEGIES[self.strategy][1]
 
     def model_options(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in _ABLATIONS if name in option_names(self.model)}

@@ -18,6 +18,19 @@ from famseg.files.errors import DataError
 from famseg.inference import read_checkpoint, weights_of
 from famseg.models import FAMSeg, UNetMobileNetV2, load_mscan
 
+# By letter: does it start from weights, and what learns.
+STRATEGIES = {
+    "a": (False, "decoder"),
+    "b": (False, "encoder"),
+    "c": (True, "encoder"),
+    "d": (True, "decoder:1"),
+    "e": (True, "decoder:1,2"),
+    "f": (True, "decoder:1,2,3"),
+    "g": (True, "decoder:3,4,5"),
+    "h": (True, "decoder:5"),
+    "i": (True, "decoder"),
+}
+
 
 def parse_trainable(text: str) -> tuple[str, tuple[int, ...]]:
     """ "decoder:1,2" → ("decoder", (1, 2)); no numbers: the whole part. Raises ValueError for anything else."""
@@ -27,28 +40,36 @@ def parse_trainable(text: str) -> tuple[str, tuple[int, ...]]:
     return found[1].split(":")[0], tuple(int(number) for number in found[2].split(",")) if found[2] else ()
 
 
-def freeze(model: nn.Module, trainable: str) -> list[nn.Module]:
-    """Leave gradients to the part `trainable` and the classifier only; returns the modules that stay as they are.
+def freeze(model: nn.Module, trainable: str, head: bool = True) -> list[nn.Module]:
+    """Leave gradients to the part `trainable` only; returns the modules that stay as they are.
 
     These belong into evaluation mode, or their batch norms would go on adapting. Decoder layers count from 1, the
-    deepest.
+    deepest. The classifier learns with any part, unless `head` is false.
 
     Raises:
         ValueError: the decoder has no such layer.
     """
     part, numbers = parse_trainable(trainable)
     if part == "all":
+        model.get_submodule("classifier").requires_grad_(head)
         return []
     layers = list(model.decoder_layers)  # type: ignore[arg-type]
     if beyond := [number for number in numbers if not 1 <= number <= len(layers)]:
         raise ValueError(f"trainable: expected decoder layers from 1 to {len(layers)}, got {beyond[0]}")
     trained = [layers[number - 1] for number in numbers] or [model.get_submodule(part)]
-    trained.append(model.get_submodule("classifier"))
+    if head:
+        trained.append(model.get_submodule("classifier"))
     kept = {parameter for module in trained for parameter in module.parameters()}
     for parameter in model.parameters():
         parameter.requires_grad_(parameter in kept)
     inside = {module for one in trained for module in one.modules()}
     return [module for module in model.modules() if module not in inside and not any(True for _ in module.children())]
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """How many learn, and how many there are."""
+    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+    return sum(size for size, learns in sizes if learns), sum(size for size, _ in sizes)
 
 
 def load_weights(model: nn.Module, path: str | Path) -> str:

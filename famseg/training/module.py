@@ -37,7 +37,7 @@ class SegmentationModule(nn.Module):
         self.config = config
         self.phases = config.plan()
         self.model: nn.Module = create_model(config.model, len(CLASSES), **config.model_options())
-        self.frozen = freeze(self.model, config.trainable)
+        self.frozen = freeze(self.model, config.learning_part(), config.train_head)
         self.channels_last = channels_last
         if channels_last:
             self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

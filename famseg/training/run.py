@@ -47,7 +47,7 @@ from famseg.training.distributed import (
     synchronise_batch_norm,
     this_process,
 )
-from famseg.training.finetune import load_weights
+from famseg.training.finetune import count_parameters, load_weights
 from famseg.training.log import MetricsTable, ProgressBar, TimeLeft, epoch_line
 from famseg.training.loop import Loop
 from famseg.training.loss import parse_class_weights
@@ -223,6 +223,8 @@ def _train(processes: Processes, config: TrainConfig, out: Path) -> None:
         loaded = load_weights(run.module.model, config.weights)
         if processes.rank == 0:
             print(f"starting from {loaded}")
+    if processes.rank == 0:
+        print("training {:,} of {:,} parameters".format(*count_parameters(run.module.model)))
     join_processes(processes, run.device)
     loop = Loop(run.module, run.train_loader, run.val_loader, device=run.device, processes=processes)
     table = MetricsTable(out / "metrics.csv", out / "tensorboard" if config.tensorboard else None)
