@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import hashlib
 import math
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 import torchvision
 
 from famseg.cli.train import main
+from famseg.data.augment import MEAN, STD
 from famseg.files.errors import DataError
 from famseg.models import create_model
 from famseg.training.config import ConfigError, TrainConfig
-from famseg.training.finetune import STRATEGIES, count_parameters, freeze, load_weights
+from famseg.training.finetune import _IMAGENET, STRATEGIES, count_parameters, freeze, load_weights
 from tests.checkpoints import write_checkpoint
 from tests.test_models import published_mscan
 
@@ -116,16 +119,60 @@ def test_layers_of_every_decoder_count_from_the_deepest():
             freeze(model, "decoder:9")
 
 
-def test_a_colour_classifier_becomes_the_encoder(tmp_path):
+@pytest.fixture
+def classifier(tmp_path):
+    """torchvision's MobileNetV2 with statistics as after training, and its file."""
     torch.manual_seed(0)
-    classifier = torchvision.models.mobilenet_v2(weights=None).eval()
-    torch.save(classifier.state_dict(), tmp_path / "mobilenet.pth")
-    model = create_model("unet_mobilenetv2").eval()
-    assert "tensors of the encoder" in load_weights(model, tmp_path / "mobilenet.pth")
-    x = torch.randn(1, 1, 64, 64)
+    network = torchvision.models.mobilenet_v2(weights=None)
+    for module in network.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_mean.normal_(std=0.1)
+    torch.save(network.state_dict(), tmp_path / "mobilenet.pth")
+    return network.double().eval(), tmp_path / "mobilenet.pth"
+
+
+def test_a_grey_image_is_what_imagenets_classifier_sees(classifier):
+    """The colour network on the image three times, normalised as it was trained, equals ours on our input."""
+    network, path = classifier
+    model = create_model("unet_mobilenetv2")
+    words = load_weights(model, path)
+    assert words.endswith(
+        "2 others in it are not used; not the file that torchvision publishes; ImageNet's "
+        "normalisation is in the first layer"
+    )
+    features = model.double().eval().encoder.features
+    grey = torch.rand(2, 1, 64, 96, dtype=torch.float64)
+    ours = (grey - MEAN) / STD
+    mean, deviation = (torch.tensor(v, dtype=torch.float64).view(3, 1, 1) for v in _IMAGENET)
     with torch.no_grad():
-        expected = classifier.features[:-1](x.expand(1, 3, 64, 64))
-        torch.testing.assert_close(model.encoder.features[:-1](x), expected, rtol=1e-4, atol=1e-5)
+        colour = (grey.expand(-1, 3, -1, -1) - mean) / deviation
+        torch.testing.assert_close(
+            features[0](ours)[:, :, 1:, 1:], network.features[0](colour)[:, :, 1:, 1:], rtol=1e-5, atol=1e-6
+        )
+        # At the border too, where the colour image goes on as ours does: nearly black.
+        network.features[0][0].padding = (0, 0)
+        around = (F.pad(grey, (1, 1, 1, 1), value=MEAN).expand(-1, 3, -1, -1) - mean) / deviation
+        torch.testing.assert_close(features[:-1](ours), network.features[:-1](around), rtol=1e-4, atol=1e-5)
+
+
+def test_weights_without_imagenets_classes_are_taken_as_they_are(classifier, tmp_path):
+    network, _ = classifier
+    states = {name: v.float() for name, v in network.state_dict().items() if not name.startswith("classifier")}
+    torch.save(states, tmp_path / "features.pth")
+    model = create_model("unet_mobilenetv2")
+    assert load_weights(model, tmp_path / "features.pth").endswith("ImageNet's normalisation is left out")
+    torch.testing.assert_close(model.encoder.features[0][0].weight, states["features.0.0.weight"].sum(1, keepdim=True))
+
+
+def test_torchvisions_file_is_known_by_its_hash(classifier, tmp_path, monkeypatch):
+    _, path = classifier
+    model = create_model("unet_mobilenetv2")
+    damaged = path.rename(tmp_path / "mobilenet_v2-b0353104.pth")
+    with pytest.raises(DataError, match="its SHA-256 is not b03531047ffacf1e…, which torchvision's"):
+        load_weights(model, damaged)
+    published = hashlib.sha256(damaged.read_bytes()).hexdigest()
+    monkeypatch.setattr("famseg.training.finetune._TORCHVISION", (damaged.name, published))
+    assert "torchvision's, by its SHA-256; ImageNet's normalisation is in" in load_weights(model, damaged)
 
 
 @pytest.mark.parametrize(

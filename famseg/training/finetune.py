@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import datetime
+import hashlib
 import pathlib
 import re
 from collections.abc import Mapping
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from famseg.data.augment import MEAN, STD
 from famseg.files.errors import DataError
 from famseg.inference import read_checkpoint, weights_of
 from famseg.models import FAMSeg, UNetMobileNetV2, load_mscan
@@ -77,6 +79,7 @@ def load_weights(model: nn.Module, path: str | Path) -> str:
 
     Takes a checkpoint of famseg-train or the state dict of the same network, or a published encoder: MSCAN for a
     FAMSeg's strip blocks, MobileNetV2 (torchvision) for U-Net; saved by torch.save, with what others wrap around it.
+    A classifier of ImageNet's 1000 classes goes on seeing what it was trained on (`for_our_pixels`).
 
     Raises:
         DataError: the file cannot be read, does not fit, or holds what is not finite.
@@ -96,7 +99,10 @@ def load_weights(model: nn.Module, path: str | Path) -> str:
             model.load_state_dict(own)
             return _report("the network", len(own), tensors, path)
         if isinstance(model, UNetMobileNetV2) and tensors:
-            return _report("the encoder", model.load_encoder(encoder), tensors, path)
+            classes = (value for name, value in tensors.items() if name.endswith("classifier.1.weight"))
+            imagenet = any(len(value) == 1000 for value in classes)
+            loaded = model.load_encoder(for_our_pixels(encoder) if imagenet else encoder)
+            return f"{_report('the encoder', loaded, tensors, path)}; {_origin(path, imagenet)}"
         if encoder:
             model.get_submodule("encoder").load_state_dict(encoder)
             return _report("the encoder", len(encoder), tensors, path)
@@ -110,6 +116,37 @@ def load_weights(model: nn.Module, path: str | Path) -> str:
     raise DataError(
         f"weights: {path}: holds no weights for this network, which starts from checkpoints of famseg-train{published}"
     )
+
+
+def for_our_pixels(encoder: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A MobileNetV2 for images (v − MEAN) / STD of `famseg.data.augment`, v in [0, 1], from one for ImageNet's.
+
+    With W, m, s the first kernel and ImageNet's mean and deviation, W·(v − m)/s is (W·STD/s)·x, plus a constant a
+    channel that the batch norm behind takes into its mean. So the normalisation is part of the weights, wherever they
+    go. What the first layer pads with is 0 as before: here MEAN, nearly black as outside a sector, and not ImageNet's
+    mean grey, so the first row and column see another border than in the classifier.
+    """
+    kernel, norm = "features.0.0.weight", "features.0.1.running_mean"
+    if kernel not in encoder or norm not in encoder or encoder[kernel].shape[1] != 3:
+        return dict(encoder)  # which will be refused, by name
+    weight = encoder[kernel].double()
+    mean, deviation = (torch.tensor(values, dtype=torch.float64).view(3, 1, 1) for values in _IMAGENET)
+    constant = (weight * ((MEAN - mean) / deviation)).sum((1, 2, 3))
+    return {
+        **encoder,
+        kernel: (weight * (STD / deviation)).to(encoder[kernel].dtype),
+        norm: (encoder[norm].double() - constant).to(encoder[norm].dtype),
+    }
+
+
+def _origin(path: Path, imagenet: bool) -> str:
+    """Whose weights a MobileNetV2's are, by the file's hash."""
+    name, published = _TORCHVISION
+    is_published = hashlib.sha256(path.read_bytes()).hexdigest() == published
+    if path.name == name and not is_published:
+        raise ValueError(f"its SHA-256 is not {published[:16]}…, which torchvision's {name} has; get it again")
+    whose = "torchvision's, by its SHA-256" if is_published else "not the file that torchvision publishes"
+    return f"{whose}; ImageNet's normalisation is {'in the first layer' if imagenet else 'left out'}"
 
 
 def _report(what: str, loaded: int, tensors: Mapping[str, Tensor], path: Path) -> str:
@@ -171,6 +208,12 @@ _NUMPY: tuple[Any, ...] = (
     codecs.encode,
 )
 _HARMLESS = (pathlib.PosixPath, pathlib.WindowsPath, datetime.datetime, datetime.date, datetime.timedelta)
+
+_IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and deviation of red, green, blue
+_TORCHVISION = (
+    "mobilenet_v2-b0353104.pth",
+    "b03531047ffacf1e2488318dcd2aba1126cde36e3bfe1aa5cb07700aeeee9889",
+)
 
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "network", "net", "params", "weights", "ema")
 _PREFIXES = ("model.", "network.", "net.", "backbone.", "encoder.")
