@@ -32,7 +32,7 @@ class Network:
 
     model: nn.Module  # (N, 1, h, w) normalised → logits (N, classes, h, w); in evaluation mode
     config: dict[str, Any]  # the training run's settings
-    images: dict[str, dict[str, str]]  # "trained" and "held_out": the name of every image under its digest
+    images: dict[str, dict[str, str]]  # "trained", "held_out", "unused" where a run left some: names by digests
     epoch: int  # epochs trained
     image_size: int  # side of the square input, px
     path: Path

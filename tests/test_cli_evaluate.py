@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from famseg.cli.evaluate import main
@@ -55,6 +56,16 @@ def test_it_writes_scores_a_table_and_a_page(result: Path) -> None:
 def test_by_default_it_takes_what_was_held_out_in_training(result: Path) -> None:
     held_out = split_by_subject(Phantom(10, (32, 32), 3), 0.3, 3)[1]
     assert [row["name"] for row in rows(result)] == [f"phantom_3_{index:06d}" for index in held_out]
+
+
+def test_images_that_a_run_set_aside_are_not_held_out(checkpoint: str, result: Path, tmp_path: Path) -> None:
+    content = torch.load(checkpoint, weights_only=True)
+    trained = content["images"]["trained"]
+    content["images"] |= {"trained": dict([*trained.items()][:2]), "unused": dict([*trained.items()][2:])}
+    torch.save(content, tmp_path / "few.ckpt")
+    assert main([str(tmp_path / "few.ckpt"), "--out", str(tmp_path / "out")]) == 0
+    assert [row["name"] for row in rows(tmp_path / "out")] == [row["name"] for row in rows(result)]
+    assert "or were set aside by --train-images" in (tmp_path / "out" / "report.html").read_text()
 
 
 def test_other_data_are_taken_whole_and_training_images_only_when_asked_for(

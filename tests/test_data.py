@@ -14,7 +14,7 @@ from famseg.data.folder import Folder, write_folder
 from famseg.data.hc18 import HC18, fill_outline
 from famseg.data.phantom import Phantom
 from famseg.data.sample import Sample
-from famseg.data.split import k_folds, split_by_subject
+from famseg.data.split import first_images, k_folds, split_by_subject
 from famseg.files.errors import DataError
 from famseg.files.images import read_grey
 from famseg.files.labels import read_labels
@@ -340,6 +340,22 @@ def test_folds_validate_every_sample_once() -> None:
         assert not {SUBJECTS[i] for i in train} & {SUBJECTS[i] for i in val}
         assert abs(len(val) - len(SUBJECTS) / 5) <= 3
     assert folds[0] == k_folds(SUBJECTS, 5, 0, seed=1)
+
+
+def test_few_images_are_part_of_more_and_of_few_subjects() -> None:
+    train, _ = split_by_subject(SUBJECTS, 0.2, seed=3)
+    before: list[int] = []
+    for count in (1, 3, 7, 20, len(train)):
+        few = first_images(SUBJECTS, train, count, seed=3)
+        assert len(few) == count and set(before) <= set(few) <= set(train) and few == sorted(few)
+        cut = [s for s in {SUBJECTS[i] for i in few} if {i for i in train if SUBJECTS[i] == s} - set(few)]
+        assert len(cut) <= 1  # the last subject's
+        before = few
+    assert few == train
+    assert first_images(SUBJECTS, train, 7, seed=4) != first_images(SUBJECTS, train, 7, seed=3)
+    for count in (0, len(train) + 1):
+        with pytest.raises(DataError, match=f"train_images: expected 1 to {len(train)}, .* got {count}"):
+            first_images(SUBJECTS, train, count)
 
 
 def test_impossible_splits_explain_themselves() -> None:

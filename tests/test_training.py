@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from famseg.data.split import k_folds
+from famseg.files.errors import DataError
 from famseg.training.checkpoint import Checkpoints
 from famseg.training.config import ConfigError, TrainConfig, device_for
 from famseg.training.distributed import ALONE
@@ -99,6 +100,7 @@ def test_pixels_without_any_weight_make_no_loss():
         ({"folds": 1}, "folds: expected 2 or more"),
         ({"folds": 3, "fold": 3}, "fold: expected 0 to 2 with folds 3, got 3"),
         ({"fold": 1}, "fold: expected 0 to 0 without folds"),
+        ({"train_images": 0}, "train_images: expected at least 1"),
         ({"devices": 0}, "devices: expected at least 1"),
         ({"clip_norm": float("nan")}, "clip_norm: expected at least 0"),
         ({"clip_norm": float("inf")}, "clip_norm: expected at most"),
@@ -186,6 +188,16 @@ def test_data_settings():
     one, two = (first_batch(prepared(seed=seed))["image"] for seed in (0, 1))
     assert not torch.equal(one, two)
     assert torch.equal(one, first_batch(prepared())["image"])
+
+
+def test_few_images_train_and_what_is_held_out_stays():
+    every, few = prepared(data="phantom:10"), prepared(data="phantom:10", train_images=3)
+    assert len(few.training) == 3 and set(few.training.indices) < set(every.training.indices)
+    assert few.validation.indices == every.validation.indices and few.images["held_out"] == every.images["held_out"]
+    assert {**few.images["trained"], **few.images["unused"]} == every.images["trained"]
+    assert "unused" not in every.images
+    with pytest.raises(DataError, match="train_images: expected 1 to 8, the images there are to train on, got 9"):
+        prepared(data="phantom:10", train_images=9)
 
 
 def test_workers_load_the_same_batches():

@@ -140,7 +140,8 @@ def _score(network: Network, options: Options, device: str, out: Path) -> int:
 def select(network: Network, spec: str | None, split: str, data_seed: int | None) -> Selection:
     """The images to score: all, or those that the network was not trained on, by the digests in the checkpoint.
 
-    Other images of a subject that it was trained on are not held out either.
+    Other images of a subject that it was trained on are not held out either, nor are those that --train-images left
+    unused: however few images trained, the same ones are scored.
 
     Raises:
         DataError: the data cannot be opened, or no image is left.
@@ -148,12 +149,13 @@ def select(network: Network, spec: str | None, split: str, data_seed: int | None
     spec = spec or network.config["data"]
     seed = network.config["seed"] if data_seed is None else data_seed
     samples = open_data(spec, image_size=network.image_size, seed=seed)
-    subjects, trained = [], []
+    subjects, trained, unused = [], [], []
     for index in progress(range(len(samples)), "reading"):
         sample = samples[index]
         subjects.append(sample.subject)
         trained.append(sample.digest in network.images["trained"])
-    known = {subject for subject, seen in zip(subjects, trained, strict=True) if seen}
+        unused.append(sample.digest in network.images.get("unused", ()))
+    known = {subject for subject, *seen in zip(subjects, trained, unused, strict=True) if any(seen)}
     indices = [i for i, subject in enumerate(subjects) if split == "all" or subject not in known]
     if not indices:
         raise DataError(
@@ -169,7 +171,8 @@ def select(network: Network, spec: str | None, split: str, data_seed: int | None
             f"{scored_trained} of these {len(indices)} images trained the network: their numbers are too good."
         )
     elif known:
-        notes.append(f"{len(samples) - len(indices)} images of subjects that trained the network are left out.")
+        which = "trained the network" + (" or were set aside by --train-images" if any(unused) else "")
+        notes.append(f"{len(samples) - len(indices)} images of subjects that {which} are left out.")
     if any(part.strip().split(":")[0] == "phantom" for part in spec.split(",")):
         notes.append(
             "Synthetic images: the phantom is a simulation. Its numbers compare networks and say nothing of a clinic."

@@ -79,6 +79,23 @@ def k_folds(
     return _divide(subjects, members[fold])
 
 
+def first_images(
+    samples: Sequence[Sample] | Sequence[str], indices: Sequence[int], count: int, seed: int = 0
+) -> list[int]:
+    """`count` of `indices`, in ascending order: all images of one subject after another, in an order fixed by `seed`.
+
+    The last subject gives as many as are wanted. What a smaller count takes is among what a larger one takes.
+
+    Raises:
+        DataError: there are fewer.
+    """
+    if not 1 <= count <= len(indices):
+        raise DataError(f"train_images: expected 1 to {len(indices)}, the images there are to train on, got {count}")
+    subjects = subjects_of(samples)
+    place = {subject: i for i, subject in enumerate(_shuffled([subjects[i] for i in indices], seed))}
+    return sorted(sorted(indices, key=lambda i: (place[subjects[i]], i))[:count])
+
+
 def _shuffled(subjects: Sequence[str], seed: int) -> list[str]:
     unique = sorted(set(subjects))
     return [unique[i] for i in np.random.default_rng(seed).permutation(len(unique))]

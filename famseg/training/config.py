@@ -69,6 +69,9 @@ class TrainConfig:
     ema: float = option(0.0, "decay of the averaged weights that are validated and kept, like 0.999; 0: none")
     patience: int = option(0, "stop after so many epochs without a better validation mIoU; 0: never")
     val_fraction: float = option(0.2, "part of the images held out for validation, split by subject")
+    train_images: int | None = option(
+        None, "train on so many images only, subject after subject; what is held out stays the same; default: all"
+    )
     folds: int = option(0, "cross-validation by subject into so many folds, instead of val_fraction; 0: off")
     fold: int = option(0, "the fold to validate on, counting from 0")
     precision: Literal["fp32", "bf16", "fp16"] = option("fp32", "fp32, or autocast to bf16 or fp16 (GPU only)")
@@ -118,7 +121,7 @@ class TrainConfig:
         largest_float = sys.float_info.max  # a finite number
         ranges: dict[str, tuple[float, ...]] = {
             "batch_size": (1,), "image_size": (16, 8192), "workers": (0, 256), "epochs": (1,), "decay_epochs": (1,),
-            "devices": (1, 1024), "folds": (0,), "patience": (0,), "seed": (0, LARGEST_SEED),
+            "train_images": (1,), "devices": (1, 1024), "folds": (0,), "patience": (0,), "seed": (0, LARGEST_SEED),
             "clip_norm": (0, largest_float), "weight_decay": (0, largest_float),
         }  # fmt: skip
         for name, bounds in ranges.items():

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Sampler, SequentialSampler
 from famseg.data.augment import eval_transform, train_transform
 from famseg.data.dataset import SegmentationDataset, open_data
 from famseg.data.sample import CLASSES
-from famseg.data.split import k_folds, split_by_subject
+from famseg.data.split import first_images, k_folds, split_by_subject
 from famseg.evaluation import evaluate
 from famseg.files.errors import DataError
 from famseg.files.lock import locked
@@ -88,7 +88,8 @@ class Prepared:
     train_loader: DataLoader[Any]
     val_loader: DataLoader[Any]
     module: SegmentationModule
-    images: dict[str, dict[str, str]]  # "trained" and "held_out": the name of every image under its digest
+    # "trained", "held_out", and with train_images "unused": the name of every image under its digest.
+    images: dict[str, dict[str, str]]
 
 
 def prepare(config: TrainConfig, processes: Processes) -> Prepared:
@@ -104,12 +105,17 @@ def prepare(config: TrainConfig, processes: Processes) -> Prepared:
         parts = k_folds(samples, config.folds, config.fold, config.seed)
     else:
         parts = split_by_subject(samples, config.val_fraction, config.seed)
+    images: dict[str, dict[str, str]] = {"trained": {}, "held_out": {}}
+    if config.train_images is not None:
+        kept = first_images(samples, parts[0], config.train_images, config.seed)
+        unused = [samples[i] for i in sorted({*parts[0]} - {*kept})]
+        images["unused"] = {sample.digest: sample.name for sample in unused}
+        parts = kept, parts[1]
     size = config.image_size
     training = SegmentationDataset(samples, parts[0], train_transform(size), seed=config.seed, cache=config.cache)
     validation = SegmentationDataset(samples, parts[1], eval_transform(size), cache=config.cache)
     pixels = np.zeros(len(CLASSES))
-    images: dict[str, dict[str, str]] = {"trained": {}, "held_out": {}}
-    for dataset, seen in zip((training, validation), images.values(), strict=True):
+    for dataset, seen in ((training, images["trained"]), (validation, images["held_out"])):
         for position in range(len(dataset)):
             sample = dataset.sample(position)  # decode and check now, not in the middle of the first epoch
             seen[sample.digest] = sample.name
