@@ -62,6 +62,9 @@ class ImageScore:
     height: int
     width: int
     pixel_size: float | None  # mm
+    pixel_accuracy: float
+    miou: float  # over the classes that are there or were found, background included
+    mdice: float  # over the same
     objects: Mapping[str, ObjectScore]
     lengths: Mapping[str, LengthScore]  # by object; empty without a pixel size
 
@@ -80,6 +83,9 @@ class ImageScore:
             "width": self.width,
             "pixel_size_mm": self.pixel_size,
             "mean_iou": self.mean_iou,
+            "pixel_accuracy": self.pixel_accuracy,
+            "miou": self.miou,
+            "mdice": self.mdice,
         }
         for name, score in self.objects.items():
             line |= {
@@ -133,8 +139,9 @@ class Evaluation:
         """The content of metrics.json, ready for JSON: what has no value is None.
 
         `miou`, `iou`, `dice`, `class_accuracy`, `pixel_accuracy` are of all pixels of all images taken together, as in
-        the paper's tables; `per_image` are statistics over images, as in HC18's; `head_circumference_mm`,
-        `femur_length_mm` are errors, measured minus true.
+        the paper's tables; `per_image` are statistics over images, as in HC18's, and `image_means` are those of pixel
+        accuracy, mIoU and mean Dice an image; `head_circumference_mm`, `femur_length_mm` are errors, measured minus
+        true.
         """
         pooled = self._overlap.compute()
         results: dict[str, Any] = {
@@ -147,6 +154,10 @@ class Evaluation:
             "class_accuracy": dict(zip(CLASSES, pooled["accuracy"], strict=True)),
             "pixel_accuracy": pooled["pixel_accuracy"],
             "per_image": {structure.name: self._over_images(structure.name) for structure in OBJECTS},
+            "image_means": {
+                name: _statistics(getattr(image, name) for image in self.images)
+                for name in ("pixel_accuracy", "miou", "mdice")
+            },
         }
         for name, measure in MEASURES.items():
             lengths = [image.lengths[name] for image in self.images if name in image.lengths]
@@ -196,7 +207,21 @@ def score_image(sample: Sample, labels: np.ndarray) -> ImageScore:
             given = sample.true_length(measure.name)
             lengths[structure.name] = _score_length(measure, truth, found, given, sample.pixel_size)
     height, width = sample.image.shape
-    return ImageScore(sample.name, sample.subject, height, width, sample.pixel_size, objects, lengths)
+    overlap = SegmentationMetrics(len(CLASSES))
+    overlap.update(labels, sample.mask)
+    scores = overlap.compute()
+    return ImageScore(
+        sample.name,
+        sample.subject,
+        height,
+        width,
+        sample.pixel_size,
+        scores["pixel_accuracy"],
+        scores["miou"],
+        scores["mdice"],
+        objects,
+        lengths,
+    )
 
 
 def _score_object(truth: np.ndarray, found: np.ndarray) -> ObjectScore:

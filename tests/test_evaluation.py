@@ -59,6 +59,14 @@ def test_overlap_agrees_with_monai_image_by_image_and_with_the_confusion_matrix_
             if score.objects[name].state == "found":
                 assert score.objects[name].dice == pytest.approx(float(dice[place]), abs=1e-6)
                 assert score.objects[name].iou == pytest.approx(float(iou[place]), abs=1e-6)
+        alone = SegmentationMetrics(3)
+        alone.update(labels, s.mask)
+        assert score.pixel_accuracy == (labels == s.mask).mean() == score.row()["pixel_accuracy"]
+        assert (score.miou, score.mdice) == (alone.compute()["miou"], alone.compute()["mdice"])
+    for name, found in evaluation.summary()["image_means"].items():
+        values = [score.row()[name] for score in evaluation.images]
+        assert found["count"] == 5 and found["mean"] == pytest.approx(np.mean(values))
+        assert found["sd"] == pytest.approx(np.std(values, ddof=1))
     assert evaluation.summary()["miou"] == pooled.compute()["miou"]
 
 

@@ -184,7 +184,12 @@ def _pooled(summary: Mapping[str, Any]) -> str:
         [(s.name, s.title), *(_fixed(summary[key][s.name], 4) for key in keys)] for s in STRUCTURES
     ]
     lines.append([("", "mean"), _fixed(summary["miou"], 4), _fixed(summary["mdice"], 4), ""])
-    accuracy = f"<p>Pixel accuracy {_fixed(summary['pixel_accuracy'], 4)}.</p>"
+    means = summary["image_means"]
+    an_image = ", ".join(
+        f"{words} {_NONE if means[key] is None else _spread(means[key]['mean'], means[key]['sd'], 4)}"
+        for key, words in (("pixel_accuracy", "pixel accuracy"), ("miou", "mIoU"), ("mdice", "mean Dice"))
+    )
+    accuracy = f"<p>Pixel accuracy {_fixed(summary['pixel_accuracy'], 4)}. An image, mean ± sd: {an_image}.</p>"
     return _table(("IoU", "Dice", "part of it found"), lines) + accuracy
 
 
