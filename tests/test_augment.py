@@ -87,6 +87,28 @@ def test_augmentation_draws_its_steps_independently() -> None:
     assert (vertical & horizontal).any()
 
 
+def test_rotation_and_flips_alone_move_every_image_and_change_no_grey_value() -> None:
+    bar = np.zeros((64, 64), np.uint8)
+    bar[30:34, 12:52] = 2
+    transform, angles = train_transform(64, "rotate-flip"), []
+    for seed in range(60):
+        image, mask = transform(bar * 100, bar, seed)
+        assert image.min() == pytest.approx((0 - MEAN) / STD) and image.max() == pytest.approx((200 / 255 - MEAN) / STD)
+        rows, columns = np.nonzero(mask)
+        angles.append(np.degrees(np.arctan(np.polyfit(columns, rows, 1)[0])))
+    assert 20 < max(angles) <= 26 and -26 <= min(angles) < -20
+    assert len({round(angle, 1) for angle in angles}) > 40
+
+
+def test_no_augmentation_is_the_letterbox() -> None:
+    image = np.random.default_rng(0).integers(0, 255, (40, 64), np.uint8)
+    for seed in range(5):
+        for one, other in zip(
+            train_transform(48, "none")(image, image, seed), eval_transform(48)(image, image), strict=True
+        ):
+            np.testing.assert_array_equal(one, other)
+
+
 def test_augmented_masks_follow_the_image() -> None:
     head = disc(64, 64, 30, 32, 20, 15)
     transform = train_transform(64)

@@ -9,6 +9,7 @@ import pytest
 import torch
 import yaml
 
+from famseg.cli.train import _CONFIGS
 from famseg.training.config import ConfigError, TrainConfig
 from famseg.training.module import SegmentationModule
 from famseg.training.schedule import (
@@ -212,10 +213,12 @@ def test_learning_rates_are_fitted_to_the_batch_of_all_processes():
     assert four.rate(5) == pytest.approx(4 * one.rate(5))
 
 
-def test_shipped_configs_are_the_nine_of_table_2_and_the_text():
-    from famseg.cli.train import _CONFIGS
+CONFIGS = {path.stem: TrainConfig(**yaml.safe_load(path.read_text())) for path in _CONFIGS.glob("*.yaml")}
+OTHER_PAPERS = {"finetune", "sc-unext"}
 
-    configs = {path.stem: TrainConfig(**yaml.safe_load(path.read_text())) for path in _CONFIGS.glob("*.yaml")}
+
+def test_shipped_configs_are_the_nine_of_table_2_and_the_text():
+    configs = {name: config for name, config in CONFIGS.items() if name not in OTHER_PAPERS}
     plans = {name: [phase.optimizer for phase in config.plan()] for name, config in configs.items()}
     expected = {"paper": ["adamw", "sgd"]}
     for name in ("sgd", "adam", "adamw"):
@@ -225,3 +228,19 @@ def test_shipped_configs_are_the_nine_of_table_2_and_the_text():
         assert sum(phase.epochs for phase in config.plan()) == 200
         assert config.decay == ("cos" if name == "paper" else name.split("-")[1])
         assert fit_learning_rates(64, config.learning_rate, config.min_learning_rate, 1e-4, 1e-3) == (1e-3, 1e-5)
+
+
+def test_the_fine_tuning_study_is_constant_adam_and_nothing_else():
+    config = CONFIGS["finetune"]
+    run = SegmentationModule(config)
+    assert {run.rate(epoch / 4) for epoch in range(80)} == {1e-4}
+    optimizer = run.optimizer(run.phases[0])
+    assert type(optimizer) is torch.optim.Adam
+    assert {group["weight_decay"] for group in optimizer.param_groups} == {config.clip_norm} == {0}
+    assert (config.batch_size, config.image_size, config.loss, config.plan()[-1].epochs) == (10, 512, "ce", 20)
+
+
+def test_sc_unext_goes_from_1e_4_to_1e_5_in_400_epochs():
+    run = SegmentationModule(CONFIGS["sc-unext"])
+    assert (run.rate(3), run.rate(400)) == pytest.approx((1e-4, 1e-5))
+    assert (run.config.batch_size, run.config.image_size) == (8, 256)

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from famseg.data.augment import eval_transform
 from famseg.data.split import k_folds
 from famseg.files.errors import DataError
 from famseg.training.checkpoint import Checkpoints
@@ -100,6 +101,7 @@ def test_pixels_without_any_weight_make_no_loss():
         ({"folds": 1}, "folds: expected 2 or more"),
         ({"folds": 3, "fold": 3}, "fold: expected 0 to 2 with folds 3, got 3"),
         ({"fold": 1}, "fold: expected 0 to 0 without folds"),
+        ({"augmentation": "mixup"}, "augmentation: expected one of full, rotate-flip, none, got 'mixup'"),
         ({"train_images": 0}, "train_images: expected at least 1"),
         ({"devices": 0}, "devices: expected at least 1"),
         ({"clip_norm": float("nan")}, "clip_norm: expected at least 0"),
@@ -185,6 +187,8 @@ def test_data_settings():
     assert len(prepared(data="phantom:7", val_fraction=0.5).validation) == 4
     run = prepared(folds=3, fold=2)
     assert (run.training.indices, run.validation.indices) == k_folds(run.training.samples, 3, 2, SMALL.seed)
+    plain = prepared(augmentation="none").training
+    assert np.array_equal(plain[0]["image"][0], eval_transform(32)(plain.sample(0).image, plain.sample(0).mask)[0])
     one, two = (first_batch(prepared(seed=seed))["image"] for seed in (0, 1))
     assert not torch.equal(one, two)
     assert torch.equal(one, first_batch(prepared())["image"])

@@ -45,15 +45,22 @@ class Transform:
         return normalise(image), mask
 
 
-def train_transform(image_size: int | tuple[int, int]) -> Transform:
-    """Letterbox to `image_size` (side, or height and width) and augment as a probe and its settings vary.
+def train_transform(image_size: int | tuple[int, int], augmentation: str = "full") -> Transform:
+    """Letterbox to `image_size` (side, or height and width) and augment; masks follow by nearest neighbour.
 
-    Mirroring, pose (rotation within 25 degrees, scale 0.85 to 1.15, small shifts), mild elastic deformation,
-    gain and dynamic range (brightness, contrast, gamma), and noise or blur. Masks follow by
-    nearest neighbour.
+    Args:
+        augmentation: "full": as a probe and its settings vary, that is mirroring, pose (rotation within 25 degrees,
+            scale 0.85 to 1.15, small shifts), mild elastic deformation, gain and dynamic range (brightness, contrast,
+            gamma), and noise or blur. "rotate-flip": of the fine-tuning study (arXiv 2307.09067), that is every image
+            rotated within 25 degrees, half of them mirrored, a tenth upside down. "none".
     """
     height, width = _height_width(image_size)
     side = min(height, width)
+    if augmentation == "none":
+        return eval_transform(image_size)
+    if augmentation == "rotate-flip":
+        few = [A.Rotate(limit=25, p=1.0), A.HorizontalFlip(p=0.5), A.VerticalFlip(p=0.1)]
+        return Transform((height, width), A.Compose(few))
     sigma = 0.08 * side
     steps = [
         A.HorizontalFlip(p=0.5),

@@ -112,7 +112,8 @@ def prepare(config: TrainConfig, processes: Processes) -> Prepared:
         images["unused"] = {sample.digest: sample.name for sample in unused}
         parts = kept, parts[1]
     size = config.image_size
-    training = SegmentationDataset(samples, parts[0], train_transform(size), seed=config.seed, cache=config.cache)
+    transform = train_transform(size, config.augmentation)
+    training = SegmentationDataset(samples, parts[0], transform, seed=config.seed, cache=config.cache)
     validation = SegmentationDataset(samples, parts[1], eval_transform(size), cache=config.cache)
     pixels = np.zeros(len(CLASSES))
     for dataset, seen in ((training, images["trained"]), (validation, images["held_out"])):
