@@ -52,15 +52,16 @@ def device_for(device: str, backend: str) -> str:
     return "cuda" if has_gpu and device != "cpu" else "cpu"
 
 
+def cpu_has_bf16() -> bool:
+    """Whether this CPU has units for bf16."""
+    if platform.machine() in ("x86_64", "AMD64"):
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
 def warn_of_slow_bf16(precision: str, device: str) -> None:
     """A line on standard error where bf16 is asked for and the CPU it is to run on has no units for it."""
-    if precision != "bf16" or device != "cpu":
-        return
-    if platform.machine() in ("x86_64", "AMD64"):
-        has_units = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    else:
-        has_units = torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    if not has_units:
+    if precision == "bf16" and device == "cpu" and not cpu_has_bf16():
         print("precision: this CPU has no bf16 units; bf16 takes longer than fp32 here", file=sys.stderr, flush=True)
 
 
