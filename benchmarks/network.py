@@ -37,9 +37,12 @@ ROUNDS = 3  # at least; a round of famseg_base takes a minute on two cores
 
 
 @contextmanager
-def standard_parts() -> Iterator[None]:
-    """Inside, every operation is what one would write without this library (in the calling thread and all others)."""
-    cuda = torch.cuda.is_available()
+def standard_parts(gpu: bool | None = None) -> Iterator[None]:
+    """Inside, every operation is what one would write without this library (in the calling thread and all others).
+
+    As for a GPU or not; None: as this machine has one.
+    """
+    cuda = torch.cuda.is_available() if gpu is None else gpu
     mamba = cuda and peers.missing_module(peers.MAMBA) is None
     mmcv = cuda and peers.missing_module(peers.MMCV) is None
     # Unfolded, the last upsampling of 16 images of 512 px has 3.4 G elements: too many for some of torch's kernels.
