@@ -352,10 +352,10 @@ def test_the_same_command_continues_a_stretched_run():
     [
         # The decay under way ends where it was to end; a schedule that has not begun takes the new length.
         (10, "adamw:15,sgd:5:lr=0.1", {"epochs": 12}, ("adamw:12", 15)),
-        (10, "adamw:15,sgd:5:lr=0.1", {"epochs": 30}, ("adamw:15,sgd:15:lr=0.1..0.1", None)),
-        (17, "adamw:15,sgd:5:lr=0.1", {"epochs": 30}, ("adamw:15,sgd:15:lr=0.1..0.1", 20)),
-        (17, "adamw:15,sgd:5:lr=0.1", {"epochs": 30, "decay_epochs": 25}, ("adamw:15,sgd:15:lr=0.1..0.1", 25)),
-        (15, "adamw:15", {"phases": "adamw:15,sgd:5:lr=0.1"}, ("adamw:15,sgd:5:lr=0.1..0.1", None)),
+        (10, "adamw:15,sgd:5:lr=0.1", {"epochs": 30}, ("adamw:15,sgd:15:lr=0.1", None)),
+        (17, "adamw:15,sgd:5:lr=0.1", {"epochs": 30}, ("adamw:15,sgd:15:lr=0.1", 20)),
+        (17, "adamw:15,sgd:5:lr=0.1", {"epochs": 30, "decay_epochs": 25}, ("adamw:15,sgd:15:lr=0.1", 25)),
+        (15, "adamw:15", {"phases": "adamw:15,sgd:5:lr=0.1"}, ("adamw:15,sgd:5:lr=0.1", None)),
         (15, "adamw:15", {"phases": "adamw:15,sgd:5"}, ("adamw:15,sgd:5", 15)),
         (10, "adamw:15", {"phases": "adamw:12,sgd:5:lr=0.1"}, None),
         (16, "adamw:15,sgd:5:lr=0.1", {"phases": "adamw:15,sgd:5:lr=0.2"}, None),

@@ -179,7 +179,7 @@ def test_without_momentum_a_step_is_equation_6():
         ({"momentum": 0.5, "decay": "adadelta"}, "momentum: no phase of adamw:15,adadelta:3 with decay adadelta"),
         ({"momentum": 1.0}, "momentum: expected a number from 0 to below 1, got 1.0"),
         ({"momentum": -0.1}, "momentum: expected a number from 0"),
-        ({"learning_rate": 0.1, "phases": "adam:9:lr=0.01"}, "learning_rate: no phase of adam:9:lr=0.01..0.01"),
+        ({"learning_rate": 0.1, "phases": "adam:9:lr=0.01"}, "learning_rate: no phase of adam:9:lr=0.01"),
         ({"lr_limit_max": 0.1, "phases": "adam:9:limits=0.01..0.1"}, "lr_limit_max: no phase"),
         ({"lr_limit_min": 1e-5, "phases": "adam:9:lr=0.01"}, "lr_limit_min: no phase"),
         ({"min_learning_rate": 1e-5, "decay": "constant"}, "min_learning_rate: no phase of .* with decay constant"),

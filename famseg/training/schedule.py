@@ -93,11 +93,14 @@ def _numbers(text: str) -> tuple[float, float] | None:
 def format_phases(phases: Sequence[Phase]) -> str:
     """The text that `parse_phases` reads as these phases."""
 
-    def pair(name: str, numbers: tuple[float, float] | None) -> str:
-        return "" if numbers is None else f":{name}={numbers[0]!r}..{numbers[1]!r}"
+    def setting(name: str, pair: tuple[float, float] | None) -> str:
+        if pair is None:
+            return ""
+        return f":{name}={pair[0]!r}" + (f"..{pair[1]!r}" if pair[1] != pair[0] else "")
 
     return ",".join(
-        f"{phase.optimizer}:{phase.epochs}{pair('lr', phase.rates)}{pair('limits', phase.limits)}" for phase in phases
+        f"{phase.optimizer}:{phase.epochs}{setting('lr', phase.rates)}{setting('limits', phase.limits)}"
+        for phase in phases
     )
 
 
