@@ -13,6 +13,7 @@ from famseg.cli.train import main
 from famseg.training.config import Diverged, TrainConfig
 from famseg.training.loop import Loop
 from famseg.training.module import SegmentationModule
+from famseg.training.run import _after_divergence
 
 SHORT = ["--data", "phantom:6", "--image-size", "32", "--batch-size", "2", "--phases", "sgd:2", "--device", "cpu"]
 
@@ -127,3 +128,15 @@ def test_no_checkpoint_is_made_of_what_is_not_finite(where):
 def test_a_validation_loss_that_is_not_finite_is_no_score():
     with pytest.raises(Diverged, match="the loss of the validation images is nan"):
         loop(image=math.nan).validate()
+
+
+@pytest.mark.parametrize(
+    ("phases", "words"),
+    [
+        ("adamw:3,sgd:2", "with a lower --learning-rate"),
+        ("adamw:3,sgd:2:lr=0.1", "with a lower --learning-rate and lr in --phases"),
+        ("adam:3:lr=0.1", "with a lower lr in --phases"),
+    ],
+)
+def test_the_advice_names_the_rates_that_the_phases_use(phases, words, tmp_path):
+    assert _after_divergence(TrainConfig(phases=phases), tmp_path / "last.ckpt").endswith(words)

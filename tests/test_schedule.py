@@ -172,6 +172,14 @@ def test_without_momentum_a_step_is_equation_6():
         torch.testing.assert_close(parameter, old - 2 * 0.5)
 
 
+def test_the_default_goes_with_every_decay():
+    for decay, last in (("cos", "sgd"), ("step", "sgd"), ("constant", "sgd"), ("adadelta", "adadelta")):
+        run = module(decay=decay)
+        assert [phase.optimizer for phase in run.phases] == ["adamw", last]
+        assert (run.rate(16) == 0.05) == (decay == "constant")
+        assert TrainConfig(phases=format_phases(run.phases), decay=decay, epochs=36)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -183,7 +191,6 @@ def test_without_momentum_a_step_is_equation_6():
         ({"lr_limit_max": 0.1, "phases": "adam:9:limits=0.01..0.1"}, "lr_limit_max: no phase"),
         ({"lr_limit_min": 1e-5, "phases": "adam:9:lr=0.01"}, "lr_limit_min: no phase"),
         ({"min_learning_rate": 1e-5, "decay": "constant"}, "min_learning_rate: no phase of .* with decay constant"),
-        ({"phases": "adam:9:lr=0.1..0.01", "decay": "constant"}, "phases: expected lr=RATE with decay constant"),
         ({"phases": "adam:9,sgd:3:lr=0.1", "decay": "adadelta"}, "phases: decay adadelta takes the place"),
     ],
 )

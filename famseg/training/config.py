@@ -43,9 +43,9 @@ class TrainConfig:
     model: str = option("famseg_nano", ", ".join(MODELS))
     epochs: int | None = option(None, "total epochs; the phases are stretched to it (on resume: the last one is)")
     phases: str = option(
-        "adamw:15,sgd:3",
+        "adamw:15,sgd:3:lr=0.05..0.0005",
         "optimizer:epochs, joined by commas (paper: adamw:150,sgd:50); one may have a schedule of its own: "
-        "sgd:50:lr=0.01..0.0001 (rates as they are), sgd:50:limits=0.0005..0.05 (fitted by Eq. 11-12)",
+        "sgd:50:lr=0.05..0.0005 (rates as they are), sgd:50:limits=0.0005..0.05 (fitted by Eq. 11-12)",
     )
     decay: Literal["cos", "step", "constant", "adadelta"] = option(
         "cos",
@@ -174,9 +174,10 @@ class TrainConfig:
 
     def _refuse_void_rates(self, defaults: dict[str, Any]) -> None:
         """ConfigError where a setting of the optimizers was changed that no phase uses."""
-        phases = self.plan()
-        if self.decay == "constant" and any(phase.rates and phase.rates[0] != phase.rates[1] for phase in phases):
-            raise ConfigError("phases: expected lr=RATE with decay constant, which leads from no rate to another")
+        phases, given = self.plan(), parse_phases(self.phases)
+        replaced = self.decay == "adadelta" and len(given) > 1 and given[-1].has_schedule
+        if replaced and self.phases != defaults["phases"]:
+            raise ConfigError("phases: decay adadelta takes the place of the last one; leave out its lr and limits")
         decaying = [phase for phase in phases if phase.optimizer != "adadelta"]
         shared = [phase for phase in decaying if phase.rates is None]
         used = {

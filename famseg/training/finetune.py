@@ -53,7 +53,8 @@ def freeze(model: nn.Module, trainable: str, head: bool = True) -> list[nn.Modul
     """
     part, numbers = parse_trainable(trainable)
     if part == "all":
-        model.get_submodule("classifier").requires_grad_(head)
+        if not head:
+            model.get_submodule("classifier").requires_grad_(False)
         return []
     layers = list(model.decoder_layers)  # type: ignore[arg-type]
     if beyond := [number for number in numbers if not 1 <= number <= len(layers)]:

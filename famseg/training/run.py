@@ -109,7 +109,7 @@ def prepare(config: TrainConfig, processes: Processes) -> Prepared:
     images: dict[str, dict[str, str]] = {"trained": {}, "held_out": {}}
     if config.train_images is not None:
         kept = first_images(samples, parts[0], config.train_images, config.seed)
-        unused = [samples[i] for i in sorted({*parts[0]} - {*kept})]
+        unused = (samples[i] for i in sorted({*parts[0]} - {*kept}))
         images["unused"] = {sample.digest: sample.name for sample in unused}
         parts = kept, parts[1]
     size = config.image_size
@@ -379,7 +379,10 @@ def _output_folder(config: TrainConfig, processes: Processes) -> AbstractContext
 
 def _after_divergence(config: TrainConfig, last: Path) -> str:
     """What to do about it."""
-    lower = "a lower --learning-rate"
+    own = [phase.rates is not None for phase in config.plan()]
+    lower = "a lower " + " and ".join(
+        name for name, used in (("--learning-rate", not all(own)), ("lr in --phases", any(own))) if used
+    )
     if config.precision == "fp16":
         lower += ", or --precision bf16"
     if config.clip_norm == 0:

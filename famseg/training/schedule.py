@@ -149,11 +149,11 @@ def with_adadelta(phases: Sequence[Phase]) -> list[Phase]:
     *others, last = phases
     if last.optimizer == "adadelta":
         return list(phases)
+    if others:
+        return [*others, Phase("adadelta", last.start, last.epochs)]
     quarter = max(round(last.epochs / 4), 1)
-    if others or last.epochs == quarter:
-        if last.has_schedule:
-            raise ValueError("phases: decay adadelta takes the place of the last one; leave out its lr and limits")
-        return [*others, dataclasses.replace(last, optimizer="adadelta")]
+    if last.epochs == quarter:
+        return [Phase("adadelta", last.start, quarter)]
     first = last.epochs - quarter
     return [dataclasses.replace(last, epochs=first), Phase("adadelta", last.start + first, quarter)]
 
