@@ -7,9 +7,11 @@ import torch
 
 import famseg
 from famseg.models import MODELS, UNeXt, load_mscan
+from famseg.models.blocks import strip_attention
 from famseg.models.hamburger import LightHam, NMF2d
 from famseg.models.summary import summarise
 from famseg.models.unext import _shift
+from famseg.training.config import ConfigError, TrainConfig
 
 OPTIONS = [
     {},
@@ -18,16 +20,59 @@ OPTIONS = [
     {"context": "lightham"},
     {"context": "none"},
     {"fusion": False},
+    {"strip_form": "independent"},
+    {"strip_form": "stacked"},
+    {"strip_form": "square"},
+    {"fam_kernel": 3, "fam_groups": 4},
+    {"context_stride": 16},
+    {"context_stride": 8},
+    {"context_stride": 16, "context": "none", "fusion": False},
+    {"shared_bc": True, "directions": 2, "d_state": 8, "headdim": 8},
     {"num_classes": 5, "in_channels": 3},
 ]
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_every_option_gives_full_size_logits(options):
-    model = famseg.create_model("famseg_nano", **options).eval()
-    with torch.no_grad():
-        y = model(torch.randn(1, options.get("in_channels", 1), 48, 64))
-    assert y.shape == (1, options.get("num_classes", 3), 48, 64)
+def test_every_option_gives_full_size_logits_and_has_no_idle_parameter(options):
+    torch.manual_seed(0)
+    model = famseg.create_model("famseg_nano", **options)
+    y = model(torch.randn(2, options.get("in_channels", 1), 48, 65))
+    assert y.shape == (2, options.get("num_classes", 3), 48, 65)
+    y.square().mean().backward()
+    assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0] == []
+
+
+@pytest.mark.parametrize("form", ["independent", "stacked"])
+def test_separate_strips_are_sums_over_rows_and_columns(form):
+    torch.manual_seed(0)
+    attention = strip_attention(6, form)
+    x = torch.randn(2, 6, 23, 17)
+    a = attention.conv0(x)
+    across = sum(getattr(attention, f"conv{i}_1")(a) for i in range(3))
+    down = sum(getattr(attention, f"conv{i}_2")(a) for i in range(3))
+    views = torch.cat([a + across, a + down], 1) if form == "stacked" else a + across + down
+    expected = attention.conv3(views) * x
+    torch.testing.assert_close(attention(x), expected)
+    seen = []
+    attention.conv1_2.register_forward_hook(lambda *_: seen.append(1))
+    torch.testing.assert_close(attention(x), expected)
+    assert seen == [1]
+
+
+def test_independent_strips_have_the_cascades_weights_and_read_published_ones():
+    cascade, independent = (famseg.create_model("famseg_tiny", strip_form=f) for f in ("cascade", "independent"))
+    assert {k: v.shape for k, v in cascade.state_dict().items()} == {
+        k: v.shape for k, v in independent.state_dict().items()
+    }
+    assert load_mscan(independent, published_mscan(cascade)) == 13 * 38
+
+
+def test_a_context_that_its_bases_do_not_constrain_is_said():
+    assert "16 pixels, which 16 bases (context_rank) do not constrain" in summarise("famseg_nano", 128)
+    assert "constrain" not in summarise("famseg_nano", 129)
+    with pytest.raises(ConfigError, match=r"the context has 16 pixels at image_size 128.* at most 15"):
+        TrainConfig(context_rank=16)
+    assert TrainConfig(context_rank=16, context_stride=16).model_options()["context_stride"] == 16
 
 
 @pytest.mark.parametrize("name", ["famseg_nano", "unet_mobilenetv2", "sc_unext"])
@@ -115,6 +160,16 @@ def test_wrong_names_are_refused():
         ({"directions": 3}, "directions: expected one of 1, 2, 4, got 3"),
         ({"drop_path": 1.5}, "drop_path: expected a number from 0 to below 1, got 1.5"),
         ({"drop_path": float("nan")}, "drop_path: expected a number"),
+        ({"strip_form": "rows"}, "strip_form: expected one of cascade, independent, stacked, square, got 'rows'"),
+        ({"shared_bc": 1}, "shared_bc: expected one of True, False, got 1"),
+        ({"fam_kernel": 4}, "fam_kernel: expected an odd size from 3 to 63, got 4"),
+        ({"fam_kernel": 1}, "fam_kernel: expected an odd size from 3 to 63, got 1"),
+        ({"fam_groups": 3}, "fam_groups: expected a divisor of 64"),
+        ({"context_stride": 4}, "context_stride: expected one of 32, 16, 8, got 4"),
+        ({"context_stride": 8, "fusion": False}, "fusion: a context at stride 8 has stages 2 and 3 in it"),
+        ({"context_stride": 16, "context": "lightham"}, "context_stride: nothing in this network depends on it"),
+        ({"fam_groups": 2, "upsample": "bilinear"}, "fam_groups: nothing in this network depends on it"),
+        ({"shared_bc": True, "directions": 1}, "shared_bc: nothing in this network depends on it"),
         ({"fusion": "false"}, "fusion: expected one of True, False, got 'false'"),
         ({"context": "lightham", "fusion": False}, "fusion: lightham fuses"),
         ({"context": "none", "context_rank": 4}, "context_rank: nothing in this network depends on it"),

@@ -22,6 +22,10 @@ def summarise(name: str, image_size: int, **options: Any) -> str:
         flops = counts.get(".".join(filter(None, (type(model).__name__, path))), 0)
         parameters = sum(p.numel() for p in module.parameters())
         lines.append(f"{path or 'total':28}{parameters:14,}{flops / 1e6:12.1f}")
+    if isinstance(model, FAMSeg) and model.config.context != "none":
+        pixels, rank = model.config.context_pixels(image_size), model.config.context_rank
+        if pixels <= rank:
+            lines.append(f"the context has {pixels} pixels, which {rank} bases (context_rank) do not constrain")
     return "\n".join(lines)
 
 
