@@ -20,7 +20,9 @@ StripForm = Literal["cascade", "independent", "stacked", "square"]
 def without_autocast(x: Tensor) -> AbstractContextManager[object]:
     """Autocast off for x's device, where it is on: torch.export makes a graph of its own of every such region."""
     device = x.device.type
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+    if device == "meta" or not torch.is_autocast_enabled(device):  # torch has no autocast for meta tensors
+        return nullcontext()
+    return torch.autocast(device, enabled=False)
 
 
 class LayerNorm2d(nn.LayerNorm):

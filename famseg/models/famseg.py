@@ -164,6 +164,15 @@ class FAMSeg(nn.Module):
     def decoder_layers(self) -> nn.ModuleList:
         return self.decoder.steps
 
+    def published_tensors(self) -> dict[str, Tensor]:
+        """The strip blocks by the names of a published MSCAN; they share the model's memory."""
+        found: dict[str, Tensor] = {}
+        for i, stage in enumerate(self.encoder.stages, 1):
+            blocks = [block for block in stage.children() if isinstance(block, StripBlock)]
+            for j, block in enumerate(blocks):
+                found |= {f"block{i}.{j}.{name}": value for name, value in block.state_dict().items()}
+        return found
+
     def forward(self, x: Tensor) -> Tensor:
         return self.classifier(self.decoder(self.encoder(x), x.shape[2:]))
 
@@ -292,31 +301,3 @@ def create_famseg(config: FAMSegConfig) -> FAMSeg:
             module.init_identity()
     nn.init.normal_(model.classifier.weight, std=0.01)
     return model
-
-
-def load_mscan(model: FAMSeg, state_dict: dict[str, Tensor]) -> int:
-    """Load the blocks of a published MSCAN checkpoint into the strip blocks; returns how many tensors were loaded.
-
-    Takes SegNeXt's keys (`block1.0.attn.…`, `mlp.dwconv.dwconv.…`) and mmseg's (`mlp.dwconv.…`), with or without a
-    `backbone.` prefix. Stem, downsampling and norms between stages have no counterpart in FAMSeg and are ignored.
-
-    Raises:
-        ValueError: the checkpoint has fewer blocks or other widths than the model.
-    """
-    source = {key.removeprefix("backbone."): value for key, value in state_dict.items()}
-    loaded = 0
-    for i, stage in enumerate(model.encoder.stages, 1):
-        blocks = [block for block in stage.children() if isinstance(block, StripBlock)]
-        for j, block in enumerate(blocks):
-            target = block.state_dict()
-            for key, value in target.items():
-                names = (f"block{i}.{j}.{key}", f"block{i}.{j}.{key.replace('dwconv.dwconv', 'dwconv')}")
-                found = next((source[name] for name in names if name in source), None)
-                if found is None and key.endswith("num_batches_tracked"):
-                    continue
-                if found is None or found.shape != value.shape:
-                    came = "nothing" if found is None else f"shape {tuple(found.shape)}"
-                    raise ValueError(f"{names[0]}: expected shape {tuple(value.shape)}, got {came}")
-                value.copy_(found)
-                loaded += 1
-    return loaded

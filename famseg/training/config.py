@@ -101,7 +101,9 @@ class TrainConfig:
     headdim: int | None = option(None, "channels a head of the scan; default: the model's, 16 or 32")
     drop_path: float | None = option(None, "stochastic depth of the strip blocks; default: the model's, 0 or 0.1")
     weights: str | None = option(
-        None, "start from this file: a checkpoint of famseg-train, MSCAN (FAMSeg) or MobileNetV2 (U-Net)", path=True
+        None,
+        "start from this file: a checkpoint of famseg-train, MSCAN (FAMSeg, SegNeXt) or MobileNetV2 (U-Net)",
+        path=True,
     )
     trainable: str = option("all", "what learns: all, encoder, decoder, or layers of it like decoder:1,2 (1: deepest)")
     out: str | None = option(None, "output folder; default runs/<time>-<model>", path=True)
