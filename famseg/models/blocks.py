@@ -90,8 +90,8 @@ class ConvBlock(nn.Module):
 class BottleMamba(nn.Module):
     """The paper's bottle block: a bottleneck whose shortcut is a Mamba-2 scan that filters raw noise.
 
-    shortcut="identity" is the ablation "No mamba" (Table 3). The scan starts near the identity of its normalised input, so
-    that a fresh network behaves like a residual network.
+    shortcut="identity" is the ablation "No mamba" (Table 3). The scan starts near the identity of its normalised input,
+    so that a fresh network behaves like a residual network.
     """
 
     def __init__(
