@@ -154,7 +154,7 @@ def test_pixels_without_any_weight_make_no_loss():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model": "unet"}, "model: expected one of famseg_nano"),
+        ({"model": "unet++"}, "model: expected one of famseg_nano"),
         ({"batch_size": 0}, "batch_size: expected at least 1, got 0"),
         ({"val_fraction": 1.0}, "val_fraction: expected a number between 0 and 1"),
         ({"phases": "adamw:2,sgd"}, "phases: expected OPTIMIZER:EPOCHS"),
@@ -398,10 +398,13 @@ def test_what_this_machine_cannot_do_is_named(change, message, monkeypatch):
         prepared(**change)
 
 
-def test_shipped_configs_are_the_nine_of_table_2_and_the_text():
+def test_shipped_configs_are_table_2_and_the_text_and_the_rows_of_two_ablations():
     from famseg.cli.train import _CONFIGS
 
     configs = {path.stem: TrainConfig(**yaml.safe_load(path.read_text())) for path in _CONFIGS.glob("*.yaml")}
+    rows = {name: configs.pop(name) for name in [*configs] if name.startswith(("table3-", "scunext-"))}
+    networks = {(row.model, row.shortcut, row.fusion, row.loss) for row in rows.values()}
+    assert len(networks) == len(rows) == 4 + 8
     plans = {name: [phase.optimizer for phase in config.plan()] for name, config in configs.items()}
     expected = {"paper": ["adamw", "sgd"]}
     for name in ("sgd", "adam", "adamw"):

@@ -32,7 +32,11 @@ class Diverged(RuntimeError):
     exit_code = 3
 
 
-_ABLATIONS = ("shortcut", "upsample", "context", "fusion")
+# Fields that are options of FAMSeg; None: the model's own value.
+_ABLATIONS = (
+    *("shortcut", "upsample", "context", "fusion", "strip_form", "fam_kernel", "fam_groups", "context_stride"),
+    *("context_rank", "directions", "shared_bc", "d_state", "headdim", "drop_path"),
+)
 
 
 @dataclass(frozen=True)
@@ -84,8 +88,22 @@ class TrainConfig:
     upsample: Literal["fam", "bilinear"] = option("fam", "decoder upsampling: fam or bilinear (ablation)")
     context: Literal["hamburger", "lightham", "none"] = option("hamburger", "hamburger, lightham or none")
     fusion: bool = option(True, "fuse encoder stages 2 and 3 in the decoder (false: ablation)")
+    strip_form: str | None = option(
+        None, "how rows and columns are scanned: cascade (the default), independent, stacked, or square (5x5 alone)"
+    )
+    fam_kernel: int | None = option(None, "size of FAM's reassembly kernels, odd; default: 5")
+    fam_groups: int | None = option(None, "kernels a pixel, each for a group of channels; default: 1")
+    context_stride: int | None = option(None, "of the context: 32 (the default), 16 or 8")
+    context_rank: int | None = option(None, "bases of the hamburger; default: the model's, 16 or 64")
+    directions: int | None = option(None, "directions of the Mamba scan: 1, 2 or 4 (the default)")
+    shared_bc: bool | None = option(None, "all directions of the scan read the same B and C; default: each its own")
+    d_state: int | None = option(None, "state size of the scan; default: the model's, 16 or 64")
+    headdim: int | None = option(None, "channels a head of the scan; default: the model's, 16 or 32")
+    drop_path: float | None = option(None, "stochastic depth of the strip blocks; default: the model's, 0 or 0.1")
     weights: str | None = option(
-        None, "start from this file: a checkpoint of famseg-train, MSCAN (FAMSeg) or MobileNetV2 (U-Net)", path=True
+        None,
+        "start from this file: a checkpoint of famseg-train, MSCAN (FAMSeg, SegNeXt) or MobileNetV2 (U-Net)",
+        path=True,
     )
     trainable: str = option("all", "what learns: all, encoder, decoder, or layers of it like decoder:1,2 (1: deepest)")
     out: str | None = option(None, "output folder; default runs/<time>-<model>", path=True)
@@ -135,12 +153,17 @@ class TrainConfig:
             raise ConfigError(f"class_weights: are of ce and focal, and the loss is {self.loss}; leave them out")
         try:
             expect_number("phases", total_epochs(self.plan()), 1)
-            model_config(self.model, len(CLASSES), **self.model_options())
+            network = model_config(self.model, len(CLASSES), **self.model_options())
             parse_loss(self.loss)
             parse_class_weights(self.class_weights)
             parse_trainable(self.trainable)
         except ValueError as error:
             raise ConfigError(str(error)) from None
+        if network and self.context_rank and self.context_rank >= (pixels := network.context_pixels(self.image_size)):
+            raise ConfigError(
+                f"context_rank: the context has {pixels} pixels at image_size {self.image_size}, which as many bases "
+                f"do not constrain; expected at most {pixels - 1}, or a smaller context_stride, got {self.context_rank}"
+            )
 
     def _expect(self, name: str, choices: tuple[str, ...]) -> None:
         if getattr(self, name) not in choices:
@@ -152,4 +175,6 @@ class TrainConfig:
         return with_adadelta(phases) if self.decay == "adadelta" else phases
 
     def model_options(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in _ABLATIONS if name in option_names(self.model)}
+        known = option_names(self.model)
+        options = {name: getattr(self, name) for name in _ABLATIONS if name in known}
+        return {name: value for name, value in options.items() if value is not None}

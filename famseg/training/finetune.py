@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from famseg.files.errors import DataError
 from famseg.inference import read_checkpoint, weights_of
-from famseg.models import FAMSeg, UNetMobileNetV2, load_mscan
+from famseg.models import FAMSeg, SegNeXt, UNetMobileNetV2, load_mscan
 
 
 def parse_trainable(text: str) -> tuple[str, tuple[int, ...]]:
@@ -54,8 +54,9 @@ def freeze(model: nn.Module, trainable: str) -> list[nn.Module]:
 def load_weights(model: nn.Module, path: str | Path) -> str:
     """Start from weights in a file; returns what was loaded and what was not, in words.
 
-    Takes a checkpoint of famseg-train or the state dict of the same network, or a published encoder: MSCAN for a
-    FAMSeg's strip blocks, MobileNetV2 (torchvision) for U-Net; saved by torch.save, with what others wrap around it.
+    Takes a checkpoint of famseg-train or the state dict of the same network, or a published encoder: MSCAN for SegNeXt
+    and a FAMSeg's strip blocks, MobileNetV2 (torchvision) for U-Net; saved by torch.save, with what others wrap around
+    it.
 
     Raises:
         DataError: the file cannot be read, does not fit, or holds what is not finite.
@@ -76,6 +77,8 @@ def load_weights(model: nn.Module, path: str | Path) -> str:
             return _report("the network", len(own), tensors, path)
         if isinstance(model, UNetMobileNetV2) and tensors:
             return _report("the encoder", model.load_encoder(encoder), tensors, path)
+        if isinstance(model, SegNeXt) and tensors:
+            return _report("the network", load_mscan(model, _named_as({}, tensors)), tensors, path)
         if encoder:
             model.get_submodule("encoder").load_state_dict(encoder)
             return _report("the encoder", len(encoder), tensors, path)
@@ -85,7 +88,10 @@ def load_weights(model: nn.Module, path: str | Path) -> str:
         # torch's first line only says that there was an error.
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         raise DataError(f"weights: {path} does not fit this network: {lines[:2][-1]}") from error
-    published = {FAMSeg: ", and from MSCAN", UNetMobileNetV2: ", and from MobileNetV2"}.get(type(model), " only")
+    published = {
+        **dict.fromkeys((FAMSeg, SegNeXt), ", and from MSCAN"),
+        UNetMobileNetV2: ", and from MobileNetV2",
+    }.get(type(model), " only")
     raise DataError(
         f"weights: {path}: holds no weights for this network, which starts from checkpoints of famseg-train{published}"
     )
