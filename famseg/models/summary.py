@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from famseg.models import FAMSeg, create_model
+
+
+@functools.cache
+def count(name: str, image_size: int, options: tuple[tuple[str, Any], ...] = ()) -> tuple[int, int]:
+    """Parameters, and multiply–adds of the forward pass of one image; `options` are (name, value) pairs."""
+    model = create_model(name, **dict(options)).eval()
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(torch.zeros(1, 1, image_size, image_size))
+    return sum(p.numel() for p in model.parameters()), counter.get_total_flops() // 2
 
 
 def summarise(name: str, image_size: int, **options: Any) -> str:
