@@ -248,6 +248,7 @@ BAD = {
     "void option": ([], {"cells": {"B": {"fusion": False}}}, "cell 'B': fusion: is an option of FAMSeg"),
     "wrong type": ([], {"cells": {"B": {"epochs": "ten"}}}, "cell 'B': epochs:"),
     "own images": ([], {"cells": {"B": {"seed": 3}}}, "cell 'B': seed: is the same for all cells"),
+    "against": ([], {"cells": {"B": {"against": "Z"}}}, "cell 'B': against: expected one of B, got 'Z'"),
     "figures": ([], {"cells": {"B": {"published": [1.0]}}}, "cell 'B': published: expected 3 figures"),
     "no mapping": ([], {"cells": {"B": 3}}, "cell 'B': expected a mapping"),
     "no cells": ([], {"cells": {}}, "cells: the study has none"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -11,10 +10,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from famseg.models import FAMSeg, create_model
 
 
-@functools.cache
-def count(name: str, image_size: int, options: tuple[tuple[str, Any], ...] = ()) -> tuple[int, int]:
-    """Parameters, and multiply–adds of the forward pass of one image; `options` are (name, value) pairs."""
-    model = create_model(name, **dict(options)).eval()
+def count(name: str, image_size: int, **options: Any) -> tuple[int, int]:
+    """Parameters, and multiply–adds of the forward pass of one image."""
+    model = create_model(name, **options).eval()
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(torch.zeros(1, 1, image_size, image_size))
     return sum(p.numel() for p in model.parameters()), counter.get_total_flops() // 2

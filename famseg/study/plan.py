@@ -6,20 +6,22 @@
     reference: the cell that the others are compared with
     options: {of every cell} (optional)
     budgets: {NAME: {seeds: N or folds: N, and any options of TrainConfig}}
-    cells: {NAME: {any options of TrainConfig, published: [a figure a column, or null]}}
+    cells: {NAME: {any options of TrainConfig, published: [a figure a column, or null], against: CELL}}
 
 Options of a cell go over its budget's, those over the study's. The images are the study's: a cell cannot change them.
+`against` names another cell than the reference to compare this one with.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 from jsonargparse import ArgumentParser
@@ -27,9 +29,11 @@ from jsonargparse import ArgumentParser
 from famseg.data.dataset import open_data
 from famseg.data.phantom import Phantom
 from famseg.evaluation import evaluate
+from famseg.models import create_model
 from famseg.models.summary import count
 from famseg.options import ConfigError
 from famseg.training.config import TrainConfig
+from famseg.training.finetune import freeze
 
 SHIPPED = {path.stem: path for path in sorted((Path(__file__).parent / "studies").glob("*.yaml"))}
 _KEYS = ("title", "about", "scores", "reference", "options", "budgets", "cells")
@@ -49,6 +53,14 @@ class Run:
     folder: Path  # in the study's folder
 
 
+class Sizes(NamedTuple):
+    """Of a cell's network; columns of runs.csv."""
+
+    parameters: int
+    trained: int  # parameters that learn
+    macs_256: int  # multiply–adds of an image of 256 × 256
+
+
 @dataclass(frozen=True)
 class Study:
     """A study with one of its budgets: all that is to be run, checked."""
@@ -58,10 +70,10 @@ class Study:
     about: str
     budget: str
     scores: Mapping[str, str]  # column → key of metrics.json
-    reference: str
+    references: Mapping[str, str]  # cell → the one that it is compared with
     published: Mapping[str, Mapping[str, float]]  # cell → column → the paper's figure, as printed
     runs: Sequence[Run]
-    sizes: Mapping[str, tuple[int, int]]  # cell → parameters, MACs at 256² px
+    sizes: Mapping[str, Sizes]
     smoke: bool
     source: Mapping[str, Any]  # the file's content with this budget alone
 
@@ -98,11 +110,12 @@ def read_study(
     shared = _mapping(content.get("options") or {}, "options") | shared | ({"data": data} if data else {})
     if not smoke and "data" not in shared:
         raise ConfigError(f"data: this study is of your own images; give them like {name} --data hc18:DIR")
-    runs, published, sizes = [], {}, {}
+    runs, references, published, sizes = [], {}, {}, {}
     for cell, options in cells.items():
         cell, where = str(cell), f"cell '{cell}'"
         options = dict(_mapping(options or {}, where))
-        figures = options.pop("published", [])
+        figures, references[cell] = options.pop("published", []), options.pop("against", content["reference"])
+        _expect(f"{where}: against", [references[cell]], cells)
         if not isinstance(figures, list) or len(figures) not in (0, len(scores)):
             raise ConfigError(f"{where}: published: expected {len(scores)} figures ({', '.join(scores)}) or none")
         published[cell] = {column: float(f) for column, f in zip(scores, figures, strict=False) if f is not None}
@@ -117,7 +130,8 @@ def read_study(
             config = _config(options)
             if config.weights and not Path(config.weights).is_file():
                 raise ConfigError(f"weights: {config.weights} is no file")
-            sizes[cell] = _size(config)
+            network = frozenset(config.model_options().items())
+            sizes[cell] = _sizes(config.model, network, config.trainable)
             for repeat, setting in repeats.items():
                 folder = Path(_slug(cell), _slug(repeat))
                 runs.append(Run(cell, repeat, dataclasses.replace(config, **setting), folder))
@@ -131,8 +145,7 @@ def read_study(
         raise ConfigError(f"weights: no cell of {name} starts from given weights; leave them out")
     source = {**content, "budgets": {budget: {**budgets[budget], "data": first.data}}}
     about = str(content.get("about", ""))
-    reference = str(content["reference"])
-    return Study(name, title, about, budget, scores, reference, published, runs, sizes, smoke, source)
+    return Study(name, title, about, budget, scores, references, published, runs, sizes, smoke, source)
 
 
 def listing() -> str:
@@ -224,8 +237,13 @@ def _config(options: Mapping[str, Any]) -> TrainConfig:
         raise ConfigError(words) from None
 
 
-def _size(config: TrainConfig) -> tuple[int, int]:
-    return count(config.model, 256, tuple(sorted(config.model_options().items())))
+@functools.cache
+def _sizes(model: str, options: frozenset[tuple[str, Any]], part: str) -> Sizes:
+    """Raises ValueError for a model or part that cannot be, or a package that is missing."""
+    parameters, macs = count(model, 256, **dict(options))
+    network = create_model(model, **dict(options))
+    freeze(network, part)
+    return Sizes(parameters, sum(p.numel() for p in network.parameters() if p.requires_grad), macs)
 
 
 def _slug(name: str) -> str:

@@ -49,9 +49,9 @@ def result(run: Run, out: Path) -> dict[str, Any]:
     folder = folder_of(run, out)
     try:
         outcome = json.loads((folder / "result.json").read_text())
+        metrics = json.loads((folder / "run" / "metrics.json").read_text()) if outcome["state"] == DONE else {}
     except FileNotFoundError:
         return {"state": OPEN, "reason": ""}
-    metrics = json.loads((folder / "run" / "metrics.json").read_text()) if outcome["state"] == DONE else {}
     return {**outcome, **metrics}
 
 

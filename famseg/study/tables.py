@@ -68,9 +68,8 @@ def rows_of(study: Study, results: Sequence[Mapping[str, Any]]) -> list[dict[str
     """The rows of runs.csv, one a run, in the order of the study; scores as in metrics.json, not in %."""
     rows = []
     for run, outcome in zip(study.runs, results, strict=True):
-        parameters, macs = study.sizes[run.cell]
         row = {"cell": run.cell, "repeat": run.repeat, "state": outcome["state"], "reason": outcome["reason"]}
-        row |= {"model": run.config.model, "parameters": parameters, "macs_256": macs}
+        row |= {"model": run.config.model, **study.sizes[run.cell]._asdict()}
         rows.append(row | flattened({key: value for key, value in outcome.items() if key not in row}))
     return rows
 
@@ -131,15 +130,14 @@ def _numbers(study: Study, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, 
         line: dict[str, Any] = {"cell": cell, "runs": sum(row["state"] == DONE for row in rows if row["cell"] == cell)}
         for score in (Score(column, key) for column, key in study.scores.items()):
             ours = {k: v * score.scale for k, v in _values(rows, cell, score.key).items()}
-            reference = {k: v * score.scale for k, v in _values(rows, study.reference, score.key).items()}
+            reference = {k: v * score.scale for k, v in _values(rows, study.references[cell], score.key).items()}
             mean, sd = mean_and_sd(list(ours.values())) if ours else (None, None)
             mean_difference, low, high = difference(ours, reference) or (None, None, None)
             cells = (study.published[cell].get(score.column), mean, sd, mean_difference, low, high)
             names = ("published", "mean", "sd", "difference", "difference_low", "difference_high")
             line |= {f"{score.column} {name}": value for name, value in zip(names, cells, strict=True)}
         seconds = list(_values(rows, cell, "train_seconds").values())
-        parameters, macs = study.sizes[cell]
-        line |= {"parameters": parameters, "macs_256": macs}
+        line |= study.sizes[cell]._asdict()
         line["train_seconds"] = mean_and_sd(seconds)[0] if seconds else None
         lines.append(line)
     return lines
@@ -158,6 +156,9 @@ def _tables(study: Study, rows: Sequence[Mapping[str, Any]]) -> list[Table]:
             columns.append([_fixed(value) + text for value, text in zip(values, texts, strict=True)])
             best |= {(i, len(head)) for i, value in enumerate(values) if there and value == score.best(there)}
             head.append(score.column + (f" {'here' if name == 'mean' else name}" if known else ""))
+    if any(line["trained"] != line["parameters"] for line in numbers):
+        head.append("trained, M")
+        columns.append([_fixed(line["trained"] / 1e6, 3) for line in numbers])
     head += ["parameters, M", "GMAC at 256²", "min a run", f"runs of {total}"]
     columns += [
         [_fixed(line["parameters"] / 1e6, 3) for line in numbers],
@@ -166,9 +167,13 @@ def _tables(study: Study, rows: Sequence[Mapping[str, Any]]) -> list[Table]:
         [str(line["runs"]) for line in numbers],
     ]
     scores = Table("Scores", head, list(zip(*columns, strict=True)), frozenset(best))
-    others = [line for line in numbers if line["cell"] != study.reference]
-    lines = [[line["cell"], *(_interval(line, column) for column in study.scores)] for line in others]
-    return [scores, Table(f"Difference from {study.reference}", ["cell", *study.scores], lines)]
+    others = [(line, study.references[line["cell"]]) for line in numbers]
+    lines = [
+        [line["cell"], other, *(_interval(line, column) for column in study.scores)]
+        for line, other in others
+        if other != line["cell"]
+    ]
+    return [scores, Table("Differences", ["cell", "minus", *study.scores], lines)]
 
 
 def _fixed(value: float | None, digits: int = 2) -> str:
