@@ -93,7 +93,7 @@ def comparison(
     parts = []
     for heading, content, words in sections:
         if isinstance(content, np.ndarray):
-            content = f'<img style="width: 100%" alt="{html.escape(heading)}" src="{_jpeg(content)}">'
+            content = f'<img style="max-width: 100%" alt="{html.escape(heading)}" src="{_jpeg(content)}">'
         elif isinstance(content, Figure):
             content = f'<div class="plots">\n{_figure(content, heading, "history")}\n</div>'
         parts.append(f'<h2>{html.escape(heading)}</h2>\n{content}\n<p class="faint">{html.escape(words)}</p>')
