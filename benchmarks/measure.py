@@ -154,16 +154,29 @@ def peak_megabytes(call: Call, device: str) -> float:
         torch.cuda.synchronize()
         del kept
         return (torch.cuda.max_memory_allocated() - before) / 1e6
-    # The kernel's high-water mark of resident memory sees every allocation, native scratch included.
     if not Path("/proc/self/clear_refs").exists():
         return float("nan")
-    ctypes.CDLL(None).malloc_trim(0)  # give freed memory back: reused, it would not show
-    Path("/proc/self/clear_refs").write_text("5")
-    before = _status("VmRSS")
+    reset_peak()
+    before = resident()
     kept = call(0)
-    peak = _status("VmHWM")
+    peak = peak_resident()
     del kept
     return max(peak - before, 0) / 1e6
+
+
+def resident() -> int:
+    """Bytes of this process in memory."""
+    return _status("VmRSS")
+
+
+def peak_resident() -> int:
+    """The most of them since `reset_peak`: the kernel sees every allocation, native scratch included."""
+    return _status("VmHWM")
+
+
+def reset_peak() -> None:
+    ctypes.CDLL(None).malloc_trim(0)  # give freed memory back: reused, it would not show
+    Path("/proc/self/clear_refs").write_text("5")
 
 
 def _status(field: str) -> int:

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 import famseg_kernels as fk
-from benchmarks import measure, peers
+from benchmarks import measure, peers, rivals
 from benchmarks.exported import Exported, runtimes
 from benchmarks.models import MSCAN, CarafeNeck, VMambaStage
 from benchmarks.timing import without_tf32
@@ -37,9 +37,12 @@ ROUNDS = 3  # at least; a round of famseg_base takes a minute on two cores
 
 
 @contextmanager
-def standard_parts() -> Iterator[None]:
-    """Inside, every operation is what one would write without this library (in the calling thread and all others)."""
-    cuda = torch.cuda.is_available()
+def standard_parts(gpu: bool | None = None) -> Iterator[None]:
+    """Inside, every operation is what one would write without this library (in the calling thread and all others).
+
+    As for a GPU or not; None: as this machine has one.
+    """
+    cuda = torch.cuda.is_available() if gpu is None else gpu
     mamba = cuda and peers.missing_module(peers.MAMBA) is None
     mmcv = cuda and peers.missing_module(peers.MMCV) is None
     # Unfolded, the last upsampling of 16 images of 512 px has 3.4 G elements: too many for some of torch's kernels.
@@ -323,9 +326,12 @@ def main() -> int:
     add("--dtype", choices=("fp32", "bf16"), default="fp32", help="bf16: FAMSeg under autocast")
     add("--seconds", type=float, default=20.0, help="measuring time a group")
     add("--csv", type=Path, help="result file (default benchmarks/results/<device>-network.csv)")
+    add("--rivals", action="store_true", help="inference beside U-Nets and SegNeXt in every runtime; on a CPU")
     add("--tf32", action="store_true", help="let torch's fp32 convolutions and products use TF32 (default off)")
     options = parser.parse_args()
     without_tf32(options.tf32)
+    if options.rivals:
+        return _rivals(options)
     shapes = options.shapes or ([(16, 512), (1, 512)] if options.device == "cuda" else [(2, 256), (1, 256)])
     where = measure.provenance(options.device)
     print(", ".join(f"{key} {value}" for key, value in where.items()), flush=True)
@@ -353,6 +359,19 @@ def main() -> int:
     if failures:
         print("failed, see above:", *failures, sep="\n  ")
     return 1 if failures else 0
+
+
+def _rivals(options: argparse.Namespace) -> int:
+    where = measure.provenance("cpu")
+    path = options.csv or measure.result_path(where, "rivals")
+    rows: list[dict[str, Any]] = []
+    for batch, size in options.shapes or [(1, 256), (8, 256)]:
+        for row in rivals.rows(options.model or rivals.MODELS, batch, size, options.seconds, print):
+            rows.append(row | where)
+            print(*(f"{row[name]:>12}" for name in ("ms", "peak_mb")), row["model"], row["build"], f"batch {batch}")
+            measure.write_csv(path, rows)
+    print(f"written: {path}" if rows else "nothing was measured")
+    return 0
 
 
 if __name__ == "__main__":

@@ -25,6 +25,8 @@ from famseg.files.errors import DataError
 from famseg.models import create_model, optimize_for_inference, option_names
 from famseg_kernels.backends import requesting
 
+_PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
 
 @dataclass(frozen=True)
 class Network:
@@ -102,25 +104,30 @@ def predict(
     *,
     batch_size: int = 8,
     flips: bool = False,
+    precision: str = "fp32",
     device: str = "cpu",
     backend: str = "auto",
 ) -> Iterator[np.ndarray]:
     """Label maps (H, W) uint8 of images (H, W) uint8, each at its own size, in order.
 
-    Only one batch of images is held at a time. Always in fp32, whatever the network was trained in: the same labels on
-    every device, up to rounding.
+    Only one batch of images is held at a time. In fp32 the labels are the same on every device, up to rounding,
+    whatever the network was trained in.
 
     Args:
         flips: average the logits of the image and its mirror image (left–right), at twice the cost.
+        precision: of weights and maps, "fp32" or "bf16".
         device: "cpu" or "cuda".
         backend: of famseg_kernels.
 
     Raises:
-        ValueError: batch_size is below 1, or an image is not (H, W) uint8.
+        ValueError: batch_size is below 1, another precision, or an image is not (H, W) uint8.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
-    model = optimize_for_inference(network.model).to(device)
+    if precision not in _PRECISIONS:
+        raise ValueError(f"precision: expected {' or '.join(_PRECISIONS)}, got {precision!r}")
+    dtype = _PRECISIONS[precision]
+    model = optimize_for_inference(network.model).to(device, dtype)
     if device == "cuda":  # convolutions want channels-last there, of all networks
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     images = iter(images)
@@ -129,13 +136,13 @@ def predict(
             if image.dtype != np.uint8 or image.ndim != 2 or not image.size:
                 raise ValueError(f"images: expected (H, W) uint8, got {image.shape} {image.dtype}")
         boxed = [normalise(letterbox(image, network.image_size, cv2.INTER_LINEAR)) for image in batch]
-        x = torch.from_numpy(np.stack(boxed)[:, None]).to(device)
+        x = torch.from_numpy(np.stack(boxed)[:, None]).to(device, dtype)
         with torch.inference_mode(), requesting(backend):
             logits = model(x)
             if flips:
                 logits = (logits + model(x.flip(3)).flip(3)) / 2
         for image, own in zip(batch, logits, strict=True):
-            yield labels_at(own, *image.shape)
+            yield labels_at(own.float(), *image.shape)
 
 
 def labels_at(logits: Tensor, height: int, width: int) -> np.ndarray:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import platform
+import sys
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -50,6 +52,19 @@ def device_for(device: str, backend: str) -> str:
     return "cuda" if has_gpu and device != "cpu" else "cpu"
 
 
+def cpu_has_bf16() -> bool:
+    """Whether this CPU has units for bf16."""
+    if platform.machine() in ("x86_64", "AMD64"):
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def warn_of_slow_bf16(precision: str, device: str) -> None:
+    """A line on standard error where bf16 is asked for and the CPU it is to run on has no units for it."""
+    if precision == "bf16" and device == "cpu" and not cpu_has_bf16():
+        print("precision: this CPU has no bf16 units; bf16 takes longer than fp32 here", file=sys.stderr, flush=True)
+
+
 DEVICE_HELP = "auto, cpu or cuda"
 BACKEND_HELP = f"famseg_kernels backend: {', '.join(BACKENDS)}"
 CHECKPOINT_HELP = "a run's checkpoints/best.ckpt"
@@ -61,6 +76,7 @@ class InferenceOptions:
 
     flips: bool = option(False, "average over the image and its mirror image (twice the time)")
     batch_size: int = option(8, "images a step")
+    precision: Literal["fp32", "bf16"] = option("fp32", "fp32, or bf16: faster where the CPU or GPU has units for it")
     device: Literal["auto", "cpu", "cuda"] = option("auto", DEVICE_HELP)
     backend: str = option("auto", BACKEND_HELP)
 

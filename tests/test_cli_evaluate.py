@@ -105,10 +105,10 @@ def test_options_reach_the_prediction(checkpoint: str, tmp_path: Path, monkeypat
 
     monkeypatch.setattr("famseg.cli.evaluate.predict", predict)
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)  # or a CPU would be taken without being asked for
-    options = ["--flips", "--batch-size", "3", "--device", "cpu", "--backend", "reference"]
+    options = ["--flips", "--batch-size", "3", "--device", "cpu", "--backend", "reference", "--precision", "bf16"]
     with pytest.raises(Stop):
         main([checkpoint, "--out", str(tmp_path / "out"), *options])
-    assert given == {"flips": True, "batch_size": 3, "device": "cpu", "backend": "reference"}
+    assert given == {"flips": True, "batch_size": 3, "precision": "bf16", "device": "cpu", "backend": "reference"}
 
 
 def test_settings_come_from_yaml_under_the_same_names(checkpoint: str, tmp_path: Path, result: Path) -> None:

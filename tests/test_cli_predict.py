@@ -87,8 +87,9 @@ def test_options_reach_the_prediction(
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)  # or a CPU would be taken without being asked for
     (tmp_path / "predict.yaml").write_text("backend: reference\nbatch_size: 2\n")
     options = ["--config", str(tmp_path / "predict.yaml"), "--flips", "--batch-size", "3", "--device", "cpu"]
+    options += ["--precision", "bf16"]
     main([checkpoint, str(inputs), "--out", str(tmp_path / "out"), *options])
-    assert given == {"flips": True, "batch_size": 3, "device": "cpu", "backend": "reference"}
+    assert given == {"flips": True, "batch_size": 3, "precision": "bf16", "device": "cpu", "backend": "reference"}
 
 
 def test_millimetres_are_those_of_the_written_mask(checkpoint: str, inputs: Path, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from famseg.data.phantom import Phantom
 from famseg.files.errors import DataError
 from famseg.inference import Network, labels_at, load_network, predict
 from famseg.metrics import jaggedness
+from famseg.options import warn_of_slow_bf16
 from tests.checkpoints import write_checkpoint
 
 
@@ -151,6 +152,27 @@ def test_flips_make_the_result_mirror_with_the_image(checkpoint: Path) -> None:
     assert (there == back[:, ::-1]).mean() > 0.999
     plain = [next(predict(network, [np.ascontiguousarray(i)])) for i in (image, image[:, ::-1])]
     assert (plain[0] != plain[1][:, ::-1]).any()
+
+
+def test_bf16_finds_what_fp32_finds_but_for_its_rounding(checkpoint: Path) -> None:
+    network = load_network(checkpoint)
+    images = [sample.image for sample in Phantom(4, (32, 32), seed=5)]
+    wide, narrow = (np.stack(list(predict(network, images, precision=p))) for p in ("fp32", "bf16"))
+    assert (wide == narrow).mean() > 0.97 and (wide != narrow).any()
+    with pytest.raises(ValueError, match="precision: expected fp32 or bf16, got 'fp16'"):
+        next(predict(network, images, precision="fp16"))
+
+
+@pytest.mark.parametrize("units", [True, False])
+def test_bf16_on_a_cpu_without_its_units_says_so(units, monkeypatch, capsys) -> None:
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: False)
+    monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda: units)
+    warn_of_slow_bf16("fp32", "cpu")
+    warn_of_slow_bf16("bf16", "cuda")
+    assert capsys.readouterr().err == ""
+    warn_of_slow_bf16("bf16", "cpu")
+    assert ("no bf16 units" in capsys.readouterr().err) is not units
 
 
 class Bright(torch.nn.Module):

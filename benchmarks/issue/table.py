@@ -119,16 +119,16 @@ def rows_of(
             continue
         for name, made in zip(("fwd", "bwd"), passes, strict=True):
             for place, launch in enumerate(made):
-                known = _counted_or_refused(launch, capability)
+                known = counted_or_refused(launch, capability)
                 where = call | {"pass": name, "launch": place, "kernel": launch.kernel}
                 for chip in same:
-                    yield where | {"chip": chip.name} | _predicted(launch, known, chip)
+                    yield where | {"chip": chip.name} | predicted(launch, known, chip)
 
 
 Counted = tuple[Work, sass.Usage]
 
 
-def _counted_or_refused(launch: Launch, capability: int) -> Counted | Refusal | None:
+def counted_or_refused(launch: Launch, capability: int) -> Counted | Refusal | None:
     if launch.torch_bytes:
         return None
     try:
@@ -137,7 +137,7 @@ def _counted_or_refused(launch: Launch, capability: int) -> Counted | Refusal | 
         return refusal
 
 
-def _predicted(launch: Launch, known: Counted | Refusal | None, chip: Chip) -> Row:
+def predicted(launch: Launch, known: Counted | Refusal | None, chip: Chip) -> Row:
     if known is None:  # torch's: at the bandwidth of a copy and all of a unit's rate, which a good kernel reaches
         unit, rate = ("tensor", chips.TENSOR) if launch.torch_tensor_cores else ("fma", chips.FMA)
         bounds = {

@@ -98,7 +98,7 @@ def caught(run: Callable[[], Any]) -> tuple[Any, list[Call | Launch]]:
 def predicted(call: Call | Launch, addresses: Addresses) -> table.Row:
     """The row of the fastest choice, or of the first one that says why it is refused."""
     if isinstance(call, Launch):
-        return table._predicted(call, None, CHIP)
+        return table.predicted(call, None, CHIP)
     rows = []
     for choice in call.choices:
         keywords = call.keywords | choice
@@ -112,8 +112,8 @@ def predicted(call: Call | Launch, addresses: Addresses) -> table.Row:
             print(f"{call.kernel.__name__} {choice}: {type(error).__name__}", file=sys.stderr)
             continue
         launch = launches.triton_launch(call.kernel, result, grid, named, addresses)
-        known = table._counted_or_refused(launch, CHIP.capability)
-        rows.append({"kernel": launch.kernel} | table._predicted(launch, known, CHIP))
+        known = table.counted_or_refused(launch, CHIP.capability)
+        rows.append({"kernel": launch.kernel} | table.predicted(launch, known, CHIP))
     return min(rows, key=lambda row: (math.isnan(row["us"]), row["us"]))
 
 

@@ -25,7 +25,15 @@ from famseg.files.lock import locked
 from famseg.files.tables import write_table
 from famseg.files.writing import write_atomic
 from famseg.inference import Network, load_network, predict
-from famseg.options import CHECKPOINT_HELP, LARGEST_SEED, InferenceOptions, device_for, expect_number, option
+from famseg.options import (
+    CHECKPOINT_HELP,
+    LARGEST_SEED,
+    InferenceOptions,
+    device_for,
+    expect_number,
+    option,
+    warn_of_slow_bf16,
+)
 from famseg.reporting.overlay import draw_overlay
 from famseg.reporting.page import Picture, report
 from famseg.results import read_history, write_metrics
@@ -76,6 +84,7 @@ def _evaluate(options: Options) -> int:
     required("out", options.out, "--out DIR")
     assert options.checkpoint is not None and options.out is not None
     device = device_for(options.device, options.backend)
+    warn_of_slow_bf16(options.precision, device)
     with locked(Path(options.out)) as out:
         return _score(load_network(options.checkpoint), options, device, out)
 
@@ -97,6 +106,7 @@ def _score(network: Network, options: Options, device: str, out: Path) -> int:
         images(),
         batch_size=options.batch_size,
         flips=options.flips,
+        precision=options.precision,
         device=device,
         backend=options.backend,
     )

@@ -30,7 +30,7 @@ from famseg.files.listing import given_path, list_images, stem
 from famseg.files.lock import locked
 from famseg.files.tables import parse_positive, read_table, write_table
 from famseg.inference import Network, load_network, predict
-from famseg.options import CHECKPOINT_HELP, ConfigError, InferenceOptions, device_for, option
+from famseg.options import CHECKPOINT_HELP, ConfigError, InferenceOptions, device_for, option, warn_of_slow_bf16
 from famseg.reporting.overlay import draw_overlay
 
 PROG = "famseg-predict"
@@ -70,6 +70,7 @@ def _predict(options: Options) -> int:
     required("out", options.out, "--out DIR")
     assert options.checkpoint is not None and options.out is not None
     device = device_for(options.device, options.backend)
+    warn_of_slow_bf16(options.precision, device)
     pixel_size = _pixel_sizes(options.pixel_size)
     paths = _files(options.images)
     network = load_network(options.checkpoint)
@@ -105,6 +106,7 @@ def _predict_all(
         images(),
         batch_size=options.batch_size,
         flips=options.flips,
+        precision=options.precision,
         device=device,
         backend=options.backend,
     )

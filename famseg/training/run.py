@@ -29,6 +29,7 @@ from famseg.files.lock import locked
 from famseg.files.writing import write_atomic
 from famseg.inference import load_network, predict, read_checkpoint
 from famseg.memory import keep_freed_memory
+from famseg.options import warn_of_slow_bf16
 from famseg.reporting.figures import plot_history, plot_overlays
 from famseg.results import write_metrics
 from famseg.training.checkpoint import (
@@ -346,6 +347,7 @@ def _accelerator(config: TrainConfig, processes: Processes) -> str:
         raise ConfigError(f"devices: expected at most the {torch.cuda.device_count()} GPUs here, got {processes.local}")
     if accelerator == "cpu" and config.precision == "fp16":
         raise ConfigError("precision: fp16 is for GPUs; use bf16 or fp32 on a CPU")
+    warn_of_slow_bf16(config.precision, accelerator)
     if config.cuda_graph and (accelerator == "cpu" or processes.count > 1):
         here = f"{processes.count} processes" if accelerator == "cuda" else "a CPU"
         raise ConfigError(f"cuda_graph: is for one process with a GPU, this run is of {here}; leave it out")
