@@ -11,6 +11,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from famseg.models import MODELS, FAMSeg, create_model
 
 
+def count(name: str, image_size: int, **options: Any) -> tuple[int, int]:
+    """Parameters, and multiply–adds of the forward pass of one image."""
+    model = create_model(name, **options).eval()
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(torch.zeros(1, 1, image_size, image_size))
+    return sum(p.numel() for p in model.parameters()), counter.get_total_flops() // 2
+
+
 def summarise(name: str, image_size: int, **options: Any) -> str:
     """A table of parameters and forward FLOPs (2 per multiply–add, one image) of the model's parts."""
     model = create_model(name, **options).eval()
