@@ -86,8 +86,9 @@ def load_network(path: str | Path) -> Network:
     checkpoint = read_checkpoint(path)
     config = checkpoint["config"]
     try:
-        options = option_names(config["model"]) & config.keys()
-        model = create_model(config["model"], len(CLASSES), **{name: config[name] for name in options})
+        names = option_names(config["model"])
+        options = {name: value for name, value in config.items() if name in names and value is not None}
+        model = create_model(config["model"], len(CLASSES), **options)
         weights = weights_of(checkpoint)
         model.load_state_dict(weights)
     except (KeyError, ValueError, TypeError, RuntimeError) as error:

@@ -165,6 +165,15 @@ def test_bad_usage_is_one_line_and_exit_code_2(
     assert [path.name for path in tmp_path.iterdir()] == ["best.ckpt"]
 
 
+def test_networks_that_have_no_form_at_a_free_size_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("segmentation_models_pytorch")
+    checkpoint = write_checkpoint(tmp_path / "best.ckpt", model="swin")
+    assert main([str(checkpoint)]) == 2
+    assert "checkpoint: swin cannot be exported" in capsys.readouterr().err
+
+
 def test_settings_come_from_yaml_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     checkpoint = write_checkpoint(tmp_path / "best.ckpt")
     (tmp_path / "export.yaml").write_text(f"format: pt2\nout: {tmp_path}\n")

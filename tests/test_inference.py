@@ -34,7 +34,8 @@ def test_the_network_is_what_was_saved(checkpoint: Path) -> None:
 
 
 def test_averaged_weights_win_and_options_are_kept(tmp_path: Path) -> None:
-    path = write_checkpoint(tmp_path / "a.ckpt", upsample="bilinear", context="none", shortcut="identity")
+    options = {"strip_form": "stacked", "context_stride": 16, "directions": 2, "shared_bc": True}
+    path = write_checkpoint(tmp_path / "a.ckpt", upsample="bilinear", context="none", **options)
     saved = torch.load(path, weights_only=True)
     names = [name.removeprefix("model.") for name in saved["state_dict"]]
     saved["ema"] = {name: torch.full_like(saved["state_dict"][f"model.{name}"], 2) for name in names}

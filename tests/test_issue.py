@@ -126,6 +126,28 @@ def test_lanes_that_part_are_one_warp_again() -> None:
     assert [count(ways, name, threads=128) for name in ("FADD", "FMUL", "FFMA")] == [4, 4, 4]
 
 
+def test_a_barrier_that_waits_in_a_register_is_met_at() -> None:
+    inside = """
+        S2R R0, SR_TID.X
+        ISETP.GE.AND P0, PT, R0, 0x10, PT
+        BSSY B0, `(.L_x_2)
+        BMOV.32.CLEAR R3, B0
+        BSSY B0, `(.L_x_1)
+        @P0 BRA `(.L_x_1)
+        FADD R1, R1, R1
+        .L_x_1:
+        BSYNC B0
+        BMOV.32 B0, R3
+        @P0 BRA `(.L_x_2)
+        FMUL R1, R1, R1
+        .L_x_2:
+        BSYNC B0
+        FFMA R1, R1, R1, R1
+        EXIT
+    """
+    assert [count(inside, name, threads=64) for name in ("FADD", "FMUL", "FFMA")] == [1, 1, 2]
+
+
 def test_lanes_loop_as_long_as_the_last_of_them() -> None:
     loop = """
         S2R R0, SR_LANEID

@@ -48,6 +48,7 @@ FAMSEG = (
     "evaluation",
     "results",
     "training",
+    "study",
     "cli",
 )
 NATIVE = [path for suffix in ("h", "cpp", "cu", "cuh") for path in sorted((ROOT / "csrc").rglob(f"*.{suffix}"))]

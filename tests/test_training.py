@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import yaml
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from famseg.data.augment import eval_transform
@@ -83,7 +84,7 @@ def test_pixels_without_any_weight_make_no_loss():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model": "unet"}, "model: expected one of famseg_nano"),
+        ({"model": "unet++"}, "model: expected one of famseg_nano"),
         ({"batch_size": 0}, "batch_size: expected at least 1, got 0"),
         ({"val_fraction": 1.0}, "val_fraction: expected a number between 0 and 1"),
         ({"phases": "adamw:2,sgd"}, "phases: expected OPTIMIZER:EPOCHS"),
@@ -318,6 +319,15 @@ def test_what_this_machine_cannot_do_is_named(change, message, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=message):
         prepared(**change)
+
+
+def test_rows_of_two_ablations_are_shipped():
+    from famseg.cli.train import _CONFIGS
+
+    configs = {path.stem: TrainConfig(**yaml.safe_load(path.read_text())) for path in _CONFIGS.glob("*.yaml")}
+    rows = {name: configs[name] for name in configs if name.startswith(("table3-", "scunext-"))}
+    networks = {(row.model, row.shortcut, row.fusion, row.loss) for row in rows.values()}
+    assert len(networks) == len(rows) == 4 + 8
 
 
 def test_time_left_is_in_proportion(monkeypatch):

@@ -78,8 +78,8 @@ _MATRIX = {"HMMA", "HGMMA"}
 MEMORY = {"LDG", "STG", "LDS", "STS", "LDSM", "STSM", "LDGSTS", "LDL", "STL", "RED", "ATOMG", "ATOMS"}
 # An issue slot and nothing else.
 _ISSUE = {
-    *("BRA", "EXIT", "RET", "CALL", "BSSY", "BSYNC", "BREAK", "BAR", "NOP", "DEPBAR", "LDGDEPBAR", "WARPSYNC"),
-    *("WARPGROUP", "MEMBAR", "FENCE", "LDC", "B2R", "ENDCOLLECTIVE", "YIELD", "ERRBAR", "CGAERRBAR", "CCTL"),
+    *("BRA", "EXIT", "RET", "CALL", "BSSY", "BSYNC", "BREAK", "BMOV", "BAR", "NOP", "DEPBAR", "LDGDEPBAR"),
+    *("WARPSYNC", "WARPGROUP", "MEMBAR", "FENCE", "LDC", "B2R", "ENDCOLLECTIVE", "YIELD", "ERRBAR", "CGAERRBAR", "CCTL"),
 }
 
 

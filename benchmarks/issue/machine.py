@@ -105,6 +105,8 @@ class Machine:
             return [self._bssy(instruction)]
         if name == "BREAK":
             return [self._break(instruction)]
+        if name == "BMOV":
+            return [self._moved_barrier(instruction)]
         if name == "BAR" and "RED" in instruction.modifiers:
             return [self._reduction(instruction)]
         if name == "STL":
@@ -228,6 +230,21 @@ class Machine:
         def run(state: State) -> None:
             if name in state.barriers:
                 state.barriers[name] = state.barriers[name] & ~self._active(state, guard(state))
+
+        return run
+
+    def _moved_barrier(self, instruction: Instruction) -> Step:
+        """A barrier kept in a register where there are not enough of them, or back: by the name of where it lies."""
+        to, source = (operand.text for operand in instruction.operands)
+        cleared = "CLEAR" in instruction.modifiers
+        if instruction.guard is not None or "32" not in instruction.modifiers:
+            raise Refusal(instruction.text)
+
+        def run(state: State) -> None:
+            lanes = state.barriers.pop(source, None) if cleared else state.barriers.get(source)
+            state.barriers.pop(to, None)
+            if lanes is not None:
+                state.barriers[to] = lanes
 
         return run
 

@@ -39,6 +39,9 @@ PROG = "famseg-export"
 # A PT2 file refuses sizes at which its trace would have been another: where an upsampled map is cropped, and where the
 # deepest stage, of stride 32, has one pixel.
 _MULTIPLE, _SMALLEST = 32, 64
+# UPerNet pools to fixed grids, which ONNX cannot at a free size; of attention in windows torch.export gets done with no
+# free size in minutes.
+_FIXED = ("upernet", "convnext", "swin", "twins")
 # fp32 through other kernels in another order: measured 1e-6 of the largest logit, on a trained network.
 _TOLERANCE = 1e-4
 
@@ -66,6 +69,8 @@ def _export(options: Options) -> int:
         if missing:
             raise ConfigError(f"format: onnx needs {', '.join(missing)}; pip install 'famseg[onnx]'")
     network = load_network(options.checkpoint)
+    if (name := network.config["model"]) in _FIXED:
+        raise ConfigError(f"checkpoint: {name} cannot be exported: its grids or windows have no form at a free size")
     out = Path(options.out) if options.out else network.path.with_suffix(f".{options.format}")
     if not out.parent.is_dir():
         raise DataError(f"{out}: its folder does not exist; make it first")

@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 from jsonargparse import ArgumentParser
 
+from famseg.anatomy import CLASSES
 from famseg.cli.command import build_parser, parse, run
 from famseg.options import ConfigError
 from famseg.training.config import TrainConfig
@@ -23,7 +24,7 @@ _CONFIGS = Path(__file__).parent.parent / "configs"
 
 
 def parser() -> ArgumentParser:
-    """One flag per field of TrainConfig, and two that train nothing."""
+    """One flag per field of TrainConfig, and three that train nothing."""
     shipped = ", ".join(sorted(path.stem for path in _CONFIGS.glob("*.yaml")))
     parser = build_parser(
         PROG,
@@ -32,6 +33,7 @@ def parser() -> ArgumentParser:
         config_help=f"YAML file with any of the settings below, or one of those shipped: {shipped}",
     )
     parser.add_argument("--summary", action="store_true", help="print parameters and FLOPs of the model and stop")
+    parser.add_argument("--list-models", action="store_true", help="print every model with its size and cost and stop")
     parser.add_argument("--profile", action="store_true", help="print where the time of a training step goes and stop")
     return parser
 
@@ -43,9 +45,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _train(options: dict[str, Any]) -> int:
-    summary, profiling = options.pop("summary"), options.pop("profile")
+    summary, listing, profiling = (options.pop(name) for name in ("summary", "list_models", "profile"))
     config = TrainConfig(**options)
     # Imported late: --help and usage errors need none of it.
+    if listing:
+        from famseg.models.summary import list_models
+
+        for line in list_models(len(CLASSES)):  # each takes about a second
+            print(line, flush=True)
+        return 0
     if summary:
         from famseg.models.summary import summarise
 

@@ -13,6 +13,10 @@ from famseg.files.errors import DataError
 _LOCK = ".lock"
 
 
+class Busy(DataError):
+    """Another process is at work in the folder."""
+
+
 @contextmanager
 def locked(path: Path, remedy: str = "choose another --out", *, fresh: bool = True) -> Iterator[Path]:
     """`path` as this process's own inside the `with`: made where it is missing, and locked against every other process.
@@ -26,7 +30,8 @@ def locked(path: Path, remedy: str = "choose another --out", *, fresh: bool = Tr
         fresh: whether `path` must be new or empty, so that results never mix with older ones.
 
     Raises:
-        DataError: another process is at work in `path`, it has files in it (`fresh`), or it cannot be made.
+        Busy: another process is at work in `path`.
+        DataError: it has files in it (`fresh`), or it cannot be made.
     """
     if path.exists() and not path.is_dir():
         raise DataError(f"out: expected a folder, {path} is a file; {remedy}")
@@ -37,7 +42,7 @@ def locked(path: Path, remedy: str = "choose another --out", *, fresh: bool = Tr
     except OSError as error:
         raise DataError(f"out: {path} cannot be written to ({error.strerror}); choose another --out") from error
     if lock is None:
-        raise DataError(
+        raise Busy(
             f"out: another run is at work in {path} (it holds {_LOCK} there); "
             "choose another --out, or wait until it ends"
         )

@@ -9,15 +9,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from famseg_kernels import DepthwiseConv2d, Mamba2Scan2d, StripAttention
+from famseg_kernels import DepthwiseConv2d, Mamba2Scan2d, StripAttention, StripConv2d, strip_conv2d
+from famseg_kernels.children import watched
+from famseg_kernels.strip_conv.layer import unfusable
 
 Shortcut = Literal["mamba", "identity"]
+StripForm = Literal["cascade", "independent", "stacked", "square"]
 
 
 def without_autocast(x: Tensor) -> AbstractContextManager[object]:
     """Autocast off for x's device, where it is on: torch.export makes a graph of its own of every such region."""
     device = x.device.type
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+    if device == "meta" or not torch.is_autocast_enabled(device):  # torch has no autocast for meta tensors
+        return nullcontext()
+    return torch.autocast(device, enabled=False)
 
 
 class LayerNorm2d(nn.LayerNorm):
@@ -85,16 +90,18 @@ class ConvBlock(nn.Module):
 class BottleMamba(nn.Module):
     """The paper's bottle block: a bottleneck whose shortcut is a Mamba-2 scan that filters raw noise.
 
-    shortcut="identity" is the ablation "No mamba" (Table 3). The scan starts near the identity, so that a fresh
-    network behaves like a residual network.
+    shortcut="identity" is the ablation "No mamba" (Table 3). The scan starts near the identity of its normalised input,
+    so that a fresh network behaves like a residual network.
     """
 
-    def __init__(self, channels: int, shortcut: Shortcut, d_state: int, headdim: int, directions: int) -> None:
+    def __init__(
+        self, channels: int, shortcut: Shortcut, d_state: int, headdim: int, directions: int, shared_bc: bool = False
+    ) -> None:
         super().__init__()
         self.main = bottleneck(channels, channels, 1)
         self.shortcut: nn.Module = nn.Identity()
         if shortcut == "mamba":
-            scan = Mamba2Scan2d(channels, d_state, headdim, directions=directions)
+            scan = Mamba2Scan2d(channels, d_state, headdim, directions=directions, shared_bc=shared_bc)
             scan.init_identity()
             self.shortcut = nn.Sequential(LayerNorm2d(channels), scan)
 
@@ -102,13 +109,69 @@ class BottleMamba(nn.Module):
         return F.relu(self.main(x) + self.shortcut(x))
 
 
+class SeparateStrips(StripAttention):
+    """Strip attention whose rows and columns scan the features separately, instead of one after the other.
+
+    With a = square(x), the row convolutions 1×K_i and the column convolutions K_i×1 both read a:
+
+    - independent: y = conv3(a + Σ row_i(a) + Σ col_i(a)) · x. Keys, parameters and multiplications are the cascade's.
+    - stacked: y = conv3([a + Σ row_i(a), a + Σ col_i(a)]) · x. The two views are concatenated, and conv3 is a 1×1
+      convolution from 2C channels that mixes them.
+
+    `strip_conv2d` computes each sum in one pass: the other convolution of a branch is 1×1 with the weight 1.
+    """
+
+    def __init__(self, channels: int, stacked: bool) -> None:
+        super().__init__(channels)
+        self.stacked = stacked
+        self.one: Tensor
+        self.register_buffer("one", torch.ones(channels, 1, 1, 1), persistent=False)
+        if stacked:
+            self.conv3 = nn.Conv2d(2 * channels, channels, 1)
+
+    def maps(self, x: Tensor) -> Tensor:
+        """What conv3 reads: (N, C, H, W) → (N, C, H, W), stacked (N, 2C, H, W)."""
+        square = self.conv0
+        assert square is not None
+        rows = [getattr(self, f"conv{i}_1") for i in range(self.branches)]
+        cols = [getattr(self, f"conv{i}_2") for i in range(self.branches)]
+        if unfusable(square, rows, cols) or watched():  # an adapter or a hook: each has to be called
+            a = square(x)
+            views = [rows, cols] if self.stacked else [[*rows, *cols]]
+            return torch.cat([sum((conv(a) for conv in view), a) for view in views], 1)
+        ones, none = [self.one] * self.branches, [None] * self.branches
+        row, row_bias = [conv.weight for conv in rows], [conv.bias for conv in rows]
+        col, col_bias = [conv.weight for conv in cols], [conv.bias for conv in cols]
+        if not self.stacked:
+            biases = [*row_bias, *none], [*none, *col_bias]
+            return strip_conv2d(x, square.weight, square.bias, [*row, *ones], biases[0], [*ones, *col], biases[1])
+        a = strip_conv2d(x, square.weight, square.bias, [], None, [], None)
+        across = strip_conv2d(a, None, None, row, row_bias, ones, None)
+        return torch.cat([across, strip_conv2d(a, None, None, ones, None, col, col_bias)], 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv3(self.maps(x)) * x
+
+
+def strip_attention(channels: int, form: StripForm) -> StripAttention:
+    """The reading of section 3.2.1 that `form` names; "square" has the 5×5 convolution alone."""
+    if form in ("independent", "stacked"):
+        return SeparateStrips(channels, form == "stacked")
+    return StripAttention(channels, strip_kernels=() if form == "square" else (7, 11, 21))
+
+
+def strip_maps(attention: StripAttention, x: Tensor) -> Tensor:
+    """What the attention's 1×1 convolution reads."""
+    return attention.maps(x) if isinstance(attention, SeparateStrips) else StripConv2d.forward(attention, x)
+
+
 class SpatialAttention(nn.Module):
     """SegNeXt's attention: 1×1 → GELU → strip attention → 1×1, plus the input."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, strip_form: StripForm = "cascade") -> None:
         super().__init__()
         self.proj_1 = nn.Conv2d(channels, channels, 1)
-        self.spatial_gating_unit = StripAttention(channels)
+        self.spatial_gating_unit = strip_attention(channels, strip_form)
         self.proj_2 = nn.Conv2d(channels, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -142,10 +205,12 @@ class Mlp(nn.Module):
 class StripBlock(nn.Module):
     """SegNeXt's MSCAN block, key for key: x + ls1·attn(bn1(x)), then x + ls2·mlp(bn2(x))."""
 
-    def __init__(self, channels: int, mlp_ratio: int, drop_path: float = 0.0) -> None:
+    def __init__(
+        self, channels: int, mlp_ratio: int, drop_path: float = 0.0, strip_form: StripForm = "cascade"
+    ) -> None:
         super().__init__()
         self.norm1 = nn.BatchNorm2d(channels)
-        self.attn = SpatialAttention(channels)
+        self.attn = SpatialAttention(channels, strip_form)
         self.norm2 = nn.BatchNorm2d(channels)
         self.mlp = Mlp(channels, mlp_ratio)
         self.layer_scale_1 = nn.Parameter(1e-2 * torch.ones(channels))

@@ -6,12 +6,12 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Integral
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from famseg.models.blocks import BottleMamba, ConvBlock, ConvBNReLU, Shortcut, StripBlock
+from famseg.models.blocks import BottleMamba, ConvBlock, ConvBNReLU, Shortcut, StripBlock, StripForm
 from famseg.models.hamburger import GROUPS, AggregatedDepthConv, Hamburger, LightHam
 from famseg_kernels import FeatureAwareUpsample, Mamba2Scan2d, StripConv2d
 from famseg_kernels.strip_conv.layer import init_convolutions
@@ -22,12 +22,20 @@ class FAMSegConfig:
     """What makes a FAMSeg.
 
     widths, strips, bottles: channels, strip blocks and bottle blocks of the four stages.
-    context_channels: C_h, width of the context and of the decoder's first stage; it halves with every later one.
+    mlp_ratios: hidden over outer width of the strip blocks' MLPs, a stage.
+    strip_form: how a strip block scans rows and columns: one after the other ("cascade", SegNeXt's), separately and
+        summed ("independent"), separately and concatenated ("stacked"), or not at all ("square", 5×5 alone).
+    context_channels: C_h, width of the context and of the decoder at stride 16; it halves with every finer stride.
+    context: "hamburger" (aggregated depth convolution + hamburger), "lightham" (SegNeXt's head, at stride 8) or "none"
+        (aggregated depth convolution alone).
+    context_stride: 32, 16 or 8, of the aggregated depth convolution's output.
+    context_rank: R, bases of the hamburger. They constrain nothing where the context has no more pixels than that.
     shortcut: of the bottle block, "mamba" or "identity" (Table 3, "No mamba").
+    d_state, headdim, directions, shared_bc: of the bottle block's Mamba2Scan2d.
     upsample: "fam" or "bilinear" (ablation of the decoder).
-    context: "hamburger" (aggregated depth convolution + hamburger), "lightham" (SegNeXt's head) or "none" (aggregated
-        depth convolution alone).
+    fam_kernel, fam_groups: odd size of FAM's reassembly kernels; how many a pixel has, each for a group of channels.
     fusion: whether the decoder fuses stages 3 and 2 (Table 3, feature fusion).
+    drop_path: probability of leaving out the last strip block in training; it rises linearly from 0 at the first one.
     """
 
     num_classes: int = 3
@@ -36,24 +44,28 @@ class FAMSegConfig:
     strips: Sequence[int] = (3, 3, 5, 2)
     bottles: Sequence[int] = (1, 2, 2, 1)
     mlp_ratios: Sequence[int] = (8, 8, 4, 4)
+    strip_form: StripForm = "cascade"
     context_channels: int = 256
+    context: Literal["hamburger", "lightham", "none"] = "hamburger"
+    context_stride: int = 32
     context_rank: int = 16
     shortcut: Shortcut = "mamba"
-    upsample: Literal["fam", "bilinear"] = "fam"
-    context: Literal["hamburger", "lightham", "none"] = "hamburger"
-    fusion: bool = True
     d_state: int = 64
     headdim: int = 32
     directions: int = 4
+    shared_bc: bool = False
+    upsample: Literal["fam", "bilinear"] = "fam"
+    fam_kernel: int = 5
+    fam_groups: int = 1
+    fusion: bool = True
     drop_path: float = 0.1
 
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():
             value = getattr(self, name)
-            if value not in choices or isinstance(value, bool) != (name == "fusion"):
+            if value not in choices or isinstance(value, bool) != (choices == _SWITCH):
                 raise ValueError(f"{name}: expected one of {', '.join(map(str, choices))}, got {value!r}")
-        counts = ("num_classes", "in_channels", "context_channels", "context_rank", "d_state", "headdim", "directions")
-        for name in counts:
+        for name in _COUNTS:
             expect_count(name, getattr(self, name))
         for name, least in (("widths", 2), ("strips", 0), ("bottles", 0), ("mlp_ratios", 1)):
             stages = getattr(self, name)
@@ -73,6 +85,28 @@ class FAMSegConfig:
             raise ValueError(f"drop_path: expected a number from 0 to below 1, got {self.drop_path!r}")
         if self.context == "lightham" and not self.fusion:
             raise ValueError("fusion: lightham fuses stages 2 to 4 by itself; leave fusion out or take another context")
+        if self.context_stride == 8 and not self.fusion:
+            raise ValueError("fusion: a context at stride 8 has stages 2 and 3 in it; leave one of the two out")
+        if self.fam_kernel % 2 == 0 or not 3 <= self.fam_kernel <= 63:
+            raise ValueError(f"fam_kernel: expected an odd size from 3 to 63, got {self.fam_kernel}")
+        if self.upsample == "fam":
+            for width in (self.context_channels, *self.decoder_widths[:-1]):
+                if width % self.fam_groups:
+                    raise ValueError(
+                        f"fam_groups: expected a divisor of {width} (channels of an upsampling), got {self.fam_groups}"
+                    )
+
+    @property
+    def decoder_widths(self) -> list[int]:
+        """Channels of the decoder's steps, the last one at stride 1."""
+        # SegNeXt's head fuses the three stages at stride 8 by itself.
+        start = 8 if self.context == "lightham" else self.context_stride
+        return [max(self.context_channels * stride // 16, 8) for stride in (16, 8, 4, 2, 1) if stride < start]
+
+    def context_pixels(self, image_size: int) -> int:
+        """Pixels of the context of a square image, which its `context_rank` bases describe."""
+        stride = 8 if self.context == "lightham" else self.context_stride
+        return (-(-image_size // stride)) ** 2
 
 
 def expect_count(name: str, value: object, least: int = 1) -> None:
@@ -81,13 +115,21 @@ def expect_count(name: str, value: object, least: int = 1) -> None:
         raise ValueError(f"{name}: expected a whole number of at least {least}, got {value!r}")
 
 
+_SWITCH = (True, False)
 _CHOICES: dict[str, tuple[object, ...]] = {
+    "strip_form": get_args(StripForm),
     "shortcut": ("mamba", "identity"),
     "upsample": ("fam", "bilinear"),
     "context": ("hamburger", "lightham", "none"),
-    "fusion": (True, False),
+    "context_stride": (32, 16, 8),
+    "fusion": _SWITCH,
+    "shared_bc": _SWITCH,
     "directions": (1, 2, 4),
 }
+_COUNTS = (
+    *("num_classes", "in_channels", "context_channels", "context_stride", "context_rank"),
+    *("d_state", "headdim", "directions", "fam_kernel", "fam_groups"),
+)
 
 SIZES = {
     "famseg_nano": FAMSegConfig(
@@ -122,6 +164,15 @@ class FAMSeg(nn.Module):
     def decoder_layers(self) -> nn.ModuleList:
         return self.decoder.steps
 
+    def published_tensors(self) -> dict[str, Tensor]:
+        """The strip blocks by the names of a published MSCAN; they share the model's memory."""
+        found: dict[str, Tensor] = {}
+        for i, stage in enumerate(self.encoder.stages, 1):
+            blocks = [block for block in stage.children() if isinstance(block, StripBlock)]
+            for j, block in enumerate(blocks):
+                found |= {f"block{i}.{j}.{name}": value for name, value in block.state_dict().items()}
+        return found
+
     def forward(self, x: Tensor) -> Tensor:
         return self.classifier(self.decoder(self.encoder(x), x.shape[2:]))
 
@@ -139,16 +190,14 @@ class Encoder(nn.Module):
             nn.Conv2d(width // 2, width, 3, 2, 1),
             nn.BatchNorm2d(width),
         )
-        rates = iter(torch.linspace(0, config.drop_path, sum(config.strips)).tolist())
+        rates = iter(torch.linspace(0, config.drop_path, sum(config.strips), device="cpu").tolist())
         self.stages = nn.ModuleList()
         cin = width
         for i, (cout, strips, bottles) in enumerate(zip(config.widths, config.strips, config.bottles, strict=True)):
             blocks: list[nn.Module] = [ConvBlock(cin, cout, 1 if i == 0 else 2)]
-            blocks += [
-                BottleMamba(cout, config.shortcut, config.d_state, config.headdim, config.directions)
-                for _ in range(bottles)
-            ]
-            blocks += [StripBlock(cout, config.mlp_ratios[i], next(rates)) for _ in range(strips)]
+            scan = config.d_state, config.headdim, config.directions, config.shared_bc
+            blocks += [BottleMamba(cout, config.shortcut, *scan) for _ in range(bottles)]
+            blocks += [StripBlock(cout, config.mlp_ratios[i], next(rates), config.strip_form) for _ in range(strips)]
             self.stages.append(nn.Sequential(*blocks))
             cin = cout
 
@@ -170,26 +219,23 @@ class Decoder(nn.Module):
     def __init__(self, config: FAMSegConfig) -> None:
         super().__init__()
         _, c2, c3, _ = config.widths
-        width = config.context_channels
-        steps = [max(width >> i, 8) for i in range(5)]  # strides 16, 8, 4, 2, 1
+        width, rank = config.context_channels, config.context_rank
         self.context: nn.Module
+        skips: list[int | None] = [None, None, None]  # at strides 4, 2, 1
         if config.context == "lightham":
-            # SegNeXt's head fuses the three stages at stride 8 by itself.
-            self.context = LightHam(config.widths[1:], width, config.context_rank)
-            skips: list[int | None] = [None, None, None]
-            steps = steps[2:]
+            self.context = LightHam(config.widths[1:], width, rank)
         else:
-            aggregate = AggregatedDepthConv(config.widths[1:], width)
-            ham = [Hamburger(width, config.context_rank)] if config.context == "hamburger" else []
+            aggregate = AggregatedDepthConv(config.widths[1:], width, config.context_stride)
+            ham = [Hamburger(width, rank)] if config.context == "hamburger" else []
             self.context = nn.Sequential(aggregate, *ham)
-            skips = [c3, c2] if config.fusion else [0, 0]
-            skips += [None, None, None]
+            skips = [*([c3, c2] if config.fusion else [0, 0]), *skips]
+        steps = config.decoder_widths
         self.steps = nn.ModuleList()
-        for cout, skip in zip(steps, skips, strict=True):
-            self.steps.append(UpStep(width, skip or 0, cout, config.upsample))
+        self.skips = [bool(skip) for skip in skips[-len(steps) :]]
+        for cout, skip in zip(steps, skips[-len(steps) :], strict=True):
+            self.steps.append(UpStep(width, skip or 0, cout, config))
             width = cout
         self.out_channels = width
-        self.skips = [bool(skip) for skip in skips]
 
     def forward(self, features: Sequence[Tensor], size: torch.Size) -> Tensor:
         x = self.context(features[1:])
@@ -209,11 +255,12 @@ class Decoder(nn.Module):
 class UpStep(nn.Module):
     """Upsample twofold by FAM (or bilinearly), crop to `size`, concatenate the skip, Conv3×3-BN-ReLU."""
 
-    def __init__(self, cin: int, skip: int, cout: int, upsample: str) -> None:
+    def __init__(self, cin: int, skip: int, cout: int, config: FAMSegConfig) -> None:
         super().__init__()
+        kernels = {"up_kernel": config.fam_kernel, "up_group": config.fam_groups}
         self.upsample = (
-            FeatureAwareUpsample(cin, compressed_channels=min(64, cin))
-            if upsample == "fam"
+            FeatureAwareUpsample(cin, compressed_channels=min(64, cin), **kernels)
+            if config.upsample == "fam"
             else nn.Upsample(scale_factor=2, mode="bilinear", align_corners=False)
         )
         self.conv = ConvBNReLU(cin + skip, cout, 3)
@@ -230,9 +277,12 @@ def famseg_config(name: str, num_classes: int, **options: object) -> FAMSegConfi
     scans = config.shortcut == "mamba" and any(config.bottles)
     used = {
         "context_rank": config.context != "none",
+        "context_stride": config.context != "lightham",
         "shortcut": any(config.bottles),
+        "shared_bc": scans and config.directions > 1,
         **dict.fromkeys(("d_state", "headdim", "directions"), scans),
-        **dict.fromkeys(("mlp_ratios", "drop_path"), any(config.strips)),
+        **dict.fromkeys(("mlp_ratios", "drop_path", "strip_form"), any(config.strips)),
+        **dict.fromkeys(("fam_kernel", "fam_groups"), config.upsample == "fam"),
     }
     for option, has_effect in used.items():
         if option in options and not has_effect and getattr(config, option) != getattr(size, option):
@@ -251,31 +301,3 @@ def create_famseg(config: FAMSegConfig) -> FAMSeg:
             module.init_identity()
     nn.init.normal_(model.classifier.weight, std=0.01)
     return model
-
-
-def load_mscan(model: FAMSeg, state_dict: dict[str, Tensor]) -> int:
-    """Load the blocks of a published MSCAN checkpoint into the strip blocks; returns how many tensors were loaded.
-
-    Takes SegNeXt's keys (`block1.0.attn.…`, `mlp.dwconv.dwconv.…`) and mmseg's (`mlp.dwconv.…`), with or without a
-    `backbone.` prefix. Stem, downsampling and norms between stages have no counterpart in FAMSeg and are ignored.
-
-    Raises:
-        ValueError: the checkpoint has fewer blocks or other widths than the model.
-    """
-    source = {key.removeprefix("backbone."): value for key, value in state_dict.items()}
-    loaded = 0
-    for i, stage in enumerate(model.encoder.stages, 1):
-        blocks = [block for block in stage.children() if isinstance(block, StripBlock)]
-        for j, block in enumerate(blocks):
-            target = block.state_dict()
-            for key, value in target.items():
-                names = (f"block{i}.{j}.{key}", f"block{i}.{j}.{key.replace('dwconv.dwconv', 'dwconv')}")
-                found = next((source[name] for name in names if name in source), None)
-                if found is None and key.endswith("num_batches_tracked"):
-                    continue
-                if found is None or found.shape != value.shape:
-                    came = "nothing" if found is None else f"shape {tuple(found.shape)}"
-                    raise ValueError(f"{names[0]}: expected shape {tuple(value.shape)}, got {came}")
-                value.copy_(found)
-                loaded += 1
-    return loaded

@@ -107,24 +107,29 @@ class LightHam(nn.Module):
 
 
 class AggregatedDepthConv(nn.Module):
-    """The paper's aggregated depth convolution: stages 2–4 to stride 32 by strided depthwise + pointwise convolutions.
+    """The paper's aggregated depth convolution: stages 2–4 to one stride by strided depthwise + pointwise convolutions.
 
-    Input: features at strides 8, 16, 32; output (N, channels, H/32, W/32).
+    Input: features at strides 8, 16, 32; output (N, channels, H/stride, W/stride), stride 32, 16 or 8. Features
+    coarser than that are convolved at their own size and upsampled bilinearly.
     """
 
-    def __init__(self, in_channels: Sequence[int], channels: int) -> None:
+    def __init__(self, in_channels: Sequence[int], channels: int, stride: int = 32) -> None:
         super().__init__()
+        self.place = (8, 16, 32).index(stride)  # of the features that are as large as the output
 
         def branch(cin: int, kernel: int, stride: int) -> nn.Sequential:
             return nn.Sequential(
                 nn.Conv2d(cin, cin, kernel, stride, kernel // 2, groups=cin), nn.Conv2d(cin, channels, 1)
             )
 
+        steps = [max(stride // own, 1) for own in (8, 16, 32)]
         self.branches = nn.ModuleList(
-            branch(cin, kernel, stride) for cin, kernel, stride in zip(in_channels, (5, 3, 3), (4, 2, 1), strict=True)
+            branch(cin, 5 if step == 4 else 3, step) for cin, step in zip(in_channels, steps, strict=True)
         )
         self.norm = GroupNorm(min(GROUPS, channels), channels)
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
-        total = sum(branch(f) for branch, f in zip(self.branches, features, strict=True))
-        return F.gelu(self.norm(total))
+        size = features[self.place].shape[2:]
+        maps = [branch(f) for branch, f in zip(self.branches, features, strict=True)]
+        coarser = [F.interpolate(m, size, mode="bilinear", align_corners=False) for m in maps[self.place + 1 :]]
+        return F.gelu(self.norm(sum([*maps[: self.place + 1], *coarser])))

@@ -23,9 +23,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import fuse_conv_bn_eval
 
-from famseg.models.blocks import BottleMamba, ConvBlock, StripBlock
+from famseg.models.blocks import BottleMamba, ConvBlock, StripBlock, strip_maps
 from famseg.models.famseg import FAMSeg
-from famseg_kernels import DepthwiseConv2d, Mamba2Scan2d, StripConv2d, ssd_scan_2d, strip_conv2d
+from famseg_kernels import DepthwiseConv2d, Mamba2Scan2d, ssd_scan_2d, strip_conv2d
 from famseg_kernels.children import altered, patched
 from famseg_kernels.ssd_scan.layer import NORM_EPSILON
 from famseg_kernels.strip_conv.layer import other_convolution
@@ -289,7 +289,7 @@ class _StripBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         pixels = _pixels(x)
         a = self.proj_1(pixels)
-        gated = self.conv3(_pixels(StripConv2d.forward(self.strip, _image(a, x)))).mul_(a)
+        gated = self.conv3(_pixels(strip_maps(self.strip, _image(a, x)))).mul_(a)
         pixels = self.proj_2(gated).addcmul_(pixels, self.passed)
         hidden = self.dwconv(_image(self.fc1(pixels), x))
         return _image(self.fc2(_pixels(hidden)).add_(pixels), x)

@@ -1,52 +1,68 @@
-"""U-Net with a MobileNetV2 encoder of the fetal-head fine-tuning studies (arXiv 2307.09067 and 2407.20086)."""
+"""The plain U-Net (arXiv 1505.04597), with batch norms and "same" convolutions: the fine-tuning studies' baseline."""
 
 from __future__ import annotations
 
-import torch.nn.functional as F
+import itertools
+
+import torch
 from torch import Tensor, nn
 
+from famseg.models.blocks import ConvBNReLU
+from famseg.models.padded import PaddedNetwork
 
-class UNetMobileNetV2(nn.Module):
-    """segmentation-models-pytorch's U-Net, decoder layers 1 (deepest) to 5, on grey images of any size.
+WIDTHS = (64, 128, 256, 512, 1024)
 
-    (N, 1, H, W) → logits (N, num_classes, H, W). The image is padded with zeros to the encoder's stride of 32, right
-    and below, and the logits are cropped again.
-    """
 
-    def __init__(self, num_classes: int = 3) -> None:
+class UNet(PaddedNetwork):
+    """(N, in_channels, H, W) → logits (N, num_classes, H, W), for any H, W ≥ 1."""
+
+    stride = 16
+
+    def __init__(self, num_classes: int = 3, in_channels: int = 1) -> None:
         super().__init__()
-        try:
-            import segmentation_models_pytorch as smp
-        except ModuleNotFoundError as error:
-            raise ValueError("model: unet_mobilenetv2 needs a package: pip install 'famseg[baselines]'") from error
-        net = smp.Unet("mobilenet_v2", encoder_weights=None, in_channels=1, classes=num_classes)
-        self.encoder, self.decoder, self.classifier = net.encoder, net.decoder, net.segmentation_head[0]
+        self.encoder = Encoder(in_channels)
+        self.decoder = Decoder()
+        self.classifier = nn.Conv2d(WIDTHS[0], num_classes, 1)
 
-    @property
-    def decoder_layers(self) -> nn.ModuleList:
-        return self.decoder.blocks
 
-    def forward(self, x: Tensor) -> Tensor:
-        height, width = x.shape[2:]
-        x = F.pad(x, (0, -width % 32, 0, -height % 32))
-        return self.classifier(self.decoder(self.encoder(x)))[:, :, :height, :width]
+def _double(cin: int, cout: int) -> nn.Sequential:
+    return nn.Sequential(ConvBNReLU(cin, cout, 3), ConvBNReLU(cout, cout, 3))
 
-    def load_encoder(self, state_dict: dict[str, Tensor]) -> int:
-        """Load a classifier's MobileNetV2 (torchvision's keys, `features.…`); returns how many tensors were loaded.
 
-        Colour kernels of the first convolution are summed: a grey image is one with three equal channels.
+class Encoder(nn.ModuleList):
+    """Features at strides 1, 2, 4, 8, 16."""
 
-        Raises:
-            ValueError: it is not a MobileNetV2.
-        """
-        target = self.encoder.state_dict()
-        first = "features.0.0.weight"
-        found = {key: value for key, value in state_dict.items() if key in target}
-        if first in found:
-            found[first] = found[first].sum(1, keepdim=True)
-        for key, value in target.items():
-            if key not in found or found[key].shape != value.shape:
-                came = f"shape {tuple(found[key].shape)}" if key in found else "nothing"
-                raise ValueError(f"{key}: expected shape {tuple(value.shape)} of a MobileNetV2, got {came}")
-        self.encoder.load_state_dict(found)
-        return len(found)
+    def __init__(self, in_channels: int) -> None:
+        deeper = (nn.Sequential(nn.MaxPool2d(2), _double(*pair)) for pair in itertools.pairwise(WIDTHS))
+        super().__init__([_double(in_channels, WIDTHS[0]), *deeper])
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        features = []
+        for level in self:
+            x = level(x)
+            features.append(x)
+        return features
+
+
+class Decoder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(UpStep(*pair) for pair in itertools.pairwise(WIDTHS[::-1]))
+
+    def forward(self, features: list[Tensor]) -> Tensor:
+        *sides, x = features
+        for layer in self.layers:
+            x = layer(x, sides.pop())
+        return x
+
+
+class UpStep(nn.Module):
+    """Transposed convolution, concatenation with the encoder's level, two convolutions."""
+
+    def __init__(self, low: int, high: int) -> None:
+        super().__init__()
+        self.up = nn.ConvTranspose2d(low, high, 2, 2)
+        self.conv = _double(low, high)
+
+    def forward(self, x: Tensor, side: Tensor) -> Tensor:
+        return self.conv(torch.cat([side, self.up(x)], 1))

@@ -1,19 +1,22 @@
 """UNeXt (arXiv 2203.04967) and SC-UNeXt, which adds attentive skips and pyramid fusion to it.
 
-SC-UNeXt's paper gives no code, and its Eq. 2 and its parts' widths can be read in several ways. Read here:
+SC-UNeXt's paper gives no code, and its Eq. 2 and its parts' widths can be read in several ways. This reading has its
+published size: 243.63 × 1024 parameters and 0.13 G multiply–adds at 256 × 256. Here they are 249,481 and 0.135 G. In
+the same units UNeXt-S has its own published size, 247.62 × 1024 and 0.10 G.
 
-- Base: UNeXt-S; the published parameter counts (247.6 K and 243.6 K) are of that size.
-- Skip (section 3.3, Eq. 2): z_i = f((up(x_{i+1}) + up(z_{i+1})) · x_i + up(z_{i+1})), with x of the encoder and z of
-  the decoder, each brought to x_i's width; f is batch norm, ReLU and CBAM (section 3.2). Features are multiplied
-  instead of concatenated.
-- Pyramid fusion (section 3.4): deconvolutions bring all decoder levels to the size of the first one; their sum is
-  classified. Depthwise, behind a 1×1 convolution, or they would double the network.
+- Base: UNeXt-S.
+- Skip (section 3.3, Eq. 2): z ← f(z · x + z), where x is the encoder's level behind CBAM (section 3.2), z the upsampled
+  decoder level, and f a 1×1 convolution, or nothing at stride 16. Features are multiplied instead of concatenated. It
+  stands for the tokenised MLP that UNeXt has behind the deepest sum.
+- Pyramid fusion (section 3.4): twofold deconvolutions, 32 → 16 → 8 channels, bring the decoder's levels to the size of
+  the first one, where they are added. The last convolution runs at full size.
 - The joint loss is `ce+dice+edge` (famseg.training.loss).
 """
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -22,41 +25,51 @@ from torch import Tensor, nn
 from famseg_kernels import DepthwiseConv2d
 
 WIDTHS = (8, 16, 32, 64, 128)  # UNeXt-S
+LARGE_WIDTHS = (16, 32, 128, 160, 256)  # UNeXt
 SHIFTS = (2, 1, 0, -1, -2)  # pixels by which five groups of channels are moved
 
 
 class UNeXt(nn.Module):
-    """(N, 1, H, W) → logits (N, num_classes, H, W), for any H, W ≥ 1.
+    """(N, in_channels, H, W) → logits (N, num_classes, H, W), for any H, W ≥ 1.
 
-    Three levels of convolutions, two of tokenised MLPs, and the way back; the convolutions' names and UNeXt's widths
-    give UNeXt-S its published 253 561 parameters (three channels in, one out).
+    Three levels of convolutions, two of tokenised MLPs, and the way back. With three channels and one class UNeXt-S has
+    its published 253,561 parameters and UNeXt its 1,471,921.
 
     Args:
         num_classes: output classes.
+        in_channels: of the image.
         skip: SC-UNeXt's skips (else: addition).
         fuse: SC-UNeXt's pyramid fusion (else: the last level alone is classified).
-        in_channels: of the image.
+        widths: channels of the five levels.
     """
 
-    def __init__(self, num_classes: int = 3, skip: bool = False, fuse: bool = False, in_channels: int = 1) -> None:
+    def __init__(
+        self,
+        num_classes: int = 3,
+        in_channels: int = 1,
+        skip: bool = False,
+        fuse: bool = False,
+        widths: Sequence[int] = WIDTHS,
+    ) -> None:
         super().__init__()
-        self.encoder = Encoder(in_channels)
-        self.decoder = Decoder(skip, fuse)
-        self.classifier = nn.Conv2d(WIDTHS[0], num_classes, 1)
+        self.encoder = Encoder(in_channels, widths)
+        self.decoder = Decoder(widths, skip, fuse)
+        self.classifier = nn.Conv2d(widths[0], num_classes, 1)
 
     @property
     def decoder_layers(self) -> nn.ModuleList:
         return self.decoder.steps
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.classifier(F.relu(_resize(self.decoder(self.encoder(x)), x.shape[2:])))
+        size = x.shape[2:]
+        return self.classifier(F.relu(_resize(self.decoder(self.encoder(x), size), size)))
 
 
 class Encoder(nn.ModuleList):
     """Features at strides 2, 4, 8, 16, 32."""
 
-    def __init__(self, in_channels: int) -> None:
-        c1, c2, c3, c4, c5 = WIDTHS
+    def __init__(self, in_channels: int, widths: Sequence[int]) -> None:
+        c1, c2, c3, c4, c5 = widths
         convolutions = [_down(in_channels, c1), _down(c1, c2), _down(c2, c3)]
         super().__init__([*convolutions, TokenStage(c3, c4), TokenStage(c4, c5)])
 
@@ -69,44 +82,45 @@ class Encoder(nn.ModuleList):
 
 
 class Decoder(nn.Module):
-    """From the deepest level to stride 2."""
+    """From the deepest level to stride 2, with pyramid fusion to full size."""
 
-    def __init__(self, skip: bool, fuse: bool) -> None:
+    def __init__(self, widths: Sequence[int], skip: bool, fuse: bool) -> None:
         super().__init__()
-        widths = WIDTHS[::-1]
+        # UNeXt mixes tokens once more behind the two deepest sums.
         self.steps = nn.ModuleList(
-            # UNeXt mixes tokens once more behind the two deepest sums.
-            UpStep(low, high, skip, mix=i < 2)
-            for i, (low, high) in enumerate(itertools.pairwise(widths))
+            UpStep(low, high, i, skip, mix=i == 1 or (i == 0 and not skip))
+            for i, (low, high) in enumerate(itertools.pairwise(widths[::-1]))
         )
-        scales = enumerate(WIDTHS[1:4], 1) if fuse else ()
-        self.pyramid = nn.ModuleList(Deconvolution(width, WIDTHS[0], 2**i) for i, width in scales)
-        self.last = nn.Conv2d(WIDTHS[0], WIDTHS[0], 3, padding=1)
+        levels = itertools.pairwise(widths[2::-1]) if fuse else ()
+        self.pyramid = nn.ModuleList(nn.ConvTranspose2d(low, high, 2, 2) for low, high in levels)
+        self.last = nn.Conv2d(widths[0], widths[0], 3, padding=1)
 
-    def forward(self, features: list[Tensor]) -> Tensor:
+    def forward(self, features: list[Tensor], size: torch.Size) -> Tensor:
         *sides, x = features
-        deeper = [*features[1:]]
         levels = []
         for step in self.steps:
-            x = step(x, sides.pop(), deeper.pop())
+            x = step(x, sides.pop())
             levels.append(x)
-        for level, up in zip(levels[-2::-1], self.pyramid, strict=False):  # no pyramid: nothing is added
-            x = x + up(level, x.shape[2:])
-        return self.last(x)
+        if not self.pyramid:
+            return self.last(x)
+        x = levels[1]
+        for up, finer in zip(self.pyramid, levels[2:], strict=True):
+            x = finer + up(x)[:, :, : finer.shape[2], : finer.shape[3]]
+        return self.last(_resize(x, size))
 
 
 class UpStep(nn.Module):
-    """z_{i+1} → z_i: convolve, upsample twofold, join with x_i."""
+    """Convolve, upsample twofold, join with the encoder's level; `place` counts from the deepest one."""
 
-    def __init__(self, low: int, high: int, skip: bool, mix: bool) -> None:
+    def __init__(self, low: int, high: int, place: int, skip: bool, mix: bool) -> None:
         super().__init__()
         self.conv = _conv_norm(low, high)
-        self.skip = AttentiveSkip(low, high) if skip else None
+        self.skip = AttentiveSkip(high, project=place > 0) if skip else None
         self.mix = TokenMLP(high) if mix else nn.Identity()
 
-    def forward(self, z: Tensor, side: Tensor, deeper: Tensor) -> Tensor:
+    def forward(self, z: Tensor, side: Tensor) -> Tensor:
         z = F.relu(_resize(self.conv(z), side.shape[2:]))
-        return self.mix(z + side if self.skip is None else self.skip(z, side, deeper))
+        return self.mix(z + side if self.skip is None else self.skip(z, side))
 
 
 def _resize(x: Tensor, size: torch.Size) -> Tensor:
@@ -162,26 +176,28 @@ def _shift(tokens: Tensor, axis: int) -> Tensor:
 
 
 class AttentiveSkip(nn.Module):
-    """Eq. 2: what the deeper levels say decides what of x_i passes."""
+    """Eq. 2: the encoder's level x, where attention finds it worth it, scales the decoder's: z ← f(z · x + z)."""
 
-    def __init__(self, low: int, high: int) -> None:
+    def __init__(self, channels: int, project: bool) -> None:
         super().__init__()
-        self.project = nn.Conv2d(low, high, 1)
-        self.norm = nn.BatchNorm2d(high)
-        self.attention = CBAM(high)
+        self.attention = CBAM(channels)
+        self.project = nn.Conv2d(channels, channels, 1, bias=False) if project else nn.Identity()
 
-    def forward(self, z: Tensor, side: Tensor, deeper: Tensor) -> Tensor:
-        deeper = _resize(self.project(deeper), side.shape[2:])
-        return self.attention(F.relu(self.norm((deeper + z) * side + z)))
+    def forward(self, z: Tensor, side: Tensor) -> Tensor:
+        return self.project(z * self.attention(side) + z)
 
 
 class CBAM(nn.Module):
     """Convolutional block attention (arXiv 1807.06521; Eq. 1): first channels, then pixels."""
 
-    def __init__(self, channels: int, reduction: int = 8) -> None:
+    def __init__(self, channels: int, reduction: int = 16) -> None:
         super().__init__()
-        hidden = max(channels // reduction, 2)
-        self.channel = nn.Sequential(nn.Linear(channels, hidden), nn.ReLU(), nn.Linear(hidden, channels))
+        hidden = max(channels // reduction, 1)
+        squeeze = nn.Linear(channels, hidden)
+        with torch.no_grad():
+            # Levels are not negative: of few hidden units, one with negative weights may never fire, and never learn.
+            squeeze.weight.abs_()
+        self.channel = nn.Sequential(squeeze, nn.ReLU(), nn.Linear(hidden, channels))
         self.pixel = nn.Conv2d(2, 1, 7, padding=3, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -189,15 +205,3 @@ class CBAM(nn.Module):
         x = x * weight.sigmoid()[:, :, None, None]
         pooled = torch.cat([x.mean(1, keepdim=True), x.amax(1, keepdim=True)], 1)
         return x * self.pixel(pooled).sigmoid()
-
-
-class Deconvolution(nn.Module):
-    """A decoder level at the first one's width and size."""
-
-    def __init__(self, cin: int, cout: int, scale: int) -> None:
-        super().__init__()
-        self.project = nn.Conv2d(cin, cout, 1)
-        self.up = nn.ConvTranspose2d(cout, cout, scale, scale, groups=cout)
-
-    def forward(self, x: Tensor, size: torch.Size) -> Tensor:
-        return self.up(self.project(x))[:, :, : size[0], : size[1]]

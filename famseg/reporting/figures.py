@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import os
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -45,7 +46,7 @@ def plot_history(rows: Sequence[Mapping[str, object]], path: str | os.PathLike[s
     Raises:
         ValueError: there are no rows.
     """
-    _save(history_figure(rows), path)
+    save(history_figure(rows), path)
 
 
 def history_figure(rows: Sequence[Mapping[str, object]]) -> Figure:
@@ -67,6 +68,36 @@ def history_figure(rows: Sequence[Mapping[str, object]]) -> Figure:
     _curve(iou, rows, "val_miou", "mean", _INK, linestyle="--")
     _finish(iou, rows, "Validation IoU", "IoU")
     iou.set_ylim(-0.02, 1.02)
+    return figure
+
+
+def curves_figure(histories: Mapping[str, Sequence[Sequence[Mapping[str, object]]]]) -> Figure:
+    """Training loss and validation IoU of several networks: a line each, the mean over its runs.
+
+    Args:
+        histories: name → runs → rows as in `plot_history`; an epoch counts where all runs of a name have it.
+    """
+    figure = Figure(figsize=(10.5, 4.4 + 0.07 * len(histories)), dpi=_DPI, layout="constrained", facecolor="white")
+    panels = figure.subplots(1, 2)
+    for axes, key, title in zip(panels, ("train_loss", "val_miou"), ("Training loss", "Validation mIoU"), strict=True):
+        values: list[float] = []
+        longest: Sequence[Mapping[str, object]] = []
+        for number, (name, runs) in enumerate(histories.items()):
+            shortest = min(map(len, runs), default=0)
+            series = [[_number(row.get(key)) for row in run[:shortest]] for run in runs]
+            mean = np.mean(series, axis=0) if shortest else np.zeros(0)
+            rows = [
+                {"epoch": row["epoch"], key: value} for row, value in zip(runs[0] if runs else [], mean, strict=False)
+            ]
+            longest = max(longest, rows, key=len)
+            values += mean.tolist()
+            # Ten colours are told apart; more lines begin again, dashed.
+            _curve(axes, rows, key, name, f"C{number % 10}", linestyle=("-", "--", ":")[number // 10 % 3])
+        _finish(axes, longest or [{"epoch": 1}], title, "loss" if key == "train_loss" else "mIoU", legend=False)
+        if key == "train_loss" and values and min(values) > 0 and max(values) > 30 * min(values):
+            axes.set_yscale("log")
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, frameon=False, fontsize=9, loc="outside lower center", ncols=5)
     return figure
 
 
@@ -195,16 +226,43 @@ def plot_overlays(items: Iterable[OverlayItem], path: str | os.PathLike[str]) ->
                 parse_math=False,  # a $ in a file's name is a $
             )
         bottom -= _GAP
-    figure.legend(
-        handles=[Line2D([], [], color=_unit(structure.shade), lw=5, label=structure.title) for structure in OBJECTS],
-        loc="upper right",
-        ncols=2,
-        frameon=False,
-        fontsize=9,
-        labelcolor=_INK,
-        borderaxespad=0.3,
-    )
-    _save(figure, path)
+    _legend(figure)
+    save(figure, path)
+
+
+def plot_panel(
+    images: Sequence[np.ndarray],
+    masks: Sequence[np.ndarray],
+    predictions: Mapping[str, Sequence[np.ndarray]],
+    path: str | os.PathLike[str],
+) -> None:
+    """Write a PNG of the same images as several networks see them: a column an image, a row a network, truth on top.
+
+    Args:
+        images: (H, W) uint8 each.
+        masks: their true labels.
+        predictions: name of the network → its labels of the images.
+        path: the file, replaced atomically.
+    """
+    rows: list[tuple[str, Sequence[np.ndarray | None]]] = [("image", [None] * len(images)), ("truth", masks)]
+    rows += list(predictions.items())
+    cell, label = 1.6, 1.7  # inches
+    tall = max(cell * image.shape[0] / image.shape[1] for image in images)
+    width, height = label + len(images) * (cell + _GAP), _HEADER + len(rows) * (tall + _LINE + _GAP)
+    figure = Figure(figsize=(width, height), dpi=min(_DPI, int(65000 / height)), facecolor="white")
+    bottom = height - _HEADER
+    for name, labels in rows:
+        bottom -= tall + _LINE + _GAP
+        words = "\n".join(textwrap.wrap(_shortened(name), 22))
+        figure.text(_GAP / width, (bottom + tall) / height, words, fontsize=9, color=_INK, va="top", parse_math=False)
+        for column, (image, truth, found) in enumerate(zip(images, masks, labels, strict=True)):
+            left = label + column * (cell + _GAP)
+            axes = figure.add_axes((left / width, bottom / height, cell / width, tall / height))
+            _picture(axes, image, found)
+            if name in predictions and found is not None:
+                axes.set_title(_overlaps(truth, found) or "nothing there", fontsize=8, loc="left", color=_INK, pad=3)
+    _legend(figure)
+    save(figure, path)
 
 
 def _picture(axes: Axes, image: np.ndarray, mask: np.ndarray | None) -> None:
@@ -233,6 +291,19 @@ def _picture(axes: Axes, image: np.ndarray, mask: np.ndarray | None) -> None:
     axes.set_ylim(image.shape[0] - 0.5, -0.5)
 
 
+def _legend(figure: Figure) -> None:
+    """The structures' colours, above all pictures."""
+    figure.legend(
+        handles=[Line2D([], [], color=_unit(structure.shade), lw=5, label=structure.title) for structure in OBJECTS],
+        loc="upper right",
+        ncols=2,
+        frameon=False,
+        fontsize=9,
+        labelcolor=_INK,
+        borderaxespad=0.3,
+    )
+
+
 def _unit(rgb: RGB) -> tuple[float, float, float]:
     red, green, blue = rgb
     return red / 255, green / 255, blue / 255
@@ -244,12 +315,17 @@ def _shortened(name: str, limit: int = 42) -> str:
 
 
 def _scores(truth: np.ndarray, predicted: np.ndarray, remarks: Mapping[str, object] | None = None) -> str:
+    overlaps = _overlaps(truth, predicted)
+    title = "prediction" + (f", IoU  {overlaps}" if overlaps else ", nothing there")
+    return title + ("\n" + "   ".join(f"{key} {value}" for key, value in remarks.items()) if remarks else "")
+
+
+def _overlaps(truth: np.ndarray, predicted: np.ndarray) -> str:
+    """IoU of every structure that is in one of the label maps."""
     metrics = SegmentationMetrics(len(CLASSES))
     metrics.update(np.asarray(predicted), np.asarray(truth))
     iou = metrics.compute()["iou"]
-    parts = [f"{s.name} {iou[s.label]:.3f}" for s in OBJECTS if not math.isnan(iou[s.label])]
-    title = "prediction" + (f", IoU  {'   '.join(parts)}" if parts else ", nothing there")
-    return title + ("\n" + "   ".join(f"{key} {value}" for key, value in remarks.items()) if remarks else "")
+    return "   ".join(f"{s.name} {iou[s.label]:.3f}" for s in OBJECTS if not math.isnan(iou[s.label]))
 
 
 def _curve(
@@ -267,7 +343,7 @@ def _curve(
         axes.plot(epochs, values, linestyle, color=colour, label=label, lw=1.7, marker=marker, ms=4)
 
 
-def _finish(axes: Axes, rows: Sequence[Mapping[str, object]], title: str, ylabel: str) -> None:
+def _finish(axes: Axes, rows: Sequence[Mapping[str, object]], title: str, ylabel: str, *, legend: bool = True) -> None:
     """Labels, grid, whole epochs on the axis, and a line with its name where the phase changes."""
     axes.set_title(title, loc="left", fontsize=11, color=_INK)
     axes.set_xlabel("epoch")
@@ -291,6 +367,8 @@ def _finish(axes: Axes, rows: Sequence[Mapping[str, object]], title: str, ylabel
                 color=_FAINT,
                 va="bottom",
             )
+    if axes.get_legend_handles_labels()[0] and not legend:
+        return
     if axes.get_legend_handles_labels()[0]:
         # Below the axes: inside, it covers a curve in one run or another.
         axes.legend(frameon=False, fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=4)
@@ -309,7 +387,8 @@ def _number(value: object) -> float:
     return math.nan if value is None or value == "" else float(value)  # type: ignore[arg-type]
 
 
-def _save(figure: Figure, path: str | os.PathLike[str]) -> None:
+def save(figure: Figure, path: str | os.PathLike[str]) -> None:
+    """Write the figure as a PNG, atomically."""
     content = io.BytesIO()
     figure.savefig(content, format="png")
     write_atomic(Path(path), content.getvalue())

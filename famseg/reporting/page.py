@@ -54,12 +54,12 @@ def report(
         history: epochs of the training run (`figures.plot_history`); empty: no curves.
         version: of famseg.
     """
-    template = Template((importlib.resources.files("famseg.reporting") / "report.html").read_text(encoding="utf-8"))
-    return template.substitute(
+    return _template("report.html").substitute(
+        style=_read("style.css"),
         title=html.escape(title),
         subtitle=html.escape(subtitle),
         facts=html.escape(facts),
-        notes="\n".join(f'<p class="note">{html.escape(note)}</p>' for note in notes),
+        notes=_notes(notes),
         tiles="\n".join(_tiles(summary)),
         plots=_plots(rows),
         lengths=_lengths(summary),
@@ -72,6 +72,52 @@ def report(
         definitions=" ".join(f"{m.words.capitalize()}: {m.definition}." for m in MEASURES.values()),
         version=html.escape(version),
     )
+
+
+def comparison(
+    *,
+    title: str,
+    subtitle: str,
+    facts: str,
+    notes: Sequence[str],
+    sections: Sequence[tuple[str, str | Figure | np.ndarray, str]],
+    version: str,
+) -> str:
+    """A page that compares networks, as HTML text; without sections' HTML, all is plain text.
+
+    Args:
+        title, subtitle, facts, notes: the head of the page.
+        sections: heading; HTML of a table, a figure, or a picture (H, W, 3) RGB; and what is said below.
+        version: of famseg.
+    """
+    parts = []
+    for heading, content, words in sections:
+        if isinstance(content, np.ndarray):
+            content = f'<img style="max-width: 100%" alt="{html.escape(heading)}" src="{_jpeg(content)}">'
+        elif isinstance(content, Figure):
+            content = f'<div class="plots">\n{_figure(content, heading, "history")}\n</div>'
+        parts.append(f'<h2>{html.escape(heading)}</h2>\n{content}\n<p class="faint">{html.escape(words)}</p>')
+    return _template("comparison.html").substitute(
+        style=_read("style.css"),
+        title=html.escape(title),
+        subtitle=html.escape(subtitle),
+        facts=html.escape(facts),
+        notes=_notes(notes),
+        sections="\n".join(parts),
+        version=html.escape(version),
+    )
+
+
+def _read(name: str) -> str:
+    return (importlib.resources.files("famseg.reporting") / name).read_text(encoding="utf-8")
+
+
+def _template(name: str) -> Template:
+    return Template(_read(name))
+
+
+def _notes(notes: Sequence[str]) -> str:
+    return "\n".join(f'<p class="note">{html.escape(note)}</p>' for note in notes)
 
 
 def _tiles(summary: Mapping[str, Any]) -> list[str]:

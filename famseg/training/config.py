@@ -32,7 +32,11 @@ class Diverged(RuntimeError):
     exit_code = 3
 
 
-_ABLATIONS = ("shortcut", "upsample", "context", "fusion")
+# Fields that are options of FAMSeg; None: the model's own value.
+_ABLATIONS = (
+    *("shortcut", "upsample", "context", "fusion", "strip_form", "fam_kernel", "fam_groups", "context_stride"),
+    *("context_rank", "directions", "shared_bc", "d_state", "headdim", "drop_path"),
+)
 
 
 @dataclass(frozen=True)
@@ -99,8 +103,22 @@ class TrainConfig:
     upsample: Literal["fam", "bilinear"] = option("fam", "decoder upsampling: fam or bilinear (ablation)")
     context: Literal["hamburger", "lightham", "none"] = option("hamburger", "hamburger, lightham or none")
     fusion: bool = option(True, "fuse encoder stages 2 and 3 in the decoder (false: ablation)")
+    strip_form: str | None = option(
+        None, "how rows and columns are scanned: cascade (the default), independent, stacked, or square (5x5 alone)"
+    )
+    fam_kernel: int | None = option(None, "size of FAM's reassembly kernels, odd; default: 5")
+    fam_groups: int | None = option(None, "kernels a pixel, each for a group of channels; default: 1")
+    context_stride: int | None = option(None, "of the context: 32 (the default), 16 or 8")
+    context_rank: int | None = option(None, "bases of the hamburger; default: the model's, 16 or 64")
+    directions: int | None = option(None, "directions of the Mamba scan: 1, 2 or 4 (the default)")
+    shared_bc: bool | None = option(None, "all directions of the scan read the same B and C; default: each its own")
+    d_state: int | None = option(None, "state size of the scan; default: the model's, 16 or 64")
+    headdim: int | None = option(None, "channels a head of the scan; default: the model's, 16 or 32")
+    drop_path: float | None = option(None, "stochastic depth of the strip blocks; default: the model's, 0 or 0.1")
     weights: str | None = option(
-        None, "start from this file: a checkpoint of famseg-train, MSCAN (FAMSeg) or MobileNetV2 (U-Net)", path=True
+        None,
+        "start from this file: a checkpoint of famseg-train, MSCAN (FAMSeg, SegNeXt) or MobileNetV2 (U-Net)",
+        path=True,
     )
     trainable: str = option("all", "what learns: all, encoder, decoder, or layers of it like decoder:1,2 (1: deepest)")
     train_head: bool = option(True, "false: the classifier stays as it is, with any part that learns")
@@ -164,13 +182,18 @@ class TrainConfig:
                 raise ConfigError(f"weights: strategy {self.strategy} starts from {start}; {remedy}")
         try:
             expect_number("phases", total_epochs(self.plan()), 1)
-            model_config(self.model, len(CLASSES), **self.model_options())
+            network = model_config(self.model, len(CLASSES), **self.model_options())
             parse_loss(self.loss)
             parse_class_weights(self.class_weights)
             parse_trainable(self.trainable)
         except ValueError as error:
             raise ConfigError(str(error)) from None
         self._refuse_void_rates(defaults)
+        if network and self.context_rank and self.context_rank >= (pixels := network.context_pixels(self.image_size)):
+            raise ConfigError(
+                f"context_rank: the context has {pixels} pixels at image_size {self.image_size}, which as many bases "
+                f"do not constrain; expected at most {pixels - 1}, or a smaller context_stride, got {self.context_rank}"
+            )
 
     def _refuse_void_rates(self, defaults: dict[str, Any]) -> None:
         """ConfigError where a setting of the optimizers was changed that no phase uses."""
@@ -207,4 +230,6 @@ class TrainConfig:
         return self.trainable if self.strategy == "none" else STRATEGIES[self.strategy][1]
 
     def model_options(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in _ABLATIONS if name in option_names(self.model)}
+        known = option_names(self.model)
+        options = {name: getattr(self, name) for name in _ABLATIONS if name in known}
+        return {name: value for name, value in options.items() if value is not None}

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from famseg.data.augment import MEAN, STD
 from famseg.files.errors import DataError
 from famseg.inference import read_checkpoint, weights_of
-from famseg.models import FAMSeg, UNetMobileNetV2, load_mscan
+from famseg.models import FAMSeg, SegNeXt, UNetMobileNetV2, load_mscan
 
 # By letter: does it start from weights, and what learns.
 STRATEGIES = {
@@ -78,8 +78,9 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
 def load_weights(model: nn.Module, path: str | Path) -> str:
     """Start from weights in a file; returns what was loaded and what was not, in words.
 
-    Takes a checkpoint of famseg-train or the state dict of the same network, or a published encoder: MSCAN for a
-    FAMSeg's strip blocks, MobileNetV2 (torchvision) for U-Net; saved by torch.save, with what others wrap around it.
+    Takes a checkpoint of famseg-train or the state dict of the same network, or a published encoder: MSCAN for SegNeXt
+    and a FAMSeg's strip blocks, MobileNetV2 (torchvision) for U-Net; saved by torch.save, with what others wrap around
+    it.
     A classifier of ImageNet's 1000 classes goes on seeing what it was trained on (`for_our_pixels`).
 
     Raises:
@@ -104,6 +105,8 @@ def load_weights(model: nn.Module, path: str | Path) -> str:
             imagenet = any(len(value) == 1000 for value in classes)
             loaded = model.load_encoder(for_our_pixels(encoder) if imagenet else encoder)
             return f"{_report('the encoder', loaded, tensors, path)}; {_origin(path, imagenet)}"
+        if isinstance(model, SegNeXt) and tensors:
+            return _report("the network", load_mscan(model, _named_as({}, tensors)), tensors, path)
         if encoder:
             model.get_submodule("encoder").load_state_dict(encoder)
             return _report("the encoder", len(encoder), tensors, path)
@@ -113,7 +116,10 @@ def load_weights(model: nn.Module, path: str | Path) -> str:
         # torch's first line only says that there was an error.
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         raise DataError(f"weights: {path} does not fit this network: {lines[:2][-1]}") from error
-    published = {FAMSeg: ", and from MSCAN", UNetMobileNetV2: ", and from MobileNetV2"}.get(type(model), " only")
+    published = {
+        **dict.fromkeys((FAMSeg, SegNeXt), ", and from MSCAN"),
+        UNetMobileNetV2: ", and from MobileNetV2",
+    }.get(type(model), " only")
     raise DataError(
         f"weights: {path}: holds no weights for this network, which starts from checkpoints of famseg-train{published}"
     )

@@ -29,6 +29,7 @@ from famseg.files.lock import locked
 from famseg.files.writing import write_atomic
 from famseg.inference import load_network, predict, read_checkpoint
 from famseg.memory import keep_freed_memory
+from famseg.models import POOLED_TO_A_PIXEL
 from famseg.options import warn_of_slow_bf16
 from famseg.reporting.figures import plot_history, plot_overlays
 from famseg.results import write_metrics
@@ -131,10 +132,12 @@ def prepare(config: TrainConfig, processes: Processes) -> Prepared:
             )
 
     batch_size = min(config.batch_size, len(training) // processes.count)
-    if batch_size * processes.count == 1 and size <= _ONE_PIXEL:
+    pooled = config.model in POOLED_TO_A_PIXEL
+    if batch_size * processes.count == 1 and (size <= _ONE_PIXEL or pooled):
+        remedy = "" if pooled else f", or an image_size above {_ONE_PIXEL}"
         raise ConfigError(
-            f"batch_size: one image of {size} px a step ({len(training)} to train on) leaves batch norms one value "
-            f"a channel; expected 2 images or more, or an image_size above {_ONE_PIXEL}"
+            f"batch_size: one image of {size} px a step ({len(training)} to train on) leaves batch norms of "
+            f"{config.model} one value a channel; expected 2 images or more{remedy}"
         )
     if batch_size < config.batch_size and processes.rank == 0:
         print(

@@ -1,6 +1,6 @@
 """The kernels of reassemble and carafe: y, the gradient of logits or masks, and that of x.
 
-Tiles are [P pixels, C channels]; what belongs to a pixel alone, a tap's weight above all, is a block [P]. Pixels are
+Tiles are of P pixels × C channels; what belongs to a pixel alone, a tap's weight above all, is a block [P]. Pixels are
 those of x, row by row. A part is one of the S² results of a pixel: S·i + part // S, S·j + part % S.
 
 A tap outside the image has the closest pixel inside read in its place, which is another tap of the same pixel, and its
@@ -13,6 +13,11 @@ from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
+
+# Whether a tile is [C, P], or else [P, C]. Lanes shall have a pixel each where channels do not follow each other in
+# memory. That pixels do, the compiler does not see. Triton up to 3.6 then gives lanes to the first dimension, later
+# ones to the last; with the other one every weight would go through shared memory, and registers to the stack.
+_PIXELS_LAST = tl.constexpr(tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 7))
 
 
 class Image(NamedTuple):
@@ -63,6 +68,30 @@ def _inside(position, size):
 
 
 @triton.jit
+def _by_pixel(block):
+    """A block [P] as a part of tiles."""
+    return block[None, :] if _PIXELS_LAST else block[:, None]
+
+
+@triton.jit
+def _by_channel(block):
+    """A block [C] as a part of tiles."""
+    return block[:, None] if _PIXELS_LAST else block[None, :]
+
+
+@triton.jit
+def _zeros(P: tl.constexpr, C: tl.constexpr):
+    """A tile of them."""
+    return tl.zeros([C, P] if _PIXELS_LAST else [P, C], tl.float32)
+
+
+@triton.jit
+def _sum_of_channels(tile):
+    """A block [P]."""
+    return tl.sum(tile, 0 if _PIXELS_LAST else 1)
+
+
+@triton.jit
 def _place(image, i, j):
     """Where pixels lie in a channel."""
     return i.to(tl.int64) * image.h + j.to(tl.int64) * image.w
@@ -91,8 +120,8 @@ def _tap_stride(weights, S: tl.constexpr, SOFTMAX: tl.constexpr):
 def _load(channels, pixels, in_group, EVEN: tl.constexpr):
     """A tile, by the addresses of its channels and where its pixels lie in each; with EVEN all are of the group."""
     if EVEN:
-        return tl.load(channels[None, :] + pixels[:, None])
-    return tl.load(channels[None, :] + pixels[:, None], mask=in_group[None, :], other=0.0)
+        return tl.load(_by_channel(channels) + _by_pixel(pixels))
+    return tl.load(_by_channel(channels) + _by_pixel(pixels), mask=_by_channel(in_group), other=0.0)
 
 
 @triton.jit
@@ -130,7 +159,7 @@ def reassemble_forward(
         maxima += (tl.full([P], -3.0e38, tl.float32),)  # not −∞: ∞ − ∞ where the first logit is −∞
         totals += (tl.zeros([P], tl.float32),)
         for _ in tl.static_range(CHUNKS):
-            results += (tl.zeros([P, C], tl.float32),)
+            results += (_zeros(P, C),)
     x_channels = x.pointer + n * x.n + (group * channels + first).to(tl.int64) * x.c
     for ky in range(K):
         row_inside, row = _inside(i + ky - K // 2, height)
@@ -164,7 +193,7 @@ def reassemble_forward(
                 factors += exponentials
                 scales += (scale,)
                 for chunk in tl.static_range(CHUNKS):
-                    results += (old_results[part * CHUNKS + chunk] * (before * scale)[:, None],)
+                    results += (old_results[part * CHUNKS + chunk] * _by_pixel(before * scale),)
                 maxima += (maximum,)
                 totals += (total,)
         for kx in tl.static_range(K):
@@ -174,13 +203,13 @@ def reassemble_forward(
                 factor = factors[part * K + kx] * (insides[kx] * scales[part] if SOFTMAX else insides[kx])
                 for chunk in tl.static_range(CHUNKS):
                     tile = tiles[kx * CHUNKS + chunk].to(tl.float32)
-                    results += (old_results[part * CHUNKS + chunk] + tile * factor[:, None],)
+                    results += (old_results[part * CHUNKS + chunk] + tile * _by_pixel(factor),)
     for part in tl.static_range(PARTS):
         at = _at(y, n, group * channels, i * S + (part_0 + part) // S, j * S + (part_0 + part) % S)
         for chunk in tl.static_range(CHUNKS):
             channel = first + chunk * C
-            to = at[:, None] + (channel.to(tl.int64) * y.c)[None, :]
-            tl.store(to, results[part * CHUNKS + chunk], mask=valid[:, None] & (channel < channels)[None, :])
+            to = _by_pixel(at) + _by_channel(channel.to(tl.int64) * y.c)
+            tl.store(to, results[part * CHUNKS + chunk], mask=_by_pixel(valid) & _by_channel(channel < channels))
 
 
 @triton.jit
@@ -229,12 +258,12 @@ def weight_gradient(
             for tap in tl.static_range(K * K):
                 row_inside, row = _inside(i + tap // K - K // 2, height)
                 column_inside, column = _inside(j + tap % K - K // 2, width)
-                mask = (row_inside & column_inside)[:, None]
+                mask = _by_pixel(row_inside & column_inside)
                 if not EVEN:
-                    mask &= in_group[None, :]
-                tile = tl.load(x_channels[None, :] + _place(x, row, column)[:, None], mask=mask, other=0.0)
+                    mask &= _by_channel(in_group)
+                tile = tl.load(_by_channel(x_channels) + _by_pixel(_place(x, row, column)), mask=mask, other=0.0)
                 for part in tl.static_range(PARTS):
-                    products = tl.sum(tile.to(tl.float32) * grads[part], 1)
+                    products = _sum_of_channels(tile.to(tl.float32) * grads[part])
                     gradients += (old_gradients[tap * PARTS + part] + products,)
     tap_stride = _tap_stride(weights, S, SOFTMAX)
     for part in tl.static_range(PARTS):
@@ -294,7 +323,7 @@ def source_gradient(
     tap_stride = _tap_stride(weights, S, SOFTMAX)
     results = ()
     for _ in tl.static_range(ROWS * CHUNKS):
-        results += (tl.zeros([P, C], tl.float32),)
+        results += (_zeros(P, C),)
     dy_channels = dy.pointer + n * dy.n + (group * channels + first).to(tl.int64) * dy.c
     for step in range(K * S * S):
         kx, part = step // (S * S), step % (S * S)
@@ -326,7 +355,7 @@ def source_gradient(
                     factor = tl.where(insides[line], factor, 0.0)
                     for chunk in tl.static_range(CHUNKS):
                         tile = tiles[line * CHUNKS + chunk].to(tl.float32)
-                        results += (old_results[down * CHUNKS + chunk] + tile * factor[:, None],)
+                        results += (old_results[down * CHUNKS + chunk] + tile * _by_pixel(factor),)
                 else:
                     for chunk in tl.static_range(CHUNKS):
                         results += (old_results[down * CHUNKS + chunk],)
@@ -334,6 +363,6 @@ def source_gradient(
         at = _at(dx, n, group * channels, i + down, j)
         for chunk in tl.static_range(CHUNKS):
             channel = first + chunk * C
-            to = at[:, None] + (channel.to(tl.int64) * dx.c)[None, :]
-            inside = (valid & (i + down < height))[:, None] & (channel < channels)[None, :]
+            to = _by_pixel(at) + _by_channel(channel.to(tl.int64) * dx.c)
+            inside = _by_pixel(valid & (i + down < height)) & _by_channel(channel < channels)
             tl.store(to, results[down * CHUNKS + chunk], mask=inside)

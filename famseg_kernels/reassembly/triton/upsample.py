@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from famseg_kernels.reassembly.triton.kernels import _at, _inside, _larger, _pixels
+from famseg_kernels.reassembly.triton.kernels import _at, _by_channel, _by_pixel, _inside, _larger, _pixels, _zeros
 
 
 class Encoder(NamedTuple):
@@ -161,23 +161,23 @@ def upsample_forward(
         offset = (group * channels + channel) * x.c
         results = ()
         for _ in tl.static_range(PARTS):
-            results += (tl.zeros([P, C], tl.float32),)
+            results += (_zeros(P, C),)
         for ky in tl.static_range(K):
             # All loads first: they are under way together.
             tiles = ()
-            source = x.pointer + n * x.n + (rows[ky][:, None] + offset[None, :])
+            source = x.pointer + n * x.n + (_by_pixel(rows[ky]) + _by_channel(offset))
             for kx in tl.static_range(K):
-                mask = ((j + kx - K // 2 >= 0) & (j + kx - K // 2 < width))[:, None]
+                mask = _by_pixel((j + kx - K // 2 >= 0) & (j + kx - K // 2 < width))
                 if not EVEN:
-                    mask &= in_group[None, :]
+                    mask &= _by_channel(in_group)
                 tiles += (tl.load(source + (kx - K // 2) * x.w, mask=mask, other=0.0),)
             for kx in tl.static_range(K):
                 old_results, results = results, ()
                 wide = tiles[kx].to(tl.float32)
                 for part in tl.static_range(PARTS):
-                    results += (old_results[part] + wide * factors[(part * K + ky) * K + kx][:, None],)
+                    results += (old_results[part] + wide * _by_pixel(factors[(part * K + ky) * K + kx]),)
         for part in tl.static_range(PARTS):
             which = part_block * PARTS + part
             to = _at(y, n, group * channels, i * S + which // S, j * S + which % S)
-            to = to[:, None] + (channel.to(tl.int64) * y.c)[None, :]
-            tl.store(to, results[part], mask=valid[:, None] & in_group[None, :])
+            to = _by_pixel(to) + _by_channel(channel.to(tl.int64) * y.c)
+            tl.store(to, results[part], mask=_by_pixel(valid) & _by_channel(in_group))

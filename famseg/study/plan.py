@@ -1,0 +1,250 @@
+"""What a study is: cells (a name and options of TrainConfig), repeated over seeds or folds, as a YAML file.
+
+    title: one line
+    about: a sentence or more for the page (optional)
+    scores: {COLUMN: KEY of metrics.json, dots between levels}
+    reference: the cell that the others are compared with
+    options: {of every cell} (optional)
+    budgets: {NAME: {seeds: N or folds: N, and any options of TrainConfig}}
+    cells: {NAME: {any options of TrainConfig, published: [a figure a column, or null], against: CELL}}
+
+Options of a cell go over its budget's, those over the study's. The images are the study's: a cell cannot change them.
+`against` names another cell than the reference to compare this one with.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+from jsonargparse import ArgumentParser
+
+from famseg.data.dataset import open_data
+from famseg.data.phantom import Phantom
+from famseg.evaluation import evaluate
+from famseg.models import create_model
+from famseg.models.summary import count
+from famseg.options import ConfigError
+from famseg.training.config import TrainConfig
+from famseg.training.finetune import freeze
+
+SHIPPED = {path.stem: path for path in sorted((Path(__file__).parent / "studies").glob("*.yaml"))}
+_KEYS = ("title", "about", "scores", "reference", "options", "budgets", "cells")
+_OF_THE_STUDY = ("data", "image_size", "val_fraction", "seed", "folds", "fold", "out", "resume")
+_OPTIONS = tuple(field.name for field in dataclasses.fields(TrainConfig))
+# One step of every cell: as many images to train on as a batch has.
+_SMOKE = {"data": "phantom:10", "image_size": 64, "batch_size": 8, "patience": 0, "precision": "fp32", "devices": 1}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training of a cell."""
+
+    cell: str
+    repeat: str  # "seed 0" or "fold 0": runs of two cells with the same repeat are a pair
+    config: TrainConfig
+    folder: Path  # in the study's folder
+
+
+class Sizes(NamedTuple):
+    """Of a cell's network; columns of runs.csv."""
+
+    parameters: int
+    trained: int  # parameters that learn
+    macs_256: int  # multiply–adds of an image of 256 × 256
+
+
+@dataclass(frozen=True)
+class Study:
+    """A study with one of its budgets: all that is to be run, checked."""
+
+    name: str
+    title: str
+    about: str
+    budget: str
+    scores: Mapping[str, str]  # column → key of metrics.json
+    references: Mapping[str, str]  # cell → the one that it is compared with
+    published: Mapping[str, Mapping[str, float]]  # cell → column → the paper's figure, as printed
+    runs: Sequence[Run]
+    sizes: Mapping[str, Sizes]
+    smoke: bool
+    source: Mapping[str, Any]  # the file's content with this budget alone
+
+    @property
+    def cells(self) -> list[str]:
+        return list(self.published)
+
+
+def read_study(
+    name: str, budget: str | None = None, data: str | None = None, weights: str | None = None, smoke: bool = False
+) -> Study:
+    """A shipped study by its name, or a file's. Nothing is trained yet, but every network has been built once.
+
+    Args:
+        budget: one of the study's; default: its first.
+        data: instead of the budget's.
+        weights: the file for cells that say `weights: given`.
+        smoke: one step of every cell on tiny phantoms, with the first seed or fold.
+
+    Raises:
+        ConfigError: no such study or budget, an unknown key, or a cell that cannot be run; the message names it.
+        DataError: the data cannot be opened.
+    """
+    content = _content(name)
+    title = _section(content, "title", str)
+    cells = _section(content, "cells", dict)
+    budgets = _section(content, "budgets", dict)
+    scores = _section(content, "scores", dict)
+    _expect("score", scores.values(), known_scores())
+    _expect("reference", [content.get("reference")], cells)
+    _expect("budget", [budget] if budget else [], budgets)
+    budget = budget or next(iter(budgets))
+    repeats, shared = _repeats(f"budget {budget}", _mapping(budgets[budget], f"budget {budget}"), smoke)
+    shared = _mapping(content.get("options") or {}, "options") | shared | ({"data": data} if data else {})
+    if not smoke and "data" not in shared:
+        raise ConfigError(f"data: this study is of your own images; give them like {name} --data hc18:DIR")
+    runs, references, published, sizes = [], {}, {}, {}
+    for cell, options in cells.items():
+        cell, where = str(cell), f"cell '{cell}'"
+        options = dict(_mapping(options or {}, where))
+        figures, references[cell] = options.pop("published", []), options.pop("against", content["reference"])
+        _expect(f"{where}: against", [references[cell]], cells)
+        if not isinstance(figures, list) or len(figures) not in (0, len(scores)):
+            raise ConfigError(f"{where}: published: expected {len(scores)} figures ({', '.join(scores)}) or none")
+        published[cell] = {column: float(f) for column, f in zip(scores, figures, strict=False) if f is not None}
+        if own := [key for key in _OF_THE_STUDY if key in options]:
+            raise ConfigError(f"{where}: {own[0]}: is the same for all cells; put it into the budget")
+        options = shared | options | (_smoke(shared | options) if smoke else {})
+        if options.get("weights") == "given":
+            if weights is None and not smoke:
+                raise ConfigError(f"{where}: starts from given weights; name their file with --weights FILE")
+            options["weights"] = weights
+        try:
+            config = _config(options)
+            if config.weights and not Path(config.weights).is_file():
+                raise ConfigError(f"weights: {config.weights} is no file")
+            network = frozenset(config.model_options().items())
+            sizes[cell] = _sizes(config.model, network, config.learning_part(), config.train_head)
+            for repeat, setting in repeats.items():
+                folder = Path(_slug(cell), _slug(repeat))
+                runs.append(Run(cell, repeat, dataclasses.replace(config, **setting), folder))
+        except ValueError as error:  # ConfigError, and what a network says itself
+            raise ConfigError(f"{where}: {error}") from None
+    if len({run.folder for run in runs}) < len(runs):
+        raise ConfigError("cells: two names differ only in signs; rename one")
+    first = runs[0].config
+    open_data(first.data, image_size=first.image_size, seed=first.seed)
+    if weights is not None and not any(run.config.weights == weights for run in runs):
+        raise ConfigError(f"weights: no cell of {name} starts from given weights; leave them out")
+    source = {**content, "budgets": {budget: {**budgets[budget], "data": first.data}}}
+    about = str(content.get("about", ""))
+    return Study(name, title, about, budget, scores, references, published, runs, sizes, smoke, source)
+
+
+def listing() -> str:
+    """The shipped studies, a line each."""
+    lines = []
+    for name in SHIPPED:
+        content = _content(name)
+        budgets = []
+        for budget, options in content["budgets"].items():
+            repeats, _ = _repeats(budget, options, False)
+            budgets.append(f"{budget} {len(content['cells']) * len(repeats)} runs")
+        lines.append(f"{name:16}{len(content['cells']):3} cells, {', '.join(budgets):28} {content['title']}")
+    return "\n".join(lines)
+
+
+def known_scores() -> set[str]:
+    """Keys of a row of runs.csv that are scores."""
+    samples = Phantom(8, (64, 64), 0)
+    return set(flattened(evaluate(samples, (sample.mask for sample in samples)).summary()))
+
+
+def flattened(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested mappings and pairs as one level, with dots between: {"iou": {"FL": 1}} → {"iou.FL": 1}."""
+    flat: dict[str, Any] = {}
+    for key, value in content.items():
+        if isinstance(value, list):
+            value = dict(zip(("low", "high"), value, strict=True))
+        inner = {f"{key}.{name}": v for name, v in flattened(value).items()} if isinstance(value, Mapping) else None
+        flat |= {key: value} if inner is None else inner
+    return flat
+
+
+def _content(name: str) -> dict[str, Any]:
+    path = SHIPPED.get(name, Path(name))
+    if not path.is_file():
+        raise ConfigError(f"study: expected a file or one of {', '.join(SHIPPED)}, got {name!r}")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"study: {path} cannot be read: {' '.join(str(error).split())}") from None
+    content = _mapping(content, str(path))
+    _expect("study key", content, _KEYS)
+    return content
+
+
+def _section(content: Mapping[str, Any], key: str, kind: type) -> Any:
+    if not isinstance(value := content.get(key), kind) or not value:
+        raise ConfigError(f"{key}: the study has none, or not as {'text' if kind is str else 'a mapping'}")
+    return value
+
+
+def _mapping(value: object, where: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ConfigError(f"{where}: expected a mapping of names to values, got {value!r}")
+    return value
+
+
+def _expect(what: str, given: Any, known: Any) -> None:
+    if unknown := [name for name in given if name not in known]:
+        raise ConfigError(f"{what}: expected one of {', '.join(map(str, known))}, got {unknown[0]!r}")
+
+
+def _repeats(where: str, budget: Mapping[str, Any], smoke: bool) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
+    """What differs from run to run of a cell, by its name; and the budget's options."""
+    options = {name: value for name, value in budget.items() if name not in ("seeds", "folds")}
+    given = [name for name in ("seeds", "folds") if name in budget]
+    if len(given) != 1 or type(count := budget[given[0]]) is not int or count < 1:
+        raise ConfigError(f"{where}: expected `seeds: N` or `folds: N` with a whole number")
+    numbers = range(1 if smoke else count)
+    if given == ["seeds"]:
+        return {f"seed {i}": {"seed": i} for i in numbers}, options
+    return {f"fold {i}": {"folds": count, "fold": i} for i in numbers}, options
+
+
+def _smoke(options: Mapping[str, Any]) -> dict[str, Any]:
+    """One epoch of one step; with several optimizers in turn, an epoch of each."""
+    phases = len(str(options.get("phases", TrainConfig.phases)).split(","))
+    return {**_SMOKE, "epochs": max(phases, 2 if options.get("decay") == "adadelta" else 1)}
+
+
+def _config(options: Mapping[str, Any]) -> TrainConfig:
+    _expect("option", options, _OPTIONS)
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(TrainConfig, as_group=False)
+    try:
+        return TrainConfig(**parser.parse_object(dict(options)).as_dict())
+    except argparse.ArgumentError as error:
+        words = re.sub(r'^Parser key "(\w+)":', r"\1:", " ".join(str(error).split()))
+        raise ConfigError(words) from None
+
+
+@functools.cache
+def _sizes(model: str, options: frozenset[tuple[str, Any]], part: str, head: bool) -> Sizes:
+    """Raises ValueError for a model or part that cannot be, or a package that is missing."""
+    parameters, macs = count(model, 256, **dict(options))
+    network = create_model(model, **dict(options))
+    freeze(network, part, head)
+    return Sizes(parameters, sum(p.numel() for p in network.parameters() if p.requires_grad), macs)
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"\W+", "-", name.lower()).strip("-")
