@@ -96,7 +96,7 @@ def rows(
                 file = _exported(model, Path(folder), say)
                 truth = None
                 for runtime, tolerance in RUNTIMES.items():
-                    if reason := _left_out(runtime, file):
+                    if reason := _left_out(runtime, batch, file):
                         say(f"{model} in {runtime} left out: {reason}")
                         continue
                     pipe, theirs = spawn.Pipe()
@@ -120,7 +120,9 @@ def rows(
                 process.terminate()
 
 
-def _left_out(runtime: str, file: Path | None) -> str | None:
+def _left_out(runtime: str, batch: int, file: Path | None) -> str | None:
+    if runtime == COMPILED and batch > 1:
+        return "it compiles for minutes; see one image"
     if runtime.endswith("bf16"):
         return None if cpu_has_bf16() else "this CPU has no bf16 units"
     if runtime in FILES:

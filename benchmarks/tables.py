@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 OPERATIONS = RESULTS / "intel-xeon-processor-torch2.11.0.csv"
 NETWORKS = RESULTS / "intel-xeon-processor-network.csv"
+RIVALS = RESULTS / "amd-epyc-rivals.csv"
 PAGES = (ROOT / "README.md", ROOT / "docs" / "cpu.md")
 MARKED = re.compile(r"(<!-- table: (?P<name>.*?) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 
@@ -205,6 +206,22 @@ def accelerated() -> str:
     return markdown(("module", "as published, ms", "accelerated, ms", "times faster"), rows)
 
 
+def rivals(column: str, batch: int) -> Callable[[], str]:
+    """FAMSeg beside what one would take instead, in every runtime."""
+
+    def table() -> str:
+        cells: dict[str, dict[str, str]] = {}
+        for row in read(RIVALS):
+            if row["batch"] == str(batch):
+                cells.setdefault(row["model"], {})[row["build"]] = f"{float(row[column]):.0f}"
+        builds = list(dict.fromkeys(build for by in cells.values() for build in by))
+        unit = {"ms": "ms", "peak_mb": "MB"}[column]
+        rows = [[f"`{model}`", *(by.get(build, "–") for build in builds)] for model, by in cells.items()]
+        return markdown((f"{unit}, batch {batch}", *builds), rows)
+
+    return table
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "summary": summary,
     "ranges": ranges,
@@ -215,6 +232,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "bf16 and threads": bf16_and_threads,
     "network": network,
     "accelerate": accelerated,
+    "rivals, one image": rivals("ms", 1),
+    "rivals, eight images": rivals("ms", 8),
+    "rivals, memory": rivals("peak_mb", 8),
 }
 
 
