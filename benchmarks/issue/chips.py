@@ -79,7 +79,8 @@ MEMORY = {"LDG", "STG", "LDS", "STS", "LDSM", "STSM", "LDGSTS", "LDL", "STL", "R
 # An issue slot and nothing else.
 _ISSUE = {
     *("BRA", "EXIT", "RET", "CALL", "BSSY", "BSYNC", "BREAK", "BMOV", "BAR", "NOP", "DEPBAR", "LDGDEPBAR"),
-    *("WARPSYNC", "WARPGROUP", "MEMBAR", "FENCE", "LDC", "B2R", "ENDCOLLECTIVE", "YIELD", "ERRBAR", "CGAERRBAR", "CCTL"),
+    *("WARPSYNC", "WARPGROUP", "MEMBAR", "FENCE", "LDC", "B2R", "ENDCOLLECTIVE", "YIELD", "ERRBAR", "CGAERRBAR"),
+    "CCTL",
 }
 
 

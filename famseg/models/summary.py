@@ -11,14 +11,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from famseg.models import MODELS, FAMSeg, create_model
 
 
-def count(name: str, image_size: int, **options: Any) -> tuple[int, int]:
-    """Parameters, and multiply–adds of the forward pass of one image."""
-    model = create_model(name, **options).eval()
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model(torch.zeros(1, 1, image_size, image_size))
-    return sum(p.numel() for p in model.parameters()), counter.get_total_flops() // 2
-
-
 def summarise(name: str, image_size: int, **options: Any) -> str:
     """A table of parameters and forward FLOPs (2 per multiply–add, one image) of the model's parts."""
     model = create_model(name, **options).eval()
@@ -58,10 +50,12 @@ PUBLISHED = {
 _FAMSEG = "mIoU 91.58, no size"
 
 
-def cost(name: str, *, num_classes: int = 3, in_channels: int = 1, image_size: int = 256) -> tuple[int, int]:
+def cost(
+    name: str, *, num_classes: int = 3, in_channels: int = 1, image_size: int = 256, **options: Any
+) -> tuple[int, int]:
     """Parameters, and multiply–adds of one image, of a model that is never given memory."""
     with torch.device("meta"):
-        model = create_model(name, num_classes, in_channels)
+        model = create_model(name, num_classes, in_channels, **options)
     model.to("meta").eval()  # what was made on the CPU all the same
     image = torch.empty(1, in_channels, image_size, image_size, device="meta")
     with torch.no_grad(), FlopCounterMode(display=False) as counter:

@@ -30,10 +30,10 @@ from famseg.data.dataset import open_data
 from famseg.data.phantom import Phantom
 from famseg.evaluation import evaluate
 from famseg.models import create_model
-from famseg.models.summary import count
+from famseg.models.summary import cost
 from famseg.options import ConfigError
 from famseg.training.config import TrainConfig
-from famseg.training.finetune import freeze
+from famseg.training.finetune import STRATEGIES, count_parameters, freeze
 
 SHIPPED = {path.stem: path for path in sorted((Path(__file__).parent / "studies").glob("*.yaml"))}
 _KEYS = ("title", "about", "scores", "reference", "options", "budgets", "cells")
@@ -126,6 +126,8 @@ def read_study(
             if weights is None and not smoke:
                 raise ConfigError(f"{where}: starts from given weights; name their file with --weights FILE")
             options["weights"] = weights
+            if weights is None and options.get("strategy") in STRATEGIES:  # which would not start without
+                options["trainable"] = STRATEGIES[options.pop("strategy")][1]
         try:
             config = _config(options)
             if config.weights and not Path(config.weights).is_file():
@@ -223,7 +225,8 @@ def _repeats(where: str, budget: Mapping[str, Any], smoke: bool) -> tuple[dict[s
 def _smoke(options: Mapping[str, Any]) -> dict[str, Any]:
     """One epoch of one step; with several optimizers in turn, an epoch of each."""
     phases = len(str(options.get("phases", TrainConfig.phases)).split(","))
-    return {**_SMOKE, "epochs": max(phases, 2 if options.get("decay") == "adadelta" else 1)}
+    few = {"train_images": _SMOKE["batch_size"]} if "train_images" in options else {}
+    return {**_SMOKE, **few, "epochs": max(phases, 2 if options.get("decay") == "adadelta" else 1)}
 
 
 def _config(options: Mapping[str, Any]) -> TrainConfig:
@@ -240,10 +243,10 @@ def _config(options: Mapping[str, Any]) -> TrainConfig:
 @functools.cache
 def _sizes(model: str, options: frozenset[tuple[str, Any]], part: str, head: bool) -> Sizes:
     """Raises ValueError for a model or part that cannot be, or a package that is missing."""
-    parameters, macs = count(model, 256, **dict(options))
+    parameters, macs = cost(model, **dict(options))
     network = create_model(model, **dict(options))
     freeze(network, part, head)
-    return Sizes(parameters, sum(p.numel() for p in network.parameters() if p.requires_grad), macs)
+    return Sizes(parameters, count_parameters(network)[0], macs)
 
 
 def _slug(name: str) -> str:
