@@ -344,7 +344,7 @@ def test_the_same_command_continues_a_stretched_run():
     stored = TrainConfig(epochs=36)
     assert continued(stored, stored, 20, 1, 1) == stored
     longer = continued(TrainConfig(epochs=40), stored, 20, 1, 1)
-    assert (longer.phases, longer.decay_epochs) == ("adamw:30,sgd:10:lr=0.05..0.0005", None)
+    assert (longer.phases, longer.decay_epochs) == ("adamw:30,sgd:10:lr=0.01..0.0001", None)
     plain = TrainConfig(epochs=36, phases="adamw:15,sgd:3")
     longer = continued(dataclasses.replace(plain, epochs=40), plain, 20, 1, 1)
     assert (longer.phases, longer.decay_epochs) == ("adamw:30,sgd:10", 36)

@@ -47,7 +47,7 @@ class TrainConfig:
     model: str = option("famseg_nano", ", ".join(MODELS))
     epochs: int | None = option(None, "total epochs; the phases are stretched to it (on resume: the last one is)")
     phases: str = option(
-        "adamw:15,sgd:3:lr=0.05..0.0005",
+        "adamw:15,sgd:3:lr=0.01..0.0001",
         "optimizer:epochs, joined by commas (paper: adamw:150,sgd:50); one may have a schedule of its own: "
         "sgd:50:lr=0.05..0.0005 (rates as they are), sgd:50:limits=0.0005..0.05 (fitted by Eq. 11-12)",
     )
