@@ -176,7 +176,7 @@ def test_the_default_goes_with_every_decay():
     for decay, last in (("cos", "sgd"), ("step", "sgd"), ("constant", "sgd"), ("adadelta", "adadelta")):
         run = module(decay=decay)
         assert [phase.optimizer for phase in run.phases] == ["adamw", last]
-        assert (run.rate(16) == 0.05) == (decay == "constant")
+        assert (run.rate(16) == 0.01) == (decay == "constant")
         assert TrainConfig(phases=format_phases(run.phases), decay=decay, epochs=36)
 
 
