@@ -368,7 +368,13 @@ def _rivals(options: argparse.Namespace) -> int:
     for batch, size in options.shapes or [(1, 256), (8, 256)]:
         for row in rivals.rows(options.model or rivals.MODELS, batch, size, options.seconds, print):
             rows.append(row | where)
-            print(*(f"{row[name]:>12}" for name in ("ms", "peak_mb")), row["model"], row["build"], f"batch {batch}")
+            print(
+                *(f"{row[name]:>12}" for name in ("ms", "peak_mb")),
+                row["model"],
+                row["build"],
+                f"batch {batch}",
+                flush=True,
+            )
             measure.write_csv(path, rows)
     print(f"written: {path}" if rows else "nothing was measured")
     return 0

@@ -1,7 +1,7 @@
 """`python -m benchmarks.network --rivals`: FAMSeg beside the networks that one would take instead, in every runtime.
 
 Each network and runtime is a process of its own, which does nothing else: its memory is its own, and so are its
-threads. All of one batch size take turns. The outputs of a network are compared before they are timed.
+threads. The runtimes of a network take turns. Their outputs are compared before they are timed.
 """
 
 from __future__ import annotations
@@ -89,10 +89,10 @@ def rows(
     """A row a network and runtime; `seconds` of measuring a network."""
     x = np.random.default_rng(0).standard_normal((batch, 1, size, size), dtype=np.float32)
     spawn = multiprocessing.get_context("spawn")
-    running: dict[tuple[str, str], tuple[BaseProcess, Connection]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        try:
-            for model in models:
+        for model in models:
+            running: dict[str, tuple[BaseProcess, Connection]] = {}
+            try:
                 file = _exported(model, Path(folder), say)
                 truth = None
                 for runtime, tolerance in RUNTIMES.items():
@@ -113,11 +113,12 @@ def rows(
                         say(f"out: {model} in {runtime}: {answer}")
                         process.terminate()
                     else:
-                        running[model, runtime] = process, pipe
-            yield from _measured(running, batch, size, seconds * len(models))
-        finally:
-            for process, _ in running.values():
-                process.terminate()
+                        running[runtime] = process, pipe
+                for row in _measured(running, batch, seconds):
+                    yield {"model": model, "batch": batch, "size": size} | row
+            finally:
+                for process, _ in running.values():
+                    process.terminate()
 
 
 def _left_out(runtime: str, batch: int, file: Path | None) -> str | None:
@@ -152,23 +153,20 @@ def _answer(pipe: Connection) -> Any:
 
 
 def _measured(
-    running: dict[tuple[str, str], tuple[BaseProcess, Connection]], batch: int, size: int, seconds: float
+    running: dict[str, tuple[BaseProcess, Connection]], batch: int, seconds: float
 ) -> Iterator[dict[str, Any]]:
-    times: dict[tuple[str, str], list[float]] = {key: [] for key in running}
+    times: dict[str, list[float]] = {runtime: [] for runtime in running}
     until = time.perf_counter() + seconds
     rounds = 0
     while rounds < (LEAST_ROUNDS if seconds else 1) or time.perf_counter() < until:
-        for key, (_, pipe) in running.items():
+        for runtime, (_, pipe) in running.items():
             pipe.send(None)
-            times[key].append(pipe.recv())
+            times[runtime].append(pipe.recv())
         rounds += 1
-    for (model, runtime), (_, pipe) in running.items():
+    for runtime, (_, pipe) in running.items():
         pipe.send("memory")
-        ms = float(np.median(times[model, runtime]))
+        ms = float(np.median(times[runtime]))
         yield {
-            "model": model,
-            "batch": batch,
-            "size": size,
             "dtype": "bf16" if runtime.endswith("bf16") else "fp32",
             "kind": "inference",
             "build": runtime,
