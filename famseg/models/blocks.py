@@ -57,6 +57,28 @@ class DropPath(nn.Module):
         return x * keep / (1.0 - self.rate)
 
 
+class Levels(nn.ModuleList):
+    """An encoder's levels, one after the other: the maps that each of them makes."""
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        features = []
+        for level in self:
+            x = level(x)
+            features.append(x)
+        return features
+
+
+def segnext_stem(cin: int, cout: int) -> nn.Sequential:
+    """SegNeXt's beginning, to stride 4."""
+    return nn.Sequential(
+        nn.Conv2d(cin, cout // 2, 3, 2, 1),
+        nn.BatchNorm2d(cout // 2),
+        nn.GELU(),
+        nn.Conv2d(cout // 2, cout, 3, 2, 1),
+        nn.BatchNorm2d(cout),
+    )
+
+
 class ConvBNReLU(nn.Sequential):
     def __init__(self, cin: int, cout: int, kernel: int, stride: int = 1) -> None:
         super().__init__(

@@ -11,7 +11,16 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from famseg.models.blocks import BottleMamba, ConvBlock, ConvBNReLU, Shortcut, StripBlock, StripForm
+from famseg.models.blocks import (
+    BottleMamba,
+    ConvBlock,
+    ConvBNReLU,
+    Levels,
+    Shortcut,
+    StripBlock,
+    StripForm,
+    segnext_stem,
+)
 from famseg.models.hamburger import GROUPS, AggregatedDepthConv, Hamburger, LightHam
 from famseg_kernels import FeatureAwareUpsample, Mamba2Scan2d, StripConv2d
 from famseg_kernels.strip_conv.layer import init_convolutions
@@ -183,15 +192,9 @@ class Encoder(nn.Module):
     def __init__(self, config: FAMSegConfig) -> None:
         super().__init__()
         width = config.widths[0]
-        self.stem = nn.Sequential(
-            nn.Conv2d(config.in_channels, width // 2, 3, 2, 1),
-            nn.BatchNorm2d(width // 2),
-            nn.GELU(),
-            nn.Conv2d(width // 2, width, 3, 2, 1),
-            nn.BatchNorm2d(width),
-        )
+        self.stem = segnext_stem(config.in_channels, width)
         rates = iter(torch.linspace(0, config.drop_path, sum(config.strips), device="cpu").tolist())
-        self.stages = nn.ModuleList()
+        self.stages = Levels()
         cin = width
         for i, (cout, strips, bottles) in enumerate(zip(config.widths, config.strips, config.bottles, strict=True)):
             blocks: list[nn.Module] = [ConvBlock(cin, cout, 1 if i == 0 else 2)]
@@ -202,12 +205,7 @@ class Encoder(nn.Module):
             cin = cout
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        x = self.stem(x)
-        features = []
-        for stage in self.stages:
-            x = stage(x)
-            features.append(x)
-        return features
+        return self.stages(self.stem(x))
 
 
 class Decoder(nn.Module):

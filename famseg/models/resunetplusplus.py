@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from famseg.models.blocks import Levels
 from famseg.models.padded import PaddedNetwork
 
 WIDTHS = (16, 32, 64, 128, 256)  # of the stem, three residual units, and the bridge
@@ -25,21 +26,14 @@ class ResUNetPlusPlus(PaddedNetwork):
         self.classifier = nn.Conv2d(WIDTHS[0], num_classes, 1)
 
 
-class Encoder(nn.ModuleList):
+class Encoder(Levels):
     """Features at strides 1, 2, 4, 8."""
 
     def __init__(self, in_channels: int) -> None:
         units = [
             nn.Sequential(Residual(*pair, stride=2), Excitation(pair[1])) for pair in itertools.pairwise(WIDTHS[:4])
         ]
-        super().__init__([nn.Sequential(Stem(in_channels, WIDTHS[0]), Excitation(WIDTHS[0])), *units])
-
-    def forward(self, x: Tensor) -> list[Tensor]:
-        features = []
-        for level in self:
-            x = level(x)
-            features.append(x)
-        return features
+        super().__init__([nn.Sequential(Residual(in_channels, WIDTHS[0], stem=True), Excitation(WIDTHS[0])), *units])
 
 
 class Decoder(nn.Module):
@@ -63,25 +57,14 @@ def _act_conv(cin: int, cout: int, stride: int = 1) -> nn.Sequential:
     return nn.Sequential(nn.BatchNorm2d(cin), nn.ReLU(), nn.Conv2d(cin, cout, 3, stride, 1))
 
 
-def _side(cin: int, cout: int, stride: int) -> nn.Sequential:
-    return nn.Sequential(nn.Conv2d(cin, cout, 1, stride), nn.BatchNorm2d(cout))
-
-
-class Stem(nn.Module):
-    def __init__(self, cin: int, cout: int) -> None:
-        super().__init__()
-        self.main = nn.Sequential(nn.Conv2d(cin, cout, 3, padding=1), _act_conv(cout, cout))
-        self.side = _side(cin, cout, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.main(x) + self.side(x)
-
-
 class Residual(nn.Module):
-    def __init__(self, cin: int, cout: int, stride: int) -> None:
+    """Two convolutions beside a 1×1 one; the stem's first reads the image as it is."""
+
+    def __init__(self, cin: int, cout: int, stride: int = 1, stem: bool = False) -> None:
         super().__init__()
-        self.main = nn.Sequential(_act_conv(cin, cout, stride), _act_conv(cout, cout))
-        self.side = _side(cin, cout, stride)
+        first = nn.Conv2d(cin, cout, 3, stride, 1) if stem else _act_conv(cin, cout, stride)
+        self.main = nn.Sequential(first, _act_conv(cout, cout))
+        self.side = nn.Sequential(nn.Conv2d(cin, cout, 1, stride), nn.BatchNorm2d(cout))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.main(x) + self.side(x)
@@ -126,7 +109,7 @@ class UpStep(nn.Module):
         self.gate_side = nn.Sequential(_act_conv(side, low), nn.MaxPool2d(2))
         self.gate_low = _act_conv(low, low)
         self.gate = _act_conv(low, low)
-        self.conv = Residual(low + side, cout, 1)
+        self.conv = Residual(low + side, cout)
 
     def forward(self, x: Tensor, side: Tensor) -> Tensor:
         x = x * self.gate(self.gate_side(side) + self.gate_low(x))

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from famseg.models.blocks import LayerNorm2d, StripBlock
+from famseg.models.blocks import LayerNorm2d, StripBlock, segnext_stem
 from famseg.models.hamburger import LightHam
 from famseg.models.padded import PaddedNetwork
 from famseg_kernels import StripConv2d
@@ -69,13 +69,7 @@ class MSCAN(nn.Module):
 class Stem(nn.Module):
     def __init__(self, cin: int, cout: int) -> None:
         super().__init__()
-        self.proj = nn.Sequential(
-            nn.Conv2d(cin, cout // 2, 3, 2, 1),
-            nn.BatchNorm2d(cout // 2),
-            nn.GELU(),
-            nn.Conv2d(cout // 2, cout, 3, 2, 1),
-            nn.BatchNorm2d(cout),
-        )
+        self.proj = segnext_stem(cin, cout)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.proj(x)

@@ -7,7 +7,7 @@ import itertools
 import torch
 from torch import Tensor, nn
 
-from famseg.models.blocks import ConvBNReLU
+from famseg.models.blocks import ConvBNReLU, Levels
 from famseg.models.padded import PaddedNetwork
 
 WIDTHS = (64, 128, 256, 512, 1024)
@@ -29,19 +29,12 @@ def _double(cin: int, cout: int) -> nn.Sequential:
     return nn.Sequential(ConvBNReLU(cin, cout, 3), ConvBNReLU(cout, cout, 3))
 
 
-class Encoder(nn.ModuleList):
+class Encoder(Levels):
     """Features at strides 1, 2, 4, 8, 16."""
 
     def __init__(self, in_channels: int) -> None:
         deeper = (nn.Sequential(nn.MaxPool2d(2), _double(*pair)) for pair in itertools.pairwise(WIDTHS))
         super().__init__([_double(in_channels, WIDTHS[0]), *deeper])
-
-    def forward(self, x: Tensor) -> list[Tensor]:
-        features = []
-        for level in self:
-            x = level(x)
-            features.append(x)
-        return features
 
 
 class Decoder(nn.Module):

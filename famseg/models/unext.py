@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from famseg.models.blocks import Levels
 from famseg_kernels import DepthwiseConv2d
 
 WIDTHS = (8, 16, 32, 64, 128)  # UNeXt-S
@@ -65,20 +66,13 @@ class UNeXt(nn.Module):
         return self.classifier(F.relu(_resize(self.decoder(self.encoder(x), size), size)))
 
 
-class Encoder(nn.ModuleList):
+class Encoder(Levels):
     """Features at strides 2, 4, 8, 16, 32."""
 
     def __init__(self, in_channels: int, widths: Sequence[int]) -> None:
         c1, c2, c3, c4, c5 = widths
         convolutions = [_down(in_channels, c1), _down(c1, c2), _down(c2, c3)]
         super().__init__([*convolutions, TokenStage(c3, c4), TokenStage(c4, c5)])
-
-    def forward(self, x: Tensor) -> list[Tensor]:
-        features = []
-        for level in self:
-            x = level(x)
-            features.append(x)
-        return features
 
 
 class Decoder(nn.Module):
