@@ -54,12 +54,7 @@ def report(
         history: epochs of the training run (`figures.plot_history`); empty: no curves.
         version: of famseg.
     """
-    return _template("report.html").substitute(
-        style=_read("style.css"),
-        title=html.escape(title),
-        subtitle=html.escape(subtitle),
-        facts=html.escape(facts),
-        notes=_notes(notes),
+    content = Template(_read("report.html")).substitute(
         tiles="\n".join(_tiles(summary)),
         plots=_plots(rows),
         lengths=_lengths(summary),
@@ -67,11 +62,11 @@ def report(
         pooled=_pooled(summary),
         pictures="\n".join(_gallery(heading, cards) for heading, cards in pictures.items() if cards),
         history=_history(history),
-        colours="\n".join(_colours()),
         shades=", ".join(f"{structure.word} {structure.shade_word}" for structure in REPORTED),
         definitions=" ".join(f"{m.words.capitalize()}: {m.definition}." for m in MEASURES.values()),
         version=html.escape(version),
     )
+    return _page(title, subtitle, facts, notes, content, _colours())
 
 
 def comparison(
@@ -97,27 +92,27 @@ def comparison(
         elif isinstance(content, Figure):
             content = f'<div class="plots">\n{_figure(content, heading, "history")}\n</div>'
         parts.append(f'<h2>{html.escape(heading)}</h2>\n{content}\n<p class="faint">{html.escape(words)}</p>')
-    return _template("comparison.html").substitute(
-        style=_read("style.css"),
+    parts.append(
+        f'<p class="faint">Made by famseg-study {html.escape(version)}. Every run with every score is in runs.csv, the '
+        "tables are in table.csv, table.md and table.tex. For research: not a medical device.</p>"
+    )
+    return _page(title, subtitle, facts, notes, "\n".join(parts))
+
+
+def _page(title: str, subtitle: str, facts: str, notes: Sequence[str], content: str, styles: Sequence[str] = ()) -> str:
+    """`content` is HTML, the head of the page plain text; `styles` are lines of CSS beyond those of every page."""
+    return Template(_read("page.html")).substitute(
         title=html.escape(title),
         subtitle=html.escape(subtitle),
         facts=html.escape(facts),
-        notes=_notes(notes),
-        sections="\n".join(parts),
-        version=html.escape(version),
+        notes="\n".join(f'<p class="note">{html.escape(note)}</p>' for note in notes),
+        style="\n".join((_read("style.css"), *styles)),
+        content=content,
     )
 
 
 def _read(name: str) -> str:
     return (importlib.resources.files("famseg.reporting") / name).read_text(encoding="utf-8")
-
-
-def _template(name: str) -> Template:
-    return Template(_read(name))
-
-
-def _notes(notes: Sequence[str]) -> str:
-    return "\n".join(f'<p class="note">{html.escape(note)}</p>' for note in notes)
 
 
 def _tiles(summary: Mapping[str, Any]) -> list[str]:
