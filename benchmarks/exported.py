@@ -27,10 +27,9 @@ class Exported(nn.Module):
 
 def runtimes(model: nn.Module, say: Callable[[str], None]) -> Iterator[tuple[str, Exported]]:
     """The network in each runtime that is installed."""
-    loaders = {"onnxruntime": in_onnxruntime, "openvino": in_openvino}
-    reasons = {name: peers.missing_module(name) for name in loaders}
+    reasons = {name: peers.missing_module(name) for name in RUNTIMES}
     if missing := peers.missing_module("onnxscript"):
-        reasons = dict.fromkeys(loaders, missing)
+        reasons = dict.fromkeys(RUNTIMES, missing)
     for name, reason in reasons.items():
         if reason is not None:
             say(f"{name} left out: {reason}")
@@ -38,7 +37,7 @@ def runtimes(model: nn.Module, say: Callable[[str], None]) -> Iterator[tuple[str
         path = Path(folder) / "network.onnx"
         if None in reasons.values():
             write_onnx(export_program(model, "onnx"), {}, path)
-        for name, load in loaders.items():
+        for name, load in RUNTIMES.items():
             if reasons[name] is None:
                 yield name, Exported(load(path))
 
@@ -63,3 +62,10 @@ def in_openvino(path: Path) -> Callable[[np.ndarray], np.ndarray]:
     }
     request = openvino.Core().compile_model(str(path), "CPU", settings).create_infer_request()
     return lambda x: next(iter(request.infer([x]).values()))
+
+
+# By the name of the package: what runs an ONNX file.
+RUNTIMES: dict[str, Callable[[Path], Callable[[np.ndarray], np.ndarray]]] = {
+    "onnxruntime": in_onnxruntime,
+    "openvino": in_openvino,
+}

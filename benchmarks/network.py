@@ -28,11 +28,11 @@ import famseg_kernels as fk
 from benchmarks import measure, peers, rivals
 from benchmarks.exported import Exported, runtimes
 from benchmarks.models import MSCAN, CarafeNeck, VMambaStage
+from benchmarks.rivals import CLASSES, fresh_network
 from benchmarks.timing import without_tf32
 from famseg.models import create_model, optimize_for_inference
 from famseg_kernels.torch_op import Operation
 
-CLASSES = 3
 ROUNDS = 3  # at least; a round of famseg_base takes a minute on two cores
 
 
@@ -111,11 +111,7 @@ class Contest:
         }
         if not setting.seconds:
             builds = {name: build for name, build in builds.items() if "channels_last" not in name}
-        torch.manual_seed(0)
-        state = create_model(setting.model, CLASSES).state_dict()
-        # A fresh network scales its strip blocks by 0.01: 10 % of error in them would not show in its output. By 1, the
-        # products in them would leave fp32 after a few blocks.
-        state = {name: torch.full_like(t, 0.02) if "layer_scale" in name else t for name, t in state.items()}
+        state = fresh_network(setting.model).state_dict()
         x = torch.randn(setting.batch, 1, size, size, device=device)
         self.target = torch.randint(CLASSES, (setting.batch, size, size), device=device)
         self.builds: dict[str, tuple[Context, nn.Module, Tensor]] = {}

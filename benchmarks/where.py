@@ -21,8 +21,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from benchmarks import measure
-from benchmarks.network import CLASSES, infer, train_step
+from benchmarks.network import infer, train_step
 from benchmarks.rates import Rates, machine_rates
+from benchmarks.rivals import CLASSES
 from famseg.models import create_model
 
 _COPIES = ("copy_", "clone", "_to_copy", "contiguous")

@@ -26,7 +26,7 @@ from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from benchmarks import measure, network, shapes
+from benchmarks import measure, network, rivals, shapes
 from benchmarks.issue import chips, report, table
 from benchmarks.issue.chips import Chip
 from famseg.models import create_model
@@ -108,7 +108,7 @@ def step_of(model: str, batch: int, size: int, parts: AbstractContextManager[Non
     watch = _Watch(step)
     layout = torch.channels_last
     faster = mock.patch.object(reassembly_layer, "_chain_is_faster", lambda _: False)  # it is, on a CPU
-    real = create_model(model, network.CLASSES).to(memory_format=layout)  # type: ignore[call-overload]
+    real = create_model(model, rivals.CLASSES).to(memory_format=layout)  # type: ignore[call-overload]
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     with FakeCopyMode(fake):
         net = copy.deepcopy(real)
