@@ -36,6 +36,13 @@ class Ellipse:
         """The circumference, px."""
         return ellipse_circumference(self.a, self.b)
 
+    def inside(self, height: int, width: int) -> np.ndarray:
+        """The pixels of an image whose centres it contains; (H, W) bool."""
+        rows, columns = np.ogrid[:height, :width]
+        c, s = math.cos(math.radians(self.degrees)), math.sin(math.radians(self.degrees))
+        dx, dy = columns - self.x, rows - self.y
+        return ((dx * c + dy * s) / self.a) ** 2 + ((dy * c - dx * s) / self.b) ** 2 <= 1
+
 
 @dataclass(frozen=True)
 class Axis:
@@ -118,21 +125,13 @@ def doubts(mask: np.ndarray, shape: Ellipse | Axis) -> list[str]:
     if component.sum() < 0.9 * region.sum():
         found.append("in pieces")
     if isinstance(shape, Ellipse):
-        inside = _inside(shape, region.shape)
+        inside = shape.inside(*region.shape)
         filled = _without_holes(component)
         if (inside & filled).sum() < 0.9 * (inside | filled).sum():
             found.append("not an ellipse")
     elif component.sum() * 2 > shape.length**2:  # mean width = area / length
         found.append("not a bar")
     return found
-
-
-def _inside(ellipse: Ellipse, shape: tuple[int, ...]) -> np.ndarray:
-    """The pixels of an image whose centres an ellipse contains; (H, W) bool."""
-    rows, columns = np.ogrid[: shape[0], : shape[1]]
-    c, s = math.cos(math.radians(ellipse.degrees)), math.sin(math.radians(ellipse.degrees))
-    dx, dy = columns - ellipse.x, rows - ellipse.y
-    return ((dx * c + dy * s) / ellipse.a) ** 2 + ((dy * c - dx * s) / ellipse.b) ** 2 <= 1
 
 
 def ellipse_circumference(a: float, b: float) -> float:
