@@ -93,6 +93,29 @@ def test_usual_ways_of_writing_a_table_are_understood(tmp_path: Path, text: str)
     assert sizes(table(tmp_path, text)) == {"a.png": 0.2, "b.png": None}
 
 
+def test_another_separator_and_name_of_the_column_of_files(tmp_path: Path) -> None:
+    path = table(tmp_path, "Image_name;Plane;Train \na;Fetal brain, upper;1 \n")
+    (row,) = read_table(path, ("Plane", "Train"), filename="Image_name", separator=";").values()
+    assert row.cells == {"Image_name": "a", "Plane": "Fetal brain, upper", "Train": "1"}
+    with pytest.raises(DataError, match=r"column\(s\) filename, Plane, found Image_name;Plane;Train; .* by commas"):
+        read_table(path, ("Plane",))
+    path = table(tmp_path, "Image_name,Plane\na,b\n")
+    with pytest.raises(DataError, match=r"found Image_name,Plane; .* by semicolons"):
+        read_table(path, ("Plane",), filename="Image_name", separator=";")
+
+
+@pytest.mark.parametrize(("text", "value"), [("0", 0), ("-4", -4), ("+.5", 0.5), ("331.0", 331), ("1e-2", 0.01)])
+def test_a_number_may_have_either_sign(tmp_path: Path, text: str, value: float) -> None:
+    assert read_table(table(tmp_path, f"filename,x\na,{text}\n"), ("x",))["a"].number("x") == value
+
+
+@pytest.mark.parametrize("text", ["", "nan", "-inf", "1e999", "1_0", "--1", "5 px", "٣"])
+def test_what_is_no_number_is_refused(tmp_path: Path, text: str) -> None:
+    row = read_table(table(tmp_path, f"filename,x\na,{text}\n"), ("x",))["a"]
+    with pytest.raises(DataError, match=rf"line 2: expected a number in 'x', found '{text}'"):
+        row.number("x")
+
+
 def test_a_file_is_found_by_its_name_with_or_without_an_image_suffix(tmp_path: Path) -> None:
     rows = read_table(table(tmp_path, "filename,x\na,1\nb.png,2\n1.2.840,3\nMu\u0308ller.png,4\nc,5\nc.png,6\n"), ())
 

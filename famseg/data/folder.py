@@ -19,7 +19,7 @@ from famseg.data.sample import Sample
 from famseg.files.errors import DataError
 from famseg.files.images import read_image, write_image
 from famseg.files.labels import read_labels, require_same_size, write_labels
-from famseg.files.listing import given_path, is_hidden, list_images, same_name, stem, tell_left_out
+from famseg.files.listing import by_name, given_path, is_hidden, list_images, stem, tell_left_out
 from famseg.files.tables import FILENAME, FileTable, read_table, write_table
 
 TABLE = "pixel_size.csv"
@@ -130,8 +130,8 @@ def _entries(root: Path) -> list[_Entry]:
     paths = list_images(images)
     if not paths:
         raise DataError(f"{images}: expected images, found none; put them there")
-    names = _by_name(paths)
-    found = _by_name(list_images(masks))
+    names = by_name(paths)
+    found = by_name(list_images(masks))
     tell_left_out(f"{masks}", "no image of that name", [found[name].name for name in found if name not in names])
     others = sorted(path.name for path in root.iterdir() if path.name not in (images.name, masks.name, TABLE))
     tell_left_out(f"{root}", f"neither images, masks nor {TABLE}", [name for name in others if not is_hidden(name)])
@@ -146,15 +146,6 @@ def _entries(root: Path) -> list[_Entry]:
         used = {id(rows.row(path)) for path in paths}
         tell_left_out(f"{table}", "no image of that name", [name for name, row in rows.items() if id(row) not in used])
     return entries
-
-
-def _by_name(paths: Sequence[Path]) -> dict[str, Path]:
-    found: dict[str, Path] = {}
-    for path in paths:
-        other = found.setdefault(same_name(stem(path)), path)
-        if other is not path:
-            raise DataError(f"{path}: {other.name} has the same name but for the suffix; rename or remove one of them")
-    return found
 
 
 def _entry(path: Path, mask: Path, table: Path, rows: FileTable | None) -> _Entry:

@@ -15,7 +15,8 @@ from famseg.files.listing import same_name, stem
 from famseg.files.writing import write_atomic
 
 FILENAME = "filename"
-_NUMBER = re.compile(r"\+?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.ASCII | re.IGNORECASE)  # float() also takes 1_0
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.ASCII | re.IGNORECASE)  # float() also takes 1_0
+_SEPARATORS = {",": "commas", ";": "semicolons"}
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,14 @@ class Row:
         value = parse_positive(text)
         if value is None:
             raise DataError(f"{self.where}: expected a positive number of mm in '{column}', found '{text}'; correct it")
+        return value
+
+    def number(self, column: str) -> float:
+        """A finite number of either sign. Raises DataError for anything else, an empty cell too."""
+        text = self.cells[column]
+        value = float(text) if _NUMBER.fullmatch(text) else math.nan
+        if not math.isfinite(value):
+            raise DataError(f"{self.where}: expected a number in '{column}', found '{text}'; correct it")
         return value
 
 
@@ -54,21 +63,25 @@ def parse_positive(text: str) -> float | None:
     return value if 0 < value < math.inf else None
 
 
-def read_table(path: Path, required: Sequence[str]) -> FileTable:
+def read_table(path: Path, required: Sequence[str], *, filename: str = FILENAME, separator: str = ",") -> FileTable:
     """A CSV file with a header line and a row a file; cells and column names are stripped of blanks.
 
+    Args:
+        required: columns that must be there, beside `filename`, the one that names the file.
+        separator: between cells, a comma or a semicolon.
+
     Raises:
-        DataError: the file is missing, is not UTF-8 text, or lacks a required column or `FILENAME`; a column is there
-            twice; a row has not one cell for every column, names no file, or a file that an earlier row named.
+        DataError: the file is missing, is not UTF-8 text, or lacks a required column; a column is there twice; a row
+            has not one cell for every column, names no file, or a file that an earlier row named.
     """
-    required = (FILENAME, *required)
+    required = (filename, *required)
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise DataError(f"{path}: expected a table with columns {', '.join(required)}, found no file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read as UTF-8 text ({error}); save it as CSV in UTF-8") from error
-    reader = csv.reader(io.StringIO(text, newline=""), skipinitialspace=True, strict=True)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, skipinitialspace=True, strict=True)
     try:
         lines = [(reader.line_num, [cell.strip() for cell in line]) for line in reader]
     except csv.Error as error:
@@ -80,7 +93,8 @@ def read_table(path: Path, required: Sequence[str]) -> FileTable:
     missing = [column for column in required if column not in header]
     if missing:
         found = ", ".join(header)[:200] or "none"
-        hint = "; separate columns by commas" if len(header) == 1 and re.search("[;\t]", header[0]) else ""
+        joined = len(header) == 1 and re.search("[,;\t]", header[0])
+        hint = f"; separate columns by {_SEPARATORS[separator]}" if joined else ""
         raise DataError(f"{path}: expected the column(s) {', '.join(missing)}, found {found}; add them{hint}")
     if len(set(header)) < len(header):
         twice = next(column for column in header if header.count(column) > 1)
@@ -95,9 +109,9 @@ def read_table(path: Path, required: Sequence[str]) -> FileTable:
                 f"{','.join(line)[:80]}; write decimal points, not commas, and leave an unknown cell empty"
             )
         row = Row(where, dict(zip(header, line, strict=False)))
-        name = same_name(row.cells[FILENAME])
+        name = same_name(row.cells[filename])
         if not name:
-            raise DataError(f"{where}: expected a file name in '{FILENAME}', found none; add it or remove the row")
+            raise DataError(f"{where}: expected a file name in '{filename}', found none; add it or remove the row")
         if name in table:
             raise DataError(f"{where}: '{name}' has a row already ({table[name].where}); remove one of them")
         table[name] = row
