@@ -69,7 +69,7 @@ def main() -> int:
     add("--minutes", type=float, help=f"time for all steps together (default 9, at least {LEAST_MINUTES:.0f})")
     add("--out", type=Path, default=Path("gpu-results"), help="result folder (default gpu-results)")
     add("--only", nargs="+", metavar="STEP", help=f"only these steps: {', '.join(names)}")
-    add("--data", default="phantom", help="what the last step trains on: phantom, hc18:DIR or folder:DIR")
+    add("--data", default="phantom", help="what the last step trains on: phantom, hc18:DIR, planes:DIR or folder:DIR")
     add("--dry-run", action="store_true", help="without a GPU: every step once, interpreted or emulated")
     options = parser.parse_args()
 

@@ -46,7 +46,8 @@ _WORST, _TYPICAL, _BEST = 6, 4, 4  # pictures in the report
 class Options(InferenceOptions):
     checkpoint: str | None = option(None, CHECKPOINT_HELP, path=True)
     data: str | None = option(
-        None, "phantom[:LENGTH], hc18:DIR, folder:DIR, or several joined by commas; default: the training data"
+        None,
+        "phantom[:LENGTH], hc18:DIR, planes:DIR, folder:DIR, or several joined by commas; default: the training data",
     )
     out: str | None = option(None, "new or empty folder for metrics.json, per_image.csv and report.html", path=True)
     split: Literal["held-out", "all"] = option(

@@ -6,7 +6,7 @@ import dataclasses
 import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,14 +17,17 @@ from famseg.data.augment import Transform, letterbox_scale
 from famseg.data.folder import Folder
 from famseg.data.hc18 import HC18
 from famseg.data.phantom import Phantom
+from famseg.data.planes import Planes
 from famseg.data.sample import Sample
 from famseg.data.split import subjects_of
 from famseg.files.errors import DataError
 from famseg.files.listing import given_path
 
 PHANTOM_LENGTH = 800  # images of a plain "phantom": 640 to train, 160 to validate at the usual 80:20 split
-_NEXT_SOURCE = r",(?=\s*(?:phantom|hc18|folder)\b)"  # not every comma: folders have them in their names
-SCHEMES = "phantom, phantom:LENGTH, hc18:DIR, folder:DIR (several joined by commas)"
+_NEXT_SOURCE = r",(?=\s*(?:phantom|hc18|planes|folder)\b)"  # not every comma: folders have them in their names
+SCHEMES = "phantom, phantom:LENGTH, hc18:DIR, planes:DIR, folder:DIR (several joined by commas)"
+
+_DIRECTORIES: dict[str, Callable[[str], Sequence[Sample]]] = {"hc18": HC18, "planes": Planes, "folder": Folder}
 
 
 class SegmentationDataset(torch.utils.data.Dataset):
@@ -88,7 +91,7 @@ class SegmentationDataset(torch.utils.data.Dataset):
 
 
 def open_data(spec: str, *, image_size: int, seed: int) -> Sequence[Sample]:
-    """Open "phantom", "phantom:LENGTH", "hc18:DIR" or "folder:DIR", or several of them joined by commas.
+    """Open "phantom", "phantom:LENGTH", "hc18:DIR", "planes:DIR" or "folder:DIR", or several of them joined by commas.
 
     Phantoms are generated at (image_size, image_size) from `seed`. In a joined set, every subject is prefixed
     by its source, so that equal names in two sources stay different subjects.
@@ -135,8 +138,8 @@ def _open(part: str, spec: str, image_size: int, seed: int) -> Sequence[Sample]:
     scheme, _, argument = part.partition(":")
     if scheme == "phantom":
         return Phantom(_length(argument, part) if ":" in part else PHANTOM_LENGTH, (image_size, image_size), seed)
-    if scheme in ("hc18", "folder") and argument:
-        return HC18(argument) if scheme == "hc18" else Folder(argument)
+    if scheme in _DIRECTORIES and argument:
+        return _DIRECTORIES[scheme](argument)
     raise DataError(f"data '{spec}': cannot open '{part}'; expected {SCHEMES}")
 
 

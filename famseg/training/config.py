@@ -43,7 +43,7 @@ _ABLATIONS = (
 class TrainConfig:
     """One training run. Defaults train famseg_nano on the synthetic phantom in minutes on two CPU cores."""
 
-    data: str = option("phantom", "phantom[:LENGTH], hc18:DIR, folder:DIR, or several joined by commas")
+    data: str = option("phantom", "phantom[:LENGTH], hc18:DIR, planes:DIR, folder:DIR, or several joined by commas")
     model: str = option("famseg_nano", ", ".join(MODELS))
     epochs: int | None = option(None, "total epochs; the phases are stretched to it (on resume: the last one is)")
     phases: str = option(
