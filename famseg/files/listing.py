@@ -57,6 +57,16 @@ def list_images(folder: Path) -> list[Path]:
     return images
 
 
+def by_name(paths: Sequence[Path]) -> dict[str, Path]:
+    """Files by `stem`, in the form of `same_name`. Raises DataError where two have one."""
+    found: dict[str, Path] = {}
+    for path in paths:
+        other = found.setdefault(same_name(stem(path)), path)
+        if other is not path:
+            raise DataError(f"{path}: {other.name} has the same name but for the suffix; rename or remove one of them")
+    return found
+
+
 def tell_left_out(place: str, reason: str, names: Sequence[str]) -> None:
     """One line on standard error about what is not used, if there is any: how many, why, and the first names."""
     if names:
