@@ -17,6 +17,7 @@ from famseg.data.augment import Transform, channels_first, letterbox_scale
 from famseg.data.classes import adapted, left_out_of
 from famseg.data.folder import Folder
 from famseg.data.hc18 import HC18
+from famseg.data.isic import ISIC
 from famseg.data.phantom import Phantom
 from famseg.data.sample import Sample
 from famseg.data.split import subjects_of
@@ -24,8 +25,8 @@ from famseg.files.errors import DataError
 from famseg.files.listing import given_path
 
 PHANTOM_LENGTH = 800  # images of a plain "phantom": 640 to train, 160 to validate at the usual 80:20 split
-_NEXT_SOURCE = r",(?=\s*(?:phantom|hc18|folder)\b)"  # not every comma: folders have them in their names
-SCHEMES = "phantom, phantom:LENGTH, hc18:DIR, folder:DIR (several joined by commas)"
+_NEXT_SOURCE = r",(?=\s*(?:phantom|hc18|isic|folder)\b)"  # not every comma: folders have them in their names
+SCHEMES = "phantom, phantom:LENGTH, hc18:DIR, isic:DIR, folder:DIR (several joined by commas)"
 
 
 class SegmentationDataset(torch.utils.data.Dataset):
@@ -91,7 +92,7 @@ class SegmentationDataset(torch.utils.data.Dataset):
 def open_data(
     spec: str, *, image_size: int, seed: int, classes: Sequence[Structure] = BY_LABEL, in_channels: int = 1
 ) -> Sequence[Sample]:
-    """Open "phantom", "phantom:LENGTH", "hc18:DIR" or "folder:DIR", or several of them joined by commas.
+    """Open "phantom", "phantom:LENGTH", "hc18:DIR", "isic:DIR" or "folder:DIR", or several of them joined by commas.
 
     Phantoms are generated at (image_size, image_size) from `seed`. In a joined set, every subject is prefixed
     by its source, so that equal names in two sources stay different subjects. Masks have the labels of `classes`, to
@@ -148,6 +149,8 @@ def _open(
     scheme, _, argument = part.partition(":")
     if scheme == "phantom":
         return Phantom(_length(argument, part) if ":" in part else PHANTOM_LENGTH, (image_size, image_size), seed)
+    if scheme == "isic" and argument:
+        return ISIC(argument, colour=colour)
     if scheme in ("hc18", "folder") and argument:
         return HC18(argument) if scheme == "hc18" else Folder(argument, classes, colour=colour)
     raise DataError(f"data '{spec}': cannot open '{part}'; expected {SCHEMES}")
