@@ -58,7 +58,7 @@ def list_images(folder: Path) -> list[Path]:
 
 
 def by_name(paths: Sequence[Path]) -> dict[str, Path]:
-    """Files by `stem`, in the form of `same_name`. Raises DataError where two have one."""
+    """Files of one folder by their names without suffix. Raises DataError where two of them have the same."""
     found: dict[str, Path] = {}
     for path in paths:
         other = found.setdefault(same_name(stem(path)), path)
