@@ -20,7 +20,7 @@ from typing import Any, Literal
 import cv2
 import numpy as np
 
-from famseg.anatomy import CLASSES, MEASURES, OBJECTS, Measure
+from famseg.anatomy import BY_LABEL, Measure, Structure, measures_of, names_of
 from famseg.biometrics import doubts
 from famseg.data.sample import Sample
 from famseg.metrics import SegmentationMetrics, boundary_distances, jaggedness
@@ -67,6 +67,7 @@ class ImageScore:
     mdice: float  # over the same
     objects: Mapping[str, ObjectScore]
     lengths: Mapping[str, LengthScore]  # by object; empty without a pixel size
+    measures: Mapping[str, Measure]  # by object: what there is to measure
 
     @property
     def mean_iou(self) -> float:
@@ -99,7 +100,7 @@ class ImageScore:
                 f"{name}_jaggedness": score.jaggedness,
                 f"{name}_jaggedness_truth": score.jaggedness_truth,
             }
-        for name, measure in MEASURES.items():
+        for name, measure in self.measures.items():
             length = self.lengths.get(name, LengthScore())
             line |= {
                 f"{measure.name}_mm": length.measured,
@@ -112,17 +113,22 @@ class ImageScore:
 
 
 class Evaluation:
-    """Scores of label maps, gathered image by image; keeps the label maps (as PNG, a few kB each) for pictures."""
+    """Scores of label maps, gathered image by image; keeps the label maps (as PNG, a few kB each) for pictures.
 
-    def __init__(self) -> None:
+    Args:
+        classes: whose labels the maps and the masks have.
+    """
+
+    def __init__(self, classes: Sequence[Structure] = BY_LABEL) -> None:
+        self.classes = classes
         self.images: list[ImageScore] = []
-        self._overlap = SegmentationMetrics(len(CLASSES))
+        self._overlap = SegmentationMetrics(len(classes))
         self._labels: list[np.ndarray] = []
 
     def add(self, sample: Sample, labels: np.ndarray) -> None:
         """Score `labels` (H, W), at the sample's own size, against its mask."""
         self._overlap.update(labels, sample.mask)
-        self.images.append(score_image(sample, labels))
+        self.images.append(score_image(sample, labels, self.classes))
         self._labels.append(cv2.imencode(".png", labels)[1])
 
     def labels(self, position: int) -> np.ndarray:
@@ -141,25 +147,25 @@ class Evaluation:
         `miou`, `iou`, `dice`, `class_accuracy`, `pixel_accuracy` are of all pixels of all images taken together, as in
         the paper's tables; `per_image` are statistics over images, as in HC18's, and `image_means` are those of pixel
         accuracy, mIoU and mean Dice an image; `head_circumference_mm`, `femur_length_mm` are errors, measured minus
-        true.
+        true, of classes that are measured.
         """
-        pooled = self._overlap.compute()
+        pooled, names = self._overlap.compute(), names_of(self.classes)
         results: dict[str, Any] = {
             "images": len(self.images),
             "subjects": len({image.subject for image in self.images}),
             "miou": pooled["miou"],
             "mdice": pooled["mdice"],
-            "iou": dict(zip(CLASSES, pooled["iou"], strict=True)),
-            "dice": dict(zip(CLASSES, pooled["dice"], strict=True)),
-            "class_accuracy": dict(zip(CLASSES, pooled["accuracy"], strict=True)),
+            "iou": dict(zip(names, pooled["iou"], strict=True)),
+            "dice": dict(zip(names, pooled["dice"], strict=True)),
+            "class_accuracy": dict(zip(names, pooled["accuracy"], strict=True)),
             "pixel_accuracy": pooled["pixel_accuracy"],
-            "per_image": {structure.name: self._over_images(structure.name) for structure in OBJECTS},
+            "per_image": {name: self._over_images(name) for name in names[1:]},
             "image_means": {
                 name: _statistics(getattr(image, name) for image in self.images)
                 for name in ("pixel_accuracy", "miou", "mdice")
             },
         }
-        for name, measure in MEASURES.items():
+        for name, measure in measures_of(self.classes).items():
             lengths = [image.lengths[name] for image in self.images if name in image.lengths]
             if any(length.truth is not None for length in lengths):
                 results[f"{measure.name}_mm"] = _length_errors(lengths)
@@ -188,26 +194,28 @@ class Evaluation:
         }
 
 
-def evaluate(samples: Iterable[Sample], predictions: Iterable[np.ndarray]) -> Evaluation:
-    """Score label maps, each at its sample's own size, against the samples' masks."""
-    evaluation = Evaluation()
+def evaluate(
+    samples: Iterable[Sample], predictions: Iterable[np.ndarray], classes: Sequence[Structure] = BY_LABEL
+) -> Evaluation:
+    """Score label maps, each at its sample's own size, against the samples' masks; both are labelled as `classes`."""
+    evaluation = Evaluation(classes)
     for sample, labels in zip(samples, predictions, strict=True):
         evaluation.add(sample, labels)
     return evaluation
 
 
-def score_image(sample: Sample, labels: np.ndarray) -> ImageScore:
+def score_image(sample: Sample, labels: np.ndarray, classes: Sequence[Structure] = BY_LABEL) -> ImageScore:
     """Everything about one label map (H, W) at the sample's own size."""
     objects, lengths = {}, {}
-    for structure in OBJECTS:
+    for structure in classes[1:]:
         truth, found = sample.mask == structure.label, labels == structure.label
         objects[structure.name] = _score_object(truth, found)
         measure = structure.measure
         if measure is not None and sample.pixel_size is not None:
             given = sample.true_length(measure.name)
             lengths[structure.name] = _score_length(measure, truth, found, given, sample.pixel_size)
-    height, width = sample.image.shape
-    overlap = SegmentationMetrics(len(CLASSES))
+    height, width = sample.mask.shape
+    overlap = SegmentationMetrics(len(classes))
     overlap.update(labels, sample.mask)
     scores = overlap.compute()
     return ImageScore(
@@ -221,6 +229,7 @@ def score_image(sample: Sample, labels: np.ndarray) -> ImageScore:
         scores["mdice"],
         objects,
         lengths,
+        measures_of(classes),
     )
 
 

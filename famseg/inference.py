@@ -6,6 +6,7 @@ image's pixels before the class is chosen: enlarged labels would show the teeth 
 
 from __future__ import annotations
 
+import functools
 import itertools
 import zipfile
 from collections.abc import Iterable, Iterator
@@ -19,8 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from famseg.anatomy import CLASSES
-from famseg.data.augment import letterbox, letterbox_window, normalise
+from famseg.anatomy import DEFAULT, Structure, parse_classes
+from famseg.data.augment import channels_first, letterbox, letterbox_window, normalise
 from famseg.files.errors import DataError
 from famseg.models import create_model, optimize_for_inference, option_names
 from famseg_kernels.backends import requesting
@@ -32,12 +33,22 @@ _PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 class Network:
     """A trained model and what must be known to use it."""
 
-    model: nn.Module  # (N, 1, h, w) normalised → logits (N, classes, h, w); in evaluation mode
+    model: nn.Module  # (N, in_channels, h, w) normalised → logits (N, classes, h, w); in evaluation mode
     config: dict[str, Any]  # the training run's settings
     images: dict[str, dict[str, str]]  # "trained", "held_out", "unused" where a run left some: names by digests
     epoch: int  # epochs trained
     image_size: int  # side of the square input, px
     path: Path
+
+    @functools.cached_property
+    def classes(self) -> tuple[Structure, ...]:
+        """By label: the channels of the logits. A checkpoint that says nothing of them is of the default ones."""
+        return parse_classes(self.config.get("classes", DEFAULT))
+
+    @property
+    def in_channels(self) -> int:
+        """1: grey, 3: colour."""
+        return int(self.config.get("in_channels", 1))
 
     @property
     def parameters(self) -> int:
@@ -88,7 +99,8 @@ def load_network(path: str | Path) -> Network:
     try:
         names = option_names(config["model"])
         options = {name: value for name, value in config.items() if name in names and value is not None}
-        model = create_model(config["model"], len(CLASSES), **options)
+        classes = parse_classes(config.get("classes", DEFAULT))
+        model = create_model(config["model"], len(classes), config.get("in_channels", 1), **options)
         weights = weights_of(checkpoint)
         model.load_state_dict(weights)
     except (KeyError, ValueError, TypeError, RuntimeError) as error:
@@ -109,19 +121,20 @@ def predict(
     device: str = "cpu",
     backend: str = "auto",
 ) -> Iterator[np.ndarray]:
-    """Label maps (H, W) uint8 of images (H, W) uint8, each at its own size, in order.
+    """Label maps (H, W) uint8 of images, each at its own size, in order.
 
     Only one batch of images is held at a time. In fp32 the labels are the same on every device, up to rounding,
     whatever the network was trained in.
 
     Args:
+        images: (H, W) uint8, for a network of colour (H, W, 3) uint8 RGB.
         flips: average the logits of the image and its mirror image (left–right), at twice the cost.
         precision: of weights and maps, "fp32" or "bf16".
         device: "cpu" or "cuda".
         backend: of famseg_kernels.
 
     Raises:
-        ValueError: batch_size is below 1, another precision, or an image is not (H, W) uint8.
+        ValueError: batch_size is below 1, another precision, or an image has another shape or dtype.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
@@ -131,19 +144,20 @@ def predict(
     model = optimize_for_inference(network.model).to(device, dtype)
     if device == "cuda":  # convolutions want channels-last there, of all networks
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    images = iter(images)
+    images, shape = iter(images), () if network.in_channels == 1 else (network.in_channels,)
     while batch := list(itertools.islice(images, batch_size)):
         for image in batch:
-            if image.dtype != np.uint8 or image.ndim != 2 or not image.size:
-                raise ValueError(f"images: expected (H, W) uint8, got {image.shape} {image.dtype}")
+            if image.dtype != np.uint8 or image.ndim < 2 or image.shape[2:] != shape or not image.size:
+                expected = ", ".join(("H", "W", *map(str, shape)))
+                raise ValueError(f"images: expected ({expected}) uint8, got {image.shape} {image.dtype}")
         boxed = [normalise(letterbox(image, network.image_size, cv2.INTER_LINEAR)) for image in batch]
-        x = torch.from_numpy(np.stack(boxed)[:, None]).to(device, dtype)
+        x = torch.from_numpy(np.stack([channels_first(image) for image in boxed])).to(device, dtype)
         with torch.inference_mode(), requesting(backend):
             logits = model(x)
             if flips:
                 logits = (logits + model(x.flip(3)).flip(3)) / 2
         for image, own in zip(batch, logits, strict=True):
-            yield labels_at(own.float(), *image.shape)
+            yield labels_at(own.float(), *image.shape[:2])
 
 
 def labels_at(logits: Tensor, height: int, width: int) -> np.ndarray:

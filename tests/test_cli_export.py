@@ -121,8 +121,8 @@ def test_a_file_that_disagrees_is_never_written(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setitem(SIZES, "famseg_nano", SMALLEST)
     checkpoint = write_checkpoint(tmp_path / "best.ckpt", upsample="bilinear", context="none")
 
-    def spoilt(model, file_format):
-        program = export_program(model, file_format)
+    def spoilt(model, *arguments):
+        program = export_program(model, *arguments)
         program.state_dict["classifier.bias"] = torch.nn.Parameter(model.classifier.bias + 1.0)
         return program
 

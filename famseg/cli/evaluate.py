@@ -15,8 +15,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from famseg.anatomy import BY_NAME, MEASURES, REPORTED
+from famseg.anatomy import Structure, reported
 from famseg.cli.command import build_parser, parse, progress, required, run
+from famseg.data.classes import left_out_of
 from famseg.data.dataset import open_data
 from famseg.data.sample import Sample
 from famseg.evaluation import Evaluation, ImageScore
@@ -27,6 +28,7 @@ from famseg.files.writing import write_atomic
 from famseg.inference import Network, load_network, predict
 from famseg.options import (
     CHECKPOINT_HELP,
+    DATA_HELP,
     LARGEST_SEED,
     InferenceOptions,
     device_for,
@@ -45,10 +47,7 @@ _WORST, _TYPICAL, _BEST = 6, 4, 4  # pictures in the report
 @dataclass(frozen=True)
 class Options(InferenceOptions):
     checkpoint: str | None = option(None, CHECKPOINT_HELP, path=True)
-    data: str | None = option(
-        None,
-        "phantom[:LENGTH], hc18:DIR, planes:DIR, folder:DIR, or several joined by commas; default: the training data",
-    )
+    data: str | None = option(None, f"{DATA_HELP}; default: the training data")
     out: str | None = option(None, "new or empty folder for metrics.json, per_image.csv and report.html", path=True)
     split: Literal["held-out", "all"] = option(
         "held-out", "held-out: the images of subjects that the network was not trained on; all: every image"
@@ -94,7 +93,7 @@ def _score(network: Network, options: Options, device: str, out: Path) -> int:
     selection = select(network, options.data, options.split, options.data_seed)
     print(f"scoring {selection.words}", *selection.notes, sep="\n", flush=True)
 
-    evaluation = Evaluation()
+    evaluation = Evaluation(network.classes)
     pending: deque[Sample] = deque()
 
     def images() -> Iterator[np.ndarray]:
@@ -141,9 +140,10 @@ def _score(network: Network, options: Options, device: str, out: Path) -> int:
         pictures=_pictures(selection, evaluation),
         history=read_history(network.path),
         version=summary["versions"]["famseg"],
+        classes=network.classes,
     )
     write_atomic(out / "report.html", page.encode("utf-8", "backslashreplace"))  # names need not be UTF-8
-    print(_line(summary))
+    print(_line(summary, network.classes))
     print(f"report: {out / 'report.html'}")
     return 0
 
@@ -159,7 +159,9 @@ def select(network: Network, spec: str | None, split: str, data_seed: int | None
     """
     spec = spec or network.config["data"]
     seed = network.config["seed"] if data_seed is None else data_seed
-    samples = open_data(spec, image_size=network.image_size, seed=seed)
+    samples = open_data(
+        spec, image_size=network.image_size, seed=seed, classes=network.classes, in_channels=network.in_channels
+    )
     subjects, trained, unused = [], [], []
     for index in progress(range(len(samples)), "reading"):
         sample = samples[index]
@@ -184,6 +186,8 @@ def select(network: Network, spec: str | None, split: str, data_seed: int | None
     elif known:
         which = "trained the network" + (" or were set aside by --train-images" if any(unused) else "")
         notes.append(f"{len(samples) - len(indices)} images of subjects that {which} are left out.")
+    if left_out := left_out_of(samples):
+        notes.append(f"{', '.join(left_out)} in the masks: no class of the network, counted as background.")
     if any(part.strip().split(":")[0] == "phantom" for part in spec.split(",")):
         notes.append(
             "Synthetic images: the phantom is a simulation. Its numbers compare networks and say nothing of a clinic."
@@ -210,16 +214,16 @@ def _pictures(selection: Selection, evaluation: Evaluation) -> dict[str, list[Pi
 
 
 def _picture(sample: Sample, evaluation: Evaluation, position: int) -> Picture:
-    labels, score = evaluation.labels(position), evaluation.images[position]
-    shapes = {name: measure.fit(labels == BY_NAME[name].label) for name, measure in MEASURES.items()}
-    overlay = draw_overlay(sample.image, labels, shapes, truth=sample.mask)
+    labels, score, classes = evaluation.labels(position), evaluation.images[position], evaluation.classes
+    shapes = {s.name: s.measure.fit(labels == s.label) for s in reported(classes) if s.measure is not None}
+    overlay = draw_overlay(sample.image, labels, shapes, truth=sample.mask, classes=classes)
     doubts = [f"{name}: {doubt}" for name, length in score.lengths.items() for doubt in length.doubts]
-    return Picture(sample.name, sample.image, overlay, _remarks(score), doubts)
+    return Picture(sample.name, sample.image, overlay, _remarks(score, classes), doubts)
 
 
-def _remarks(score: ImageScore) -> list[str]:
+def _remarks(score: ImageScore, classes: Sequence[Structure]) -> list[str]:
     remarks = []
-    for structure in REPORTED:
+    for structure in reported(classes):
         found = score.objects[structure.name]
         if found.state == "absent":
             continue
@@ -233,9 +237,9 @@ def _remarks(score: ImageScore) -> list[str]:
     return remarks or ["nothing there, nothing found"]
 
 
-def _line(summary: dict[str, Any]) -> str:
+def _line(summary: dict[str, Any], classes: Sequence[Structure]) -> str:
     parts = [f"mIoU {summary['miou']:.3f}"]
-    for structure in REPORTED:
+    for structure in reported(classes):
         scores, measure = summary["per_image"][structure.name], structure.measure
         if scores["dice"] is not None:
             parts.append(

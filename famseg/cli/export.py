@@ -1,9 +1,10 @@
 """famseg-export: a trained network as one ONNX or PT2 file that runs without this library.
 
-The file takes `image`, float32 (batch, 1, H, W): grey values in [0, 1], letterboxed to H x W, minus the mean, over the
-standard deviation; and gives `logits`, float32 (batch, classes, H, W). H and W are free; in a PT2 file, multiples of 32
-from 64 on. The network is at its best at the size it was trained at. The metadata, a JSON text under "famseg", say all
-of this. The written file is run at two sizes and compared with the network before the command says that it is done.
+The file takes `image`, float32 (batch, 1, H, W), or (batch, 3, H, W) of a network of colour: values in [0, 1],
+letterboxed to H x W, minus the mean, over the standard deviation; and gives `logits`, float32 (batch, classes, H, W).
+H and W are free; in a PT2 file, multiples of 32 from 64 on. The network is at its best at the size it was trained at.
+The metadata, a JSON text under "famseg", say all of this. The written file is run at two sizes and compared with the
+network before the command says that it is done.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from famseg.anatomy import CLASSES
+from famseg.anatomy import names_of
 from famseg.cli.command import build_parser, parse, required, run
 from famseg.data.augment import MEAN, STD
 from famseg.files.errors import DataError
@@ -78,7 +79,7 @@ def _export(options: Options) -> int:
         raise DataError(f"{out}: is a folder; give a file name")
 
     metadata = describe(network, options.format)
-    program = export_program(network.model, options.format)
+    program = export_program(network.model, options.format, network.in_channels)
     write, load = (write_onnx, _load_onnx) if options.format == "onnx" else (_write_pt2, _load_pt2)
     # Written beside the target, checked, then renamed: nothing unchecked ever has the target's name.
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder:
@@ -93,8 +94,8 @@ def _export(options: Options) -> int:
         partial.replace(out)
     sizes = " and ".join(f"{batch} x {height} x {width}" for batch, height, width in shapes)
     print(
-        f"{out}: {out.stat().st_size / 1e6:.1f} MB, input (batch, 1, height, width); checked at {sizes}: "
-        f"largest difference {error:.1e} of the largest logit"
+        f"{out}: {out.stat().st_size / 1e6:.1f} MB, input (batch, {network.in_channels}, height, width); "
+        f"checked at {sizes}: largest difference {error:.1e} of the largest logit"
     )
     return 0
 
@@ -102,15 +103,17 @@ def _export(options: Options) -> int:
 def describe(network: Network, file_format: str) -> dict[str, Any]:
     """What a program must know to use the exported file."""
     size, sizes = network.image_size, "any height and width"
+    values = "grey" if network.in_channels == 1 else "red, green, blue"
     if file_format == "pt2":
         size = max(math.ceil(size / _MULTIPLE) * _MULTIPLE, _SMALLEST)
         sizes = f"multiples of {_MULTIPLE} from {_SMALLEST} on"
     return {
-        "classes": list(CLASSES),
+        "classes": list(names_of(network.classes)),
         "image_size": size,
         "sizes": f"image_size x image_size is what the network knows; {sizes} run",
-        "input": "image, float32 (batch, 1, height, width): (grey / 255 - mean) / std",
+        "input": f"image, float32 (batch, {network.in_channels}, height, width): ({values} / 255 - mean) / std",
         "output": "logits, float32 (batch, classes, height, width); resize them, then take the largest",
+        "in_channels": network.in_channels,
         "mean": MEAN,
         "std": STD,
         "letterbox": "keep the aspect ratio, centre on black; area averaging to shrink, bilinear to enlarge",
@@ -122,7 +125,7 @@ def describe(network: Network, file_format: str) -> dict[str, Any]:
     }
 
 
-def export_program(model: nn.Module, file_format: str) -> ExportedProgram:
+def export_program(model: nn.Module, file_format: str, in_channels: int = 1) -> ExportedProgram:
     """The network as a graph in which batch, height and width are free, batch norms folded into convolutions.
 
     The ops of this library are in it: in a PT2 file their references, which are their definitions, take their place, in
@@ -135,7 +138,7 @@ def export_program(model: nn.Module, file_format: str) -> ExportedProgram:
     if file_format == "onnx":  # it keeps no conditions of the trace; odd sizes, so that every crop is in the graph
         height, width = height + 13, width + 11
         free = dict.fromkeys((0, 2, 3), Dim.DYNAMIC)
-    example = torch.zeros(2, 1, height, width)
+    example = torch.zeros(2, in_channels, height, width)
     folded = fold_norms(model)
     for relu in (m for m in folded.modules() if isinstance(m, nn.ReLU)):
         relu.inplace = False  # in place it has no form in ONNX
@@ -194,7 +197,7 @@ def _largest_error(
     generator = torch.Generator().manual_seed(0)
     errors = []
     for batch, height, width in shapes:
-        x = torch.randn(batch, 1, height, width, generator=generator)
+        x = torch.randn(batch, network.in_channels, height, width, generator=generator)
         with torch.no_grad():
             expected = network.model(x).numpy()
         found = exported(x)

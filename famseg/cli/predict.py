@@ -1,8 +1,8 @@
-"""famseg-predict: masks, overlays and millimetres of ultrasound images.
+"""famseg-predict: masks, overlays and millimetres of images.
 
 Reads PNG, JPEG, BMP, TIFF, WebP, GIF, JPEG 2000 (grey or colour, 8 or 16 bit) and, with pydicom installed, DICOM.
-Writes to DIR masks/NAME.png (0 background, 1 femur, 2 head, at the image's own size), overlays/NAME.png and
-biometrics.csv.
+Writes to DIR masks/NAME.png (0 background, then the network's classes as it counts them: 1 femur, 2 head unless it was
+trained with other ones; at the image's own size), overlays/NAME.png and biometrics.csv.
 
 Exit code: 0 all images done, 1 some could not be read and were skipped, 2 none could, the results cannot be written
 (a full disk), or bad usage, 130 interrupted.
@@ -20,11 +20,11 @@ from typing import Any
 
 import numpy as np
 
-from famseg.anatomy import REPORTED
+from famseg.anatomy import BY_LABEL, Structure, measures_of, reported
 from famseg.biometrics import Axis, Ellipse, doubts
 from famseg.cli.command import build_parser, parse, progress, required, run
 from famseg.files.errors import DataError
-from famseg.files.images import read_image, write_image
+from famseg.files.images import read_colour_image, read_image, write_image
 from famseg.files.labels import write_labels
 from famseg.files.listing import given_path, list_images, stem
 from famseg.files.lock import locked
@@ -53,7 +53,7 @@ class Source:
     """One image that could be read."""
 
     path: Path
-    image: np.ndarray  # (H, W) uint8
+    image: np.ndarray  # (H, W) uint8, for a network of colour (H, W, 3)
     pixel_size: float | None  # mm
     pixel_size_from: str  # "given", "file" or ""
 
@@ -86,14 +86,14 @@ def _predict_all(
     device: str,
     out: Path,
 ) -> int:
-    skipped = 0
+    skipped, read = 0, read_image if network.in_channels == 1 else read_colour_image
     pending: deque[Source] = deque()
 
     def images() -> Iterator[np.ndarray]:
         nonlocal skipped
         for path in progress(paths, "images"):
             try:
-                pending.append(_read(path, pixel_size))
+                pending.append(_read(path, pixel_size, read))
             except DataError as error:
                 print(f"{PROG}: skipped: {error}", file=sys.stderr, flush=True)
                 skipped += 1
@@ -112,7 +112,7 @@ def _predict_all(
     )
     try:
         for found in labels:
-            rows.append(_write(out, pending.popleft(), found))
+            rows.append(_write(out, pending.popleft(), found, network.classes))
     except OSError as error:
         if error.filename is None:  # standard error is closed, say
             raise
@@ -122,6 +122,8 @@ def _predict_all(
         if rows:
             write_table(out / "biometrics.csv", rows)
     print(f"{len(rows)} of {len(paths)} images done; results in {out}" if rows else f"none of {len(paths)} images done")
+    if rows and not measures_of(network.classes):
+        print("nothing is measured of what this network finds: biometrics.csv has no lengths")
     return (1 if rows else 2) if skipped else 0
 
 
@@ -161,16 +163,18 @@ def _pixel_sizes(text: str | None) -> Callable[[Path], float | None]:
     return lambda path: size
 
 
-def _read(path: Path, given: Callable[[Path], float | None]) -> Source:
+def _read(
+    path: Path, given: Callable[[Path], float | None], read: Callable[[Path], tuple[np.ndarray, float | None]]
+) -> Source:
     if len(os.fsencode(f"{stem(path)}.png")) > _LONGEST_NAME:
         raise DataError(f"{path}: its results would have a name of more than {_LONGEST_NAME} bytes; rename it")
-    image, own = read_image(path)
+    image, own = read(path)
     if (size := given(path)) is not None:
         return Source(path, image, size, "given")
     return Source(path, image, own, "" if own is None else "file")
 
 
-def _write(out: Path, source: Source, labels: np.ndarray) -> dict[str, Any]:
+def _write(out: Path, source: Source, labels: np.ndarray, classes: Sequence[Structure] = BY_LABEL) -> dict[str, Any]:
     """Write one image's mask and overlay; its line of biometrics.csv."""
     height, width = labels.shape
     row: dict[str, Any] = {
@@ -180,13 +184,14 @@ def _write(out: Path, source: Source, labels: np.ndarray) -> dict[str, Any]:
         "pixel_size_mm": source.pixel_size,
         "pixel_size_from": source.pixel_size_from,
     }
-    flags = [] if source.pixel_size is not None else ["no pixel size"]
+    flags = [] if source.pixel_size is not None or not measures_of(classes) else ["no pixel size"]
     shapes: dict[str, Ellipse | Axis | None] = {}
     caption = []
-    for structure in REPORTED:
-        if (measure := structure.measure) is None:
-            continue
+    for structure in reported(classes):
         region = labels == structure.label
+        if (measure := structure.measure) is None:
+            caption += [structure.word] if region.any() else []
+            continue
         shape = shapes[structure.name] = measure.fit(region)
         pixels = None if shape is None else shape.length
         mm = None if pixels is None or source.pixel_size is None else pixels * source.pixel_size
@@ -202,9 +207,11 @@ def _write(out: Path, source: Source, labels: np.ndarray) -> dict[str, Any]:
     if not labels.any():
         flags.append("nothing found")
     row["flags"] = "; ".join(flags)
-    overlay = draw_overlay(source.image, labels, shapes, caption=caption or ["nothing found"])
+    overlay = draw_overlay(source.image, labels, shapes, caption=caption or ["nothing found"], classes=classes)
     write_image(out / "overlays" / f"{stem(source.path)}.png", overlay)
-    write_labels(out / "masks" / f"{stem(source.path)}.png", labels)  # last: every mask has its line of the table
+    write_labels(
+        out / "masks" / f"{stem(source.path)}.png", labels, classes
+    )  # last: every mask has its line of the table
     return row
 
 

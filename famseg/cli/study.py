@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from famseg.cli.command import build_parser, parse, required, run
-from famseg.options import ConfigError, option
+from famseg.options import DATA_HELP, ConfigError, option
 
 PROG = "famseg-study"
 
@@ -26,12 +26,12 @@ class Options:
     study: str | None = option(None, "a shipped study or a YAML file")
     out: str | None = option(None, "folder of the study, new or to be continued", path=True)
     budget: str | None = option(None, "one of the study's budgets (shipped: cpu, gpu); default: its first")
-    data: str | None = option(
-        None, "images instead of the budget's: phantom[:LENGTH], hc18:DIR, planes:DIR, folder:DIR"
-    )
+    data: str | None = option(None, f"images instead of the budget's: {DATA_HELP}")
     weights: str | None = option(None, "file for the cells that start from given weights", path=True)
     shard: str = option("1/1", "I/N: do every N-th run from the I-th on; others do the rest in the same --out")
-    smoke: bool = option(False, "one step of every cell on tiny phantoms, to see that all of it works")
+    smoke: bool = option(
+        False, "one step of every cell, on tiny phantoms if they have its classes, to see that all works"
+    )
     list: bool = option(False, "print the shipped studies and stop")
 
 

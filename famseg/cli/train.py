@@ -13,7 +13,6 @@ from typing import Any
 import yaml
 from jsonargparse import ArgumentParser
 
-from famseg.anatomy import CLASSES
 from famseg.cli.command import build_parser, parse, run
 from famseg.options import ConfigError
 from famseg.training.config import TrainConfig
@@ -51,13 +50,14 @@ def _train(options: dict[str, Any]) -> int:
     if listing:
         from famseg.models.summary import list_models
 
-        for line in list_models(len(CLASSES)):  # each takes about a second
+        for line in list_models(len(config.structures()), config.in_channels):  # each takes about a second
             print(line, flush=True)
         return 0
     if summary:
         from famseg.models.summary import summarise
 
-        print(summarise(config.model, config.image_size, **config.model_options()))
+        network = {"num_classes": len(config.structures()), "in_channels": config.in_channels}
+        print(summarise(config.model, config.image_size, **network, **config.model_options()))
         return 0
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends a run as Ctrl-C does
     if profiling:

@@ -29,7 +29,7 @@ class Transform:
         self._augmentation = augmentation
 
     def __call__(self, image: np.ndarray, mask: np.ndarray, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-        """(H, W) uint8 image and labels to ((h, w) float32, normalised, and (h, w) uint8).
+        """(H, W) uint8 image and labels to ((h, w) float32, normalised, and (h, w) uint8); a colour image has (…, 3).
 
         The same `seed` gives the same augmentation, whatever was transformed before.
         """
@@ -88,12 +88,12 @@ def letterbox_scale(height: int, width: int, image_size: int | tuple[int, int]) 
 
 
 def letterbox(image: np.ndarray, image_size: int | tuple[int, int], interpolation: int) -> np.ndarray:
-    """Scale (H, W) to fit `image_size` and centre it on black; shrinking with INTER_LINEAR averages areas."""
-    (height, width), (target_height, target_width) = image.shape, _height_width(image_size)
+    """Scale (H, W) or (H, W, C) to fit `image_size`, centred on black; shrinking with INTER_LINEAR averages areas."""
+    (height, width), (target_height, target_width) = image.shape[:2], _height_width(image_size)
     top, left, inner_height, inner_width = letterbox_window(height, width, (target_height, target_width))
     if interpolation == cv2.INTER_LINEAR and inner_height < height:
         interpolation = cv2.INTER_AREA  # linear would skip source pixels: speckle would alias
-    canvas = np.zeros((target_height, target_width), image.dtype)
+    canvas = np.zeros((target_height, target_width, *image.shape[2:]), image.dtype)
     inner = cv2.resize(image, (inner_width, inner_height), interpolation=interpolation)
     canvas[top : top + inner_height, left : left + inner_width] = inner
     return canvas
@@ -107,8 +107,13 @@ def undo_letterbox(mask: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def normalise(image: np.ndarray) -> np.ndarray:
-    """uint8 grey to float32 of about zero mean and unit variance: (v / 255 - MEAN) / STD."""
+    """uint8 to float32, for ultrasound of about zero mean and unit variance: (v / 255 - MEAN) / STD, every channel."""
     return (image.astype(np.float32) * np.float32(1 / 255) - np.float32(MEAN)) * np.float32(1 / STD)
+
+
+def channels_first(image: np.ndarray) -> np.ndarray:
+    """(h, w) as (1, h, w), and (h, w, C) as (C, h, w)."""
+    return image[None] if image.ndim == 2 else np.ascontiguousarray(image.transpose(2, 0, 1))
 
 
 def letterbox_window(height: int, width: int, size: tuple[int, ...]) -> tuple[int, int, int, int]:

@@ -6,35 +6,35 @@ import dataclasses
 import math
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
-from famseg.anatomy import MEASURES
-from famseg.data.augment import Transform, letterbox_scale
+from famseg.anatomy import BY_LABEL, MEASURES, Structure
+from famseg.data.augment import Transform, channels_first, letterbox_scale
+from famseg.data.classes import adapted, left_out_of
 from famseg.data.folder import Folder
 from famseg.data.hc18 import HC18
+from famseg.data.isic import ISIC
 from famseg.data.phantom import Phantom
 from famseg.data.planes import Planes
 from famseg.data.sample import Sample
 from famseg.data.split import subjects_of
 from famseg.files.errors import DataError
 from famseg.files.listing import given_path
+from famseg.options import DATA_HELP
 
 PHANTOM_LENGTH = 800  # images of a plain "phantom": 640 to train, 160 to validate at the usual 80:20 split
-_NEXT_SOURCE = r",(?=\s*(?:phantom|hc18|planes|folder)\b)"  # not every comma: folders have them in their names
-SCHEMES = "phantom, phantom:LENGTH, hc18:DIR, planes:DIR, folder:DIR (several joined by commas)"
-
-_DIRECTORIES: dict[str, Callable[[str], Sequence[Sample]]] = {"hc18": HC18, "planes": Planes, "folder": Folder}
+_NEXT_SOURCE = r",(?=\s*(?:phantom|hc18|planes|isic|folder)\b)"  # not every comma: folders have them in their names
 
 
 class SegmentationDataset(torch.utils.data.Dataset):
     """Some of a sequence's samples, transformed for the network.
 
-    Every item is a dict: "image" float32 (1, h, w); "mask" int64 (h, w); "index" int, the position in
-    `samples`; "pixel_size" float, mm per network pixel before augmentation; "head_circumference" and
+    Every item is a dict: "image" float32 (1, h, w), in colour (3, h, w); "mask" int64 (h, w); "index" int, the
+    position in `samples`; "pixel_size" float, mm per network pixel before augmentation; "head_circumference" and
     "femur_length" float, mm. Unknown lengths are NaN, so that items collate.
 
     Augmentation is a function of (seed, epoch, index) alone: neither the order of access nor the number of
@@ -79,10 +79,10 @@ class SegmentationDataset(torch.utils.data.Dataset):
         index, sample = self.indices[position], self.sample(position)
         entropy = np.random.SeedSequence([self.seed, int(self._epoch), index])
         image, mask = self.transform(sample.image, sample.mask, int(entropy.generate_state(1)[0]))
-        height, width = sample.image.shape
+        height, width = sample.mask.shape
         scale = letterbox_scale(height, width, self.transform.size)
         return {
-            "image": torch.from_numpy(image)[None],
+            "image": torch.from_numpy(channels_first(image)),
             "mask": torch.from_numpy(mask.astype(np.int64)),
             "index": index,
             "pixel_size": math.nan if sample.pixel_size is None else sample.pixel_size / scale,
@@ -90,17 +90,23 @@ class SegmentationDataset(torch.utils.data.Dataset):
         }
 
 
-def open_data(spec: str, *, image_size: int, seed: int) -> Sequence[Sample]:
-    """Open "phantom", "phantom:LENGTH", "hc18:DIR", "planes:DIR" or "folder:DIR", or several of them joined by commas.
+def open_data(
+    spec: str, *, image_size: int, seed: int, classes: Sequence[Structure] = BY_LABEL, in_channels: int = 1
+) -> Sequence[Sample]:
+    """Open a source, like "phantom:64" or "hc18:DIR", or several of them joined by commas.
 
     Phantoms are generated at (image_size, image_size) from `seed`. In a joined set, every subject is prefixed
-    by its source, so that equal names in two sources stay different subjects.
+    by its source, so that equal names in two sources stay different subjects. Masks have the labels of `classes`, to
+    which those of a source are assigned by name; what becomes background is `left_out_of`. With three `in_channels`
+    images are (H, W, 3).
 
     Raises:
-        DataError: the specification is not one of these, names a source twice, or its data are unusable.
+        DataError: the specification is not one of these, names a source twice, or its data are unusable; no source has
+            one of the classes.
     """
     parts = [part.strip() for part in re.split(_NEXT_SOURCE, spec)]
-    sources = [_open(part, spec, image_size, seed) for part in parts]
+    colour = in_channels == 3
+    sources = adapted([_open(part, spec, image_size, seed, classes, colour) for part in parts], spec, classes, colour)
     if len(sources) == 1:
         return sources[0]
     # One source twice would put the same images under two subjects, on both sides of a split.
@@ -121,6 +127,10 @@ class _Joined(Sequence[Sample]):
     def subjects(self) -> list[str]:
         return [f"{name}/{subject}" for name, source in self._sources.items() for subject in subjects_of(source)]
 
+    @property
+    def left_out(self) -> list[str]:
+        return list(dict.fromkeys(name for source in self._sources.values() for name in left_out_of(source)))
+
     def __len__(self) -> int:
         return sum(len(source) for source in self._sources.values())
 
@@ -134,13 +144,19 @@ class _Joined(Sequence[Sample]):
         raise IndexError(f"index {index} out of range for {len(self)} samples")
 
 
-def _open(part: str, spec: str, image_size: int, seed: int) -> Sequence[Sample]:
+def _open(
+    part: str, spec: str, image_size: int, seed: int, classes: Sequence[Structure], colour: bool
+) -> Sequence[Sample]:
     scheme, _, argument = part.partition(":")
     if scheme == "phantom":
         return Phantom(_length(argument, part) if ":" in part else PHANTOM_LENGTH, (image_size, image_size), seed)
-    if scheme in _DIRECTORIES and argument:
-        return _DIRECTORIES[scheme](argument)
-    raise DataError(f"data '{spec}': cannot open '{part}'; expected {SCHEMES}")
+    if scheme == "isic" and argument:
+        return ISIC(argument, colour=colour)
+    if scheme == "folder" and argument:
+        return Folder(argument, classes, colour=colour)
+    if scheme in ("hc18", "planes") and argument:
+        return HC18(argument) if scheme == "hc18" else Planes(argument)
+    raise DataError(f"data '{spec}': cannot open '{part}'; expected {DATA_HELP}")
 
 
 def _length(argument: str, part: str) -> int:

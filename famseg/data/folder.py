@@ -1,29 +1,32 @@
 """Your own data: a folder of images and a folder of index masks.
 
 images/NAME.png     any image that famseg-predict reads, DICOM included; grey or colour, 8 or 16 bit
-masks/NAME.png      one label per pixel: 0 background, 1 femur (FL), 2 head (FB); grey or palette; also bmp, tif
+masks/NAME.png      one label per pixel, as the network counts its classes: 0 background, 1 femur (FL), 2 head (FB);
+                    grey or palette; also bmp, tif, and NAME_segmentation.png; of one class 0 and 255 will do
 pixel_size.csv      optional: filename, pixel_size_mm [, subject, femur_length_mm, head_circumference_mm]
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
-from famseg.anatomy import CLASSES, OBJECTS
+from famseg.anatomy import BY_LABEL, OBJECTS, Structure, names_of
 from famseg.data.sample import Sample
 from famseg.files.errors import DataError
-from famseg.files.images import read_image, write_image
-from famseg.files.labels import read_labels, require_same_size, write_labels
+from famseg.files.images import read_colour_image, read_image, write_image
+from famseg.files.labels import black_and_white, read_labels, require_same_size, write_labels
 from famseg.files.listing import by_name, given_path, is_hidden, list_images, stem, tell_left_out
 from famseg.files.tables import FILENAME, FileTable, read_table, write_table
 
 TABLE = "pixel_size.csv"
 _SUBJECT, _PIXEL_SIZE = "subject", "pixel_size_mm"
+_SUFFIX = "_[Ss]egmentation$"  # of a mask's name, in ISIC's archives
 _LENGTHS = {s.measure.name: f"{s.measure.name}_mm" for s in OBJECTS if s.measure is not None}  # columns
 
 
@@ -44,12 +47,19 @@ class Folder(Sequence[Sample]):
     means unknown (or the pixel size in the DICOM file). Pairs and rows are checked at construction (listing only),
     pixels at reading. Files and rows that belong to no image are counted on standard error.
 
+    Args:
+        classes: whose labels the masks have.
+        colour: images as (H, W, 3) instead of (H, W).
+
     Raises:
-        DataError: nothing there, an image without mask or table row, files that cannot be decoded or differ
-            in size, labels above 2.
+        DataError: nothing there, an image without mask or table row or with two masks, files that cannot be decoded or
+            differ in size, labels that are no class's.
     """
 
-    def __init__(self, directory: str | os.PathLike[str]) -> None:
+    def __init__(
+        self, directory: str | os.PathLike[str], classes: Sequence[Structure] = BY_LABEL, *, colour: bool = False
+    ) -> None:
+        self.labels, self._read = names_of(classes), read_colour_image if colour else read_image
         self.directory = given_path(directory)
         if not self.directory.is_dir():
             raise DataError(f"{self.directory}: no such folder; give the folder that holds images/ and masks/")
@@ -70,12 +80,16 @@ class Folder(Sequence[Sample]):
 
     def __getitem__(self, index: int) -> Sample:  # type: ignore[override]
         entry = self._entries[index]
-        (image, pixel_size), mask = read_image(entry.image), read_labels(entry.mask)
+        (image, pixel_size), mask = self._read(entry.image), read_labels(entry.mask)
         require_same_size(image, mask, entry.image, entry.mask)
-        if mask.max(initial=0) >= len(CLASSES):
-            expected = ", ".join(f"{label} {name}" for label, name in enumerate(CLASSES))
-            raise DataError(f"{entry.mask}: expected the labels {expected}; found label {mask.max()}; relabel the mask")
-        if _blended(mask):
+        white = black_and_white(mask)
+        if white is not None and len(self.labels) == 2:
+            mask = white
+        if mask.max(initial=0) >= len(self.labels):
+            expected = ", ".join(f"{label} {name}" for label, name in enumerate(self.labels))
+            remedy = "relabel the mask" + ("" if white is None else ", or name its one class by --classes")
+            raise DataError(f"{entry.mask}: expected the labels {expected}; found label {mask.max()}; {remedy}")
+        if {*self.labels[1:3]} == {"FL", "FB"} and _blended(mask):
             raise DataError(
                 f"{entry.mask}: label 1 lines label 2, as when a mask is resized with its labels blended; "
                 "export it again, or resize it by nearest neighbour"
@@ -131,8 +145,8 @@ def _entries(root: Path) -> list[_Entry]:
     if not paths:
         raise DataError(f"{images}: expected images, found none; put them there")
     names = by_name(paths)
-    found = by_name(list_images(masks))
-    tell_left_out(f"{masks}", "no image of that name", [found[name].name for name in found if name not in names])
+    found, alone = _masks(list_images(masks), names)
+    tell_left_out(f"{masks}", "no image of that name", alone)
     others = sorted(path.name for path in root.iterdir() if path.name not in (images.name, masks.name, TABLE))
     tell_left_out(f"{root}", f"neither images, masks nor {TABLE}", [name for name in others if not is_hidden(name)])
     table = root / TABLE
@@ -146,6 +160,21 @@ def _entries(root: Path) -> list[_Entry]:
         used = {id(rows.row(path)) for path in paths}
         tell_left_out(f"{table}", "no image of that name", [name for name, row in rows.items() if id(row) not in used])
     return entries
+
+
+def _masks(paths: Sequence[Path], images: Mapping[str, Path]) -> tuple[dict[str, Path], list[str]]:
+    """The mask of every image that has one, and the names of files that are none's."""
+    found: dict[str, Path] = {}
+    alone = []
+    for name, path in by_name(paths).items():
+        image = name if name in images else re.sub(_SUFFIX, "", name)
+        if image not in images:
+            alone.append(path.name)
+        elif other := found.get(image):
+            raise DataError(f"{path}: {images[image].name} has a mask already, {other.name}; remove one of them")
+        else:
+            found[image] = path
+    return found, alone
 
 
 def _entry(path: Path, mask: Path, table: Path, rows: FileTable | None) -> _Entry:

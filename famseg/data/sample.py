@@ -14,12 +14,12 @@ __all__ = ["CLASSES", "Sample"]
 
 @dataclass(frozen=True)
 class Sample:
-    """One labelled ultrasound image."""
+    """One labelled image."""
 
     name: str  # unique within the data set
     subject: str  # images of one subject must never be split between train and validation
-    image: np.ndarray  # (H, W) uint8
-    mask: np.ndarray  # (H, W) uint8, labels as in `famseg.anatomy`: CLASSES are their names
+    image: np.ndarray  # (H, W) uint8 grey, or (H, W, 3) uint8 RGB
+    mask: np.ndarray  # (H, W) uint8; `famseg.data.classes.labels_of` has the names of its values
     pixel_size: float | None = None  # mm per pixel
     femur_length: float | None = None  # mm, None where unknown or absent
     head_circumference: float | None = None  # mm, None where unknown or absent

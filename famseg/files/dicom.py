@@ -32,8 +32,10 @@ def is_dicom(content: bytes) -> bool:
     return content[_MAGIC] == b"DICM"
 
 
-def read_dicom(path: Path, content: bytes) -> tuple[np.ndarray, float | None]:
+def read_dicom(path: Path, content: bytes, *, colour: bool = False) -> tuple[np.ndarray, float | None]:
     """A DICOM file of one frame: (H, W) uint8 grey as displayed, and mm per pixel where the file says it.
+
+    With `colour`, (H, W, 3) uint8 RGB; a grey frame has three equal channels.
 
     Without a window, up to 8 stored bits are shown by their whole range and more by the image's own range. Padding is
     black. Overlays, which are graphics beside the pixels, are not drawn.
@@ -59,8 +61,11 @@ def read_dicom(path: Path, content: bytes) -> tuple[np.ndarray, float | None]:
         pixels = pixel_array(record)
         if pixels.ndim != (3 if record.SamplesPerPixel > 1 else 2):
             raise DataError(f"expected one frame, found {len(pixels)}; export the frame to be measured as a file")
-        grey = _grey(record, pixels) if record.PhotometricInterpretation in _GREYS else _luma(record, pixels)
-    return grey, pixel_size
+        is_grey = record.PhotometricInterpretation in _GREYS
+        image = _grey(record, pixels) if is_grey else _rgb(record, pixels)
+    if is_grey == colour:
+        image = cv2.cvtColor(image, cv2.COLOR_GRAY2RGB if colour else cv2.COLOR_RGB2GRAY)
+    return image, pixel_size
 
 
 def _lift_functional_groups(record: Any) -> None:
@@ -99,8 +104,8 @@ def _expect_displayable(record: Any) -> None:
     expect_size(record.Rows, record.Columns)
 
 
-def _luma(record: Any, pixels: np.ndarray) -> np.ndarray:
-    """Colour, or indices into a palette, to grey."""
+def _rgb(record: Any, pixels: np.ndarray) -> np.ndarray:
+    """Colour, or indices into a palette, to (H, W, 3) uint8 RGB."""
     bits = record.BitsStored
     if record.PhotometricInterpretation == "PALETTE COLOR":
         from pydicom.pixels.processing import apply_color_lut
@@ -113,7 +118,7 @@ def _luma(record: Any, pixels: np.ndarray) -> np.ndarray:
         entries = apply_color_lut(np.arange(first, first + count), record)[:, :3]
         pixels = entries[np.clip(pixels.astype(np.int64) - first, 0, count - 1)]
         bits = 16 if entries.max() > 255 else 8  # whatever the descriptor says of 8-bit entries in 16
-    return cv2.cvtColor(eight_bit(pixels, 0, 2**bits - 1), cv2.COLOR_RGB2GRAY)
+    return eight_bit(pixels, 0, 2**bits - 1)
 
 
 def _grey(record: Any, pixels: np.ndarray) -> np.ndarray:

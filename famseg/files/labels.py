@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from famseg.anatomy import BY_LABEL
+from famseg.anatomy import BY_LABEL, Structure
 from famseg.files.errors import DataError
 from famseg.files.raster import open_picture
 from famseg.files.writing import write_atomic
-
-_PALETTE = [value for structure in BY_LABEL for value in structure.palette]
 
 
 def read_labels(path: Path) -> np.ndarray:
@@ -35,18 +34,24 @@ def read_labels(path: Path) -> np.ndarray:
 
 def require_same_size(image: np.ndarray, mask: np.ndarray, image_path: Path, mask_path: Path) -> None:
     """DataError when an image and its mask differ in size."""
-    if image.shape != mask.shape:
-        (h, w), (mask_h, mask_w) = image.shape, mask.shape
+    if image.shape[:2] != mask.shape:
+        (h, w), (mask_h, mask_w) = image.shape[:2], mask.shape
         raise DataError(
             f"{mask_path}: expected {w}x{h} pixels as in {image_path.name}, found {mask_w}x{mask_h}; "
             "export the pair again at one size"
         )
 
 
-def write_labels(path: Path, labels: np.ndarray) -> None:
-    """Write labels (H, W) uint8 as a palette PNG: viewers show colours, readers see the indices."""
+def black_and_white(mask: np.ndarray) -> np.ndarray | None:
+    """A mask (H, W) of 0 and 255 as labels 0 and 1; None for one that holds anything else, or nothing but 0."""
+    white = mask == 255
+    return white.astype(np.uint8) if white.any() and not mask[~white].any() else None
+
+
+def write_labels(path: Path, labels: np.ndarray, classes: Sequence[Structure] = BY_LABEL) -> None:
+    """Write labels (H, W) uint8 as a palette PNG: viewers show the classes' colours, readers see the indices."""
     content = io.BytesIO()
     picture = Image.fromarray(labels)
-    picture.putpalette(_PALETTE)
+    picture.putpalette([value for structure in classes for value in structure.palette])
     picture.save(content, format="PNG")
     write_atomic(path, content.getvalue())

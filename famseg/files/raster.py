@@ -24,17 +24,18 @@ _PHOTOMETRIC, _WHITE_IS_ZERO = 262, 0
 _STRIPS, _TILES, _JPEG_TABLES = (273, 279), (324, 325), 347  # TIFF: where they are, and how long
 
 
-def open_picture(path: Path, *, exact: bool = False) -> Image.Image:
+def open_picture(path: Path, *, exact: bool = False, colour: bool = False) -> Image.Image:
     """The one picture in a file, decoded and turned as its EXIF orientation says, in Pillow's mode.
 
     16-bit colour comes as 16-bit grey (Rec. 601 luma): Pillow has no mode for it.
 
     Args:
         exact: refuse formats that change values: a label map must come back as it was stored.
+        colour: refuse what would lose its colour.
 
     Raises:
         DataError: the file cannot be read, is damaged, has another number of pictures than one, transparent
-            pixels, or more than `LARGEST` pixels.
+            pixels, or more than `LARGEST` pixels; with `colour`, it is in 16-bit colour.
     """
     content = file_bytes(path)
     with decoding(path, "replace or remove the file"):
@@ -53,7 +54,7 @@ def open_picture(path: Path, *, exact: bool = False) -> Image.Image:
             hear_jpeg(content)
         elif picture.format == "TIFF":
             _check_strips(picture, content)
-        upright = _upright(picture, content, exact)
+        upright = _upright(picture, content, exact, colour)
     return upright
 
 
@@ -90,7 +91,7 @@ def _check_strips(picture: Any, content: bytes) -> None:
                 hear_jpeg(tags[_JPEG_TABLES][:-2] + strip[2:] if _JPEG_TABLES in tags else strip)
 
 
-def _upright(picture: Any, content: bytes, exact: bool) -> Image.Image:
+def _upright(picture: Any, content: bytes, exact: bool, colour: bool) -> Image.Image:
     deep_colour = ";16" in str(picture.tile) and picture.mode in ("RGB", "RGBA", "LA")
     turned = picture.getexif().get(ExifTags.Base.Orientation) in range(2, 9)
     picture.load()
@@ -100,6 +101,8 @@ def _upright(picture: Any, content: bytes, exact: bool) -> Image.Image:
     if transparent and picture.convert("RGBA").getchannel("A").getextrema()[0] < 255:
         raise DataError("expected an opaque picture, found transparent pixels; save it without transparency")
     if deep_colour:
+        if colour and picture.mode != "LA":
+            raise DataError("is 16-bit colour, which is read as grey alone; save it with 8 bits a colour")
         if turned:
             raise DataError("is 16-bit colour stored turned (EXIF orientation); save it upright")
         flags = cv2.IMREAD_ANYDEPTH | cv2.IMREAD_GRAYSCALE | cv2.IMREAD_IGNORE_ORIENTATION

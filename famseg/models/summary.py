@@ -11,10 +11,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from famseg.models import MODELS, FAMSeg, create_model
 
 
-def summarise(name: str, image_size: int, **options: Any) -> str:
+def summarise(name: str, image_size: int, *, num_classes: int = 3, in_channels: int = 1, **options: Any) -> str:
     """A table of parameters and forward FLOPs (2 per multiply–add, one image) of the model's parts."""
-    model = create_model(name, **options).eval()
-    image = torch.zeros(1, 1, image_size, image_size)
+    model = create_model(name, num_classes, in_channels, **options).eval()
+    image = torch.zeros(1, in_channels, image_size, image_size)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(image)
     counts = {module: sum(ops.values()) for module, ops in counter.get_flop_counts().items()}
@@ -63,12 +63,12 @@ def cost(
     return sum(parameter.numel() for parameter in model.parameters()), counter.get_total_flops() // 2
 
 
-def list_models(num_classes: int) -> Iterator[str]:
-    """The lines of a table of all models for grey images, with what the papers say of them."""
+def list_models(num_classes: int, in_channels: int = 1) -> Iterator[str]:
+    """The lines of a table of all models, with what the papers say of them."""
     yield f"{'model':18}{'parameters':>12}{'GMAC at 256x256':>17}  in the papers"
     for name in MODELS:
         try:
-            parameters, macs = cost(name, num_classes=num_classes)
+            parameters, macs = cost(name, num_classes=num_classes, in_channels=in_channels)
             sizes = f"{parameters:12,}{macs / 1e9:17.3f}"
         except ValueError as error:  # a package is missing
             sizes = f"  {error}"

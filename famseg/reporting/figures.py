@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from famseg.anatomy import BY_NAME, CLASSES, OBJECTS, RGB
+from famseg.anatomy import BY_LABEL, BY_NAME, RGB, Structure
 from famseg.files.writing import write_atomic
 from famseg.metrics import SegmentationMetrics
 
@@ -34,7 +34,9 @@ OverlayItem = (
 )
 
 
-def plot_history(rows: Sequence[Mapping[str, object]], path: str | os.PathLike[str]) -> None:
+def plot_history(
+    rows: Sequence[Mapping[str, object]], path: str | os.PathLike[str], classes: Sequence[Structure] = BY_LABEL
+) -> None:
     """Write loss and validation IoU over the epochs as a PNG.
 
     Args:
@@ -42,14 +44,15 @@ def plot_history(rows: Sequence[Mapping[str, object]], path: str | os.PathLike[s
             "val_iou_<class>" for any class, "val_miou"; "phase", any label, whose changes are marked. What is
             absent, empty or NaN in a row leaves a gap that the curve bridges.
         path: the file, replaced atomically.
+        classes: whose inks the curves have.
 
     Raises:
         ValueError: there are no rows.
     """
-    save(history_figure(rows), path)
+    save(history_figure(rows, classes), path)
 
 
-def history_figure(rows: Sequence[Mapping[str, object]]) -> Figure:
+def history_figure(rows: Sequence[Mapping[str, object]], classes: Sequence[Structure] = BY_LABEL) -> Figure:
     """The figure of `plot_history`."""
     if not rows:
         raise ValueError("rows: expected at least one epoch, found none")
@@ -62,9 +65,10 @@ def history_figure(rows: Sequence[Mapping[str, object]]) -> Figure:
     if values and min(values) > 0 and max(values) > 30 * min(values):
         loss.set_yscale("log")  # or the later epochs, where decisions are made, are a flat line
 
+    inks = {structure.name: structure.ink for structure in classes}
     for key in dict.fromkeys(key for row in rows for key in row if key.startswith("val_iou_")):
         name = key.removeprefix("val_iou_")
-        _curve(iou, rows, key, name, BY_NAME[name].ink if name in BY_NAME else None)
+        _curve(iou, rows, key, name, inks.get(name))
     _curve(iou, rows, "val_miou", "mean", _INK, linestyle="--")
     _finish(iou, rows, "Validation IoU", "IoU")
     iou.set_ylim(-0.02, 1.02)
@@ -137,7 +141,7 @@ def agreement_figure(title: str, name: str, true: Sequence[float], measured: Seq
     return figure
 
 
-def overlap_figure(dice: Mapping[str, Sequence[float]]) -> Figure:
+def overlap_figure(dice: Mapping[str, Sequence[float]], classes: Sequence[Structure] = BY_LABEL) -> Figure:
     """Every image's Dice, sorted, one curve a class: how many images are worse than a value can be read off.
 
     Args:
@@ -149,10 +153,11 @@ def overlap_figure(dice: Mapping[str, Sequence[float]]) -> Figure:
     if not any(len(values) for values in dice.values()):
         raise ValueError("dice: expected at least one class with values")
     figure, axes = _panel("Dice of every image, sorted")
+    structures = {structure.name: structure for structure in classes}
     for name, values in dice.items():
         if len(values):
             share = 100 * (np.arange(len(values)) + 0.5) / len(values)
-            colour, title = BY_NAME[name].ink, BY_NAME[name].title
+            colour, title = structures[name].ink, structures[name].title
             axes.plot(share, np.sort(values), color=colour, label=title, lw=1.7, marker="o", ms=2.5)
     axes.set_xlim(0, 100)
     axes.set_ylim(-0.02, 1.02)
@@ -180,14 +185,17 @@ def svg(figure: Figure) -> bytes:
     return content.getvalue()
 
 
-def plot_overlays(items: Iterable[OverlayItem], path: str | os.PathLike[str]) -> None:
+def plot_overlays(
+    items: Iterable[OverlayItem], path: str | os.PathLike[str], classes: Sequence[Structure] = BY_LABEL
+) -> None:
     """Write a PNG of one row per item: image, truth, prediction.
 
     Args:
-        items: (name, image (H, W) uint8, truth (H, W) labels, prediction (H, W) labels) and optionally a dict
-            of remarks that are shown as "key value" over the prediction, below the image's own IoU. A class
+        items: (name, image (H, W) or (H, W, 3) uint8, truth (H, W) labels, prediction (H, W) labels) and optionally
+            a dict of remarks that are shown as "key value" over the prediction, below the image's own IoU. A class
             that neither mask contains has no IoU and is left out.
         path: the file, replaced atomically.
+        classes: whose labels these are.
 
     Raises:
         ValueError: there are no items, or the shapes of an item differ.
@@ -196,13 +204,13 @@ def plot_overlays(items: Iterable[OverlayItem], path: str | os.PathLike[str]) ->
     if not items:
         raise ValueError("items: expected at least one image, found none")
     for name, image, truth, predicted, *_ in items:
-        if not image.shape == truth.shape == predicted.shape:
+        if not image.shape[:2] == truth.shape == predicted.shape:
             raise ValueError(
                 f"{name}: expected image, truth and prediction of one shape, "
                 f"found {image.shape}, {truth.shape}, {predicted.shape}"
             )
     heights = [_CELL * image.shape[0] / image.shape[1] for _, image, *_ in items]
-    titles = [_scores(truth, predicted, *remarks) for _, _, truth, predicted, *remarks in items]
+    titles = [_scores(classes, truth, predicted, *remarks) for _, _, truth, predicted, *remarks in items]
     bands = [_LINE * (title.count("\n") + 1) + _GAP for title in titles]
     width = 3 * _CELL + 4 * _GAP
     height = _HEADER + sum(heights) + sum(bands) + _GAP * len(items)
@@ -215,7 +223,7 @@ def plot_overlays(items: Iterable[OverlayItem], path: str | os.PathLike[str]) ->
         for column, mask in enumerate((None, truth, predicted)):
             left = _GAP + column * (_CELL + _GAP)
             axes = figure.add_axes((left / width, bottom / height, _CELL / width, row_height / height))
-            _picture(axes, image, mask)
+            _picture(axes, image, mask, classes)
             axes.set_title(
                 (_shortened(name), "truth", score)[column],
                 fontsize=9,
@@ -226,7 +234,7 @@ def plot_overlays(items: Iterable[OverlayItem], path: str | os.PathLike[str]) ->
                 parse_math=False,  # a $ in a file's name is a $
             )
         bottom -= _GAP
-    _legend(figure)
+    _legend(figure, classes)
     save(figure, path)
 
 
@@ -235,14 +243,16 @@ def plot_panel(
     masks: Sequence[np.ndarray],
     predictions: Mapping[str, Sequence[np.ndarray]],
     path: str | os.PathLike[str],
+    classes: Sequence[Structure] = BY_LABEL,
 ) -> None:
     """Write a PNG of the same images as several networks see them: a column an image, a row a network, truth on top.
 
     Args:
-        images: (H, W) uint8 each.
+        images: (H, W) or (H, W, 3) uint8 each.
         masks: their true labels.
         predictions: name of the network → its labels of the images.
         path: the file, replaced atomically.
+        classes: whose labels these are.
     """
     rows: list[tuple[str, Sequence[np.ndarray | None]]] = [("image", [None] * len(images)), ("truth", masks)]
     rows += list(predictions.items())
@@ -258,20 +268,21 @@ def plot_panel(
         for column, (image, truth, found) in enumerate(zip(images, masks, labels, strict=True)):
             left = label + column * (cell + _GAP)
             axes = figure.add_axes((left / width, bottom / height, cell / width, tall / height))
-            _picture(axes, image, found)
+            _picture(axes, image, found, classes)
             if name in predictions and found is not None:
-                axes.set_title(_overlaps(truth, found) or "nothing there", fontsize=8, loc="left", color=_INK, pad=3)
-    _legend(figure)
+                title = _overlaps(classes, truth, found) or "nothing there"
+                axes.set_title(title, fontsize=8, loc="left", color=_INK, pad=3)
+    _legend(figure, classes)
     save(figure, path)
 
 
-def _picture(axes: Axes, image: np.ndarray, mask: np.ndarray | None) -> None:
-    """The image in grey; over it every class of the mask as a translucent fill with an opaque outline."""
+def _picture(axes: Axes, image: np.ndarray, mask: np.ndarray | None, classes: Sequence[Structure]) -> None:
+    """The image; over it every class of the mask as a translucent fill with an opaque outline."""
     axes.imshow(image, cmap="gray", vmin=0, vmax=255, interpolation="bilinear")
     axes.set_axis_off()
     if mask is None:
         return
-    for structure in OBJECTS:
+    for structure in classes[1:]:
         region = np.asarray(mask) == structure.label
         if region.any():
             fill = np.zeros((*region.shape, 4), np.uint8)
@@ -291,12 +302,12 @@ def _picture(axes: Axes, image: np.ndarray, mask: np.ndarray | None) -> None:
     axes.set_ylim(image.shape[0] - 0.5, -0.5)
 
 
-def _legend(figure: Figure) -> None:
+def _legend(figure: Figure, classes: Sequence[Structure]) -> None:
     """The structures' colours, above all pictures."""
     figure.legend(
-        handles=[Line2D([], [], color=_unit(structure.shade), lw=5, label=structure.title) for structure in OBJECTS],
+        handles=[Line2D([], [], color=_unit(s.shade), lw=5, label=s.title) for s in classes[1:]],
         loc="upper right",
-        ncols=2,
+        ncols=max(len(classes) - 1, 2),
         frameon=False,
         fontsize=9,
         labelcolor=_INK,
@@ -314,18 +325,23 @@ def _shortened(name: str, limit: int = 42) -> str:
     return name if len(name) <= limit else f"...{name[3 - limit :]}"
 
 
-def _scores(truth: np.ndarray, predicted: np.ndarray, remarks: Mapping[str, object] | None = None) -> str:
-    overlaps = _overlaps(truth, predicted)
+def _scores(
+    classes: Sequence[Structure],
+    truth: np.ndarray,
+    predicted: np.ndarray,
+    remarks: Mapping[str, object] | None = None,
+) -> str:
+    overlaps = _overlaps(classes, truth, predicted)
     title = "prediction" + (f", IoU  {overlaps}" if overlaps else ", nothing there")
     return title + ("\n" + "   ".join(f"{key} {value}" for key, value in remarks.items()) if remarks else "")
 
 
-def _overlaps(truth: np.ndarray, predicted: np.ndarray) -> str:
+def _overlaps(classes: Sequence[Structure], truth: np.ndarray, predicted: np.ndarray) -> str:
     """IoU of every structure that is in one of the label maps."""
-    metrics = SegmentationMetrics(len(CLASSES))
+    metrics = SegmentationMetrics(len(classes))
     metrics.update(np.asarray(predicted), np.asarray(truth))
     iou = metrics.compute()["iou"]
-    return "   ".join(f"{s.name} {iou[s.label]:.3f}" for s in OBJECTS if not math.isnan(iou[s.label]))
+    return "   ".join(f"{s.name} {iou[s.label]:.3f}" for s in classes[1:] if not math.isnan(iou[s.label]))
 
 
 def _curve(

@@ -8,8 +8,9 @@ from collections.abc import Mapping, Sequence
 import cv2
 import numpy as np
 
-from famseg.anatomy import OBJECTS
+from famseg.anatomy import BY_LABEL, Structure
 from famseg.biometrics import Axis, Ellipse
+from famseg.files.images import as_rgb
 
 _WIDTH = 720  # px; images are drawn about this wide, so that lines and text stay thin beside the anatomy
 _HEIGHT = 4 * _WIDTH  # px; a narrow strip is enlarged no further
@@ -25,24 +26,25 @@ def draw_overlay(
     *,
     truth: np.ndarray | None = None,
     caption: Sequence[str] = (),
+    classes: Sequence[Structure] = BY_LABEL,
 ) -> np.ndarray:
     """The image with objects filled lightly and outlined, calipers dotted in yellow.
 
     Args:
-        image: (H, W) uint8.
+        image: (H, W) or (H, W, 3) uint8.
         labels: (H, W), the network's labels.
         shapes: class name → the fitted ellipse or axis, in the image's pixels.
         truth: (H, W) true labels, outlined in white below the others.
         caption: lines written on a black strip below the image.
+        classes: whose labels these are.
 
     Returns:
         (H', W', 3) uint8 RGB, enlarged by a whole number: to about 720 px wide and at most 2880 px high.
     """
     scale = max(1, min(round(_WIDTH / image.shape[1]), _HEIGHT // image.shape[0]))
     height, width = image.shape[0] * scale, image.shape[1] * scale
-    enlarged = cv2.resize(image, (width, height), interpolation=cv2.INTER_CUBIC)
-    picture = cv2.cvtColor(enlarged, cv2.COLOR_GRAY2RGB)
-    for structure in OBJECTS:
+    picture = as_rgb(cv2.resize(image, (width, height), interpolation=cv2.INTER_CUBIC))
+    for structure in classes[1:]:
         if truth is not None:
             cv2.drawContours(picture, _contours(truth == structure.label, scale), -1, _TRUTH, 1, cv2.LINE_AA)
         contours = _contours(labels == structure.label, scale)

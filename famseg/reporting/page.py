@@ -14,7 +14,8 @@ import cv2
 import numpy as np
 from matplotlib.figure import Figure
 
-from famseg.anatomy import MEASURES, REPORTED, STRUCTURES
+from famseg.anatomy import BY_LABEL, Structure, measures_of, reported
+from famseg.files.images import as_rgb
 from famseg.reporting.figures import agreement_figure, history_figure, overlap_figure, svg
 
 _NONE = "–"
@@ -22,7 +23,7 @@ _NONE = "–"
 
 @dataclass(frozen=True)
 class Picture:
-    """One image of the report: (H, W) grey as it is, (H', W', 3) RGB with its overlay, and what is said below."""
+    """One image of the report: (H, W) or (H, W, 3) as it is, (H', W', 3) with its overlay, and what is said below."""
 
     name: str
     image: np.ndarray
@@ -42,6 +43,7 @@ def report(
     pictures: Mapping[str, Sequence[Picture]],
     history: Sequence[Mapping[str, object]],
     version: str,
+    classes: Sequence[Structure] = BY_LABEL,
 ) -> str:
     """The page as HTML text.
 
@@ -53,20 +55,23 @@ def report(
         pictures: heading → pictures.
         history: epochs of the training run (`figures.plot_history`); empty: no curves.
         version: of famseg.
+        classes: of the network.
     """
+    measures = measures_of(classes)
     content = Template(_read("report.html")).substitute(
-        tiles="\n".join(_tiles(summary)),
-        plots=_plots(rows),
-        lengths=_lengths(summary),
-        per_image=_per_image(summary),
-        pooled=_pooled(summary),
+        tiles="\n".join(_tiles(summary, classes)),
+        plots=_plots(rows, classes),
+        lengths=_lengths(summary, classes),
+        per_image=_per_image(summary, classes),
+        pooled=_pooled(summary, classes),
         pictures="\n".join(_gallery(heading, cards) for heading, cards in pictures.items() if cards),
-        history=_history(history),
-        shades=", ".join(f"{structure.word} {structure.shade_word}" for structure in REPORTED),
-        definitions=" ".join(f"{m.words.capitalize()}: {m.definition}." for m in MEASURES.values()),
+        history=_history(history, classes),
+        shades=", ".join(f"{structure.word} {structure.shade_word}" for structure in reported(classes)),
+        calipers=", calipers yellow" if measures else "",
+        definitions=" ".join(f"{m.words.capitalize()}: {m.definition}." for m in measures.values()),
         version=html.escape(version),
     )
-    return _page(title, subtitle, facts, notes, content, _colours())
+    return _page(title, subtitle, facts, notes, content, _colours(classes))
 
 
 def comparison(
@@ -115,9 +120,9 @@ def _read(name: str) -> str:
     return (importlib.resources.files("famseg.reporting") / name).read_text(encoding="utf-8")
 
 
-def _tiles(summary: Mapping[str, Any]) -> list[str]:
+def _tiles(summary: Mapping[str, Any], classes: Sequence[Structure]) -> list[str]:
     tiles = [_tile("all", "mean IoU, all pixels", _fixed(summary["miou"], 3), f"{summary['images']} images")]
-    for structure in REPORTED:
+    for structure in reported(classes):
         scores = summary["per_image"][structure.name]
         if scores["dice"] is not None:
             misses = f"{scores['missed']} missed, {scores['invented']} invented"
@@ -132,10 +137,11 @@ def _tiles(summary: Mapping[str, Any]) -> list[str]:
     return tiles
 
 
-def _colours() -> list[str]:
+def _colours(classes: Sequence[Structure]) -> list[str]:
     """The page's rules for what belongs to one structure: the edge of its tiles, the dot before its name."""
-    return [f"  .tile.{s.name} {{ border-top: 4px solid {s.ink}; }}" for s in REPORTED] + [
-        f"  .dot.{s.name} {{ background: {s.ink}; }}" for s in REPORTED
+    objects = reported(classes)
+    return [f"  .tile.{s.name} {{ border-top: 4px solid {s.ink}; }}" for s in objects] + [
+        f"  .dot.{s.name} {{ background: {s.ink}; }}" for s in objects
     ]
 
 
@@ -146,25 +152,27 @@ def _tile(kind: str, words: str, value: str, below: str) -> str:
     )
 
 
-def _plots(rows: Sequence[Mapping[str, Any]]) -> str:
+def _plots(rows: Sequence[Mapping[str, Any]], classes: Sequence[Structure]) -> str:
     figures = []
-    for name, measure in MEASURES.items():
+    for name, measure in measures_of(classes).items():
         key = measure.name
         pairs = [(row[f"{key}_truth_mm"], row[f"{key}_mm"]) for row in rows if row[f"{key}_error_mm"] is not None]
         if pairs:
             true, measured = zip(*pairs, strict=True)
             plot = agreement_figure(measure.words.capitalize(), name, true, measured)
             figures.append(_figure(plot, f"Bland–Altman: {measure.words}"))
-    names = [structure.name for structure in REPORTED]
+    names = [structure.name for structure in reported(classes)]
     dice = {name: [row[f"{name}_dice"] for row in rows if row[f"{name}_dice"] is not None] for name in names}
     if any(dice.values()):
-        figures.append(_figure(overlap_figure(dice), "Dice of every image, sorted"))
+        figures.append(_figure(overlap_figure(dice, classes), "Dice of every image, sorted"))
     return '<div class="plots">\n' + "\n".join(figures) + "\n</div>" if figures else ""
 
 
-def _lengths(summary: Mapping[str, Any]) -> str:
-    lines = []
-    for name, measure in MEASURES.items():
+def _lengths(summary: Mapping[str, Any], classes: Sequence[Structure]) -> str:
+    lines, measures = [], measures_of(classes)
+    if not measures:
+        return "<p>Nothing is measured of what this network finds.</p>"
+    for name, measure in measures.items():
         errors = summary.get(f"{measure.name}_mm")
         if errors is None:
             continue
@@ -190,9 +198,9 @@ def _lengths(summary: Mapping[str, Any]) -> str:
     return _table(head, lines)
 
 
-def _per_image(summary: Mapping[str, Any]) -> str:
+def _per_image(summary: Mapping[str, Any], classes: Sequence[Structure]) -> str:
     lines = []
-    for structure in REPORTED:
+    for structure in reported(classes):
         scores = summary["per_image"][structure.name]
         mm = scores["hd95_mm"] is not None
         unit, digits = ("mm", 2) if mm else ("px", 1)
@@ -219,10 +227,11 @@ def _per_image(summary: Mapping[str, Any]) -> str:
     return _table(head, lines)
 
 
-def _pooled(summary: Mapping[str, Any]) -> str:
+def _pooled(summary: Mapping[str, Any], classes: Sequence[Structure]) -> str:
     keys = ("iou", "dice", "class_accuracy")
     lines: list[list[Any]] = [
-        [(s.name, s.title), *(_fixed(summary[key][s.name], 4) for key in keys)] for s in STRUCTURES
+        [(s.name, s.title), *(_fixed(summary[key][s.name], 4) for key in keys)]
+        for s in (classes[0], *reported(classes))
     ]
     lines.append([("", "mean"), _fixed(summary["miou"], 4), _fixed(summary["mdice"], 4), ""])
     means = summary["image_means"]
@@ -238,7 +247,7 @@ def _gallery(heading: str, pictures: Sequence[Picture]) -> str:
     cards = []
     for picture in pictures:
         size = picture.overlay.shape[1::-1]
-        plain = cv2.cvtColor(cv2.resize(picture.image, size, interpolation=cv2.INTER_CUBIC), cv2.COLOR_GRAY2RGB)
+        plain = as_rgb(cv2.resize(picture.image, size, interpolation=cv2.INTER_CUBIC))
         remarks = "".join(f"<span>{html.escape(remark)}</span>" for remark in picture.remarks)
         doubts = "".join(f'<span class="doubt">{html.escape(doubt)}</span>' for doubt in picture.doubts)
         name = html.escape(picture.name)
@@ -250,10 +259,10 @@ def _gallery(heading: str, pictures: Sequence[Picture]) -> str:
     return f'<h3>{html.escape(heading)}</h3>\n<div class="cards">\n' + "\n".join(cards) + "\n</div>"
 
 
-def _history(rows: Sequence[Mapping[str, object]]) -> str:
+def _history(rows: Sequence[Mapping[str, object]], classes: Sequence[Structure]) -> str:
     if not rows:
         return ""
-    curves = _figure(history_figure(rows), "Loss and validation IoU over the epochs", "history")
+    curves = _figure(history_figure(rows, classes), "Loss and validation IoU over the epochs", "history")
     return f'<h2>Training</h2>\n<div class="plots">\n{curves}\n</div>'
 
 
@@ -265,9 +274,9 @@ def _figure(figure: Figure, words: str, kind: str = "") -> str:
 def _table(head: Sequence[str], lines: Sequence[Sequence[Any]]) -> str:
     """A table whose first column holds (class name, words)."""
     cells = "".join(f"<th>{html.escape(word)}</th>" for word in ("", *head))
-    body, objects = "", {structure.name for structure in REPORTED}
+    body = ""
     for (name, words), *values in lines:
-        dot = f'<span class="dot {name}"></span>' if name in objects else ""
+        dot = f'<span class="dot {name}"></span>' if name not in ("", "background") else ""
         body += f"<tr><td>{dot}{html.escape(words)}</td>" + "".join(f"<td>{html.escape(v)}</td>" for v in values)
         body += "</tr>\n"
     return f'<div class="scroll"><table>\n<tr>{cells}</tr>\n{body}</table></div>\n'

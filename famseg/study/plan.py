@@ -8,7 +8,8 @@
     budgets: {NAME: {seeds: N or folds: N, and any options of TrainConfig}}
     cells: {NAME: {any options of TrainConfig, published: [a figure a column, or null], against: CELL}}
 
-Options of a cell go over its budget's, those over the study's. The images are the study's: a cell cannot change them.
+Options of a cell go over its budget's, those over the study's. The images and the classes are the study's: a cell
+cannot change them.
 `against` names another cell than the reference to compare this one with.
 """
 
@@ -23,11 +24,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import yaml
 from jsonargparse import ArgumentParser
 
+from famseg.anatomy import BY_LABEL, CLASSES, DEFAULT, Structure, names_of, parse_classes
 from famseg.data.dataset import open_data
-from famseg.data.phantom import Phantom
+from famseg.data.sample import Sample
 from famseg.evaluation import evaluate
 from famseg.models import create_model
 from famseg.models.summary import cost
@@ -37,7 +40,18 @@ from famseg.training.finetune import STRATEGIES, count_parameters, freeze
 
 SHIPPED = {path.stem: path for path in sorted((Path(__file__).parent / "studies").glob("*.yaml"))}
 _KEYS = ("title", "about", "scores", "reference", "options", "budgets", "cells")
-_OF_THE_STUDY = ("data", "image_size", "val_fraction", "seed", "folds", "fold", "out", "resume")
+_OF_THE_STUDY = (
+    "data",
+    "classes",
+    "in_channels",
+    "image_size",
+    "val_fraction",
+    "seed",
+    "folds",
+    "fold",
+    "out",
+    "resume",
+)
 _OPTIONS = tuple(field.name for field in dataclasses.fields(TrainConfig))
 # One step of every cell: as many images to train on as a batch has.
 _SMOKE = {"data": "phantom:10", "image_size": 64, "batch_size": 8, "patience": 0, "precision": "fp32", "devices": 1}
@@ -91,7 +105,7 @@ def read_study(
         budget: one of the study's; default: its first.
         data: instead of the budget's.
         weights: the file for cells that say `weights: given`.
-        smoke: one step of every cell on tiny phantoms, with the first seed or fold.
+        smoke: one step of every cell with the first seed or fold, on tiny phantoms where these have its classes.
 
     Raises:
         ConfigError: no such study or budget, an unknown key, or a cell that cannot be run; the message names it.
@@ -102,13 +116,18 @@ def read_study(
     cells = _section(content, "cells", dict)
     budgets = _section(content, "budgets", dict)
     scores = _section(content, "scores", dict)
-    _expect("score", scores.values(), known_scores())
     _expect("reference", [content.get("reference")], cells)
     _expect("budget", [budget] if budget else [], budgets)
     budget = budget or next(iter(budgets))
     repeats, shared = _repeats(f"budget {budget}", _mapping(budgets[budget], f"budget {budget}"), smoke)
     shared = _mapping(content.get("options") or {}, "options") | shared | ({"data": data} if data else {})
-    if not smoke and "data" not in shared:
+    try:
+        classes = parse_classes(str(shared.get("classes", DEFAULT)))
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    _expect("score", scores.values(), known_scores(classes))
+    phantoms = smoke and set(names_of(classes)) <= set(CLASSES)
+    if not phantoms and "data" not in shared:
         raise ConfigError(f"data: this study is of your own images; give them like {name} --data hc18:DIR")
     runs, references, published, sizes = [], {}, {}, {}
     for cell, options in cells.items():
@@ -121,7 +140,7 @@ def read_study(
         published[cell] = {column: float(f) for column, f in zip(scores, figures, strict=False) if f is not None}
         if own := [key for key in _OF_THE_STUDY if key in options]:
             raise ConfigError(f"{where}: {own[0]}: is the same for all cells; put it into the budget")
-        options = shared | options | (_smoke(shared | options) if smoke else {})
+        options = shared | options | (_smoke(shared | options, phantoms) if smoke else {})
         if options.get("weights") == "given":
             if weights is None and not smoke:
                 raise ConfigError(f"{where}: starts from given weights; name their file with --weights FILE")
@@ -132,8 +151,8 @@ def read_study(
             config = _config(options)
             if config.weights and not Path(config.weights).is_file():
                 raise ConfigError(f"weights: {config.weights} is no file")
-            network = frozenset(config.model_options().items())
-            sizes[cell] = _sizes(config.model, network, config.learning_part(), config.train_head)
+            network = {"num_classes": len(classes), "in_channels": config.in_channels, **config.model_options()}
+            sizes[cell] = _sizes(config.model, frozenset(network.items()), config.learning_part(), config.train_head)
             for repeat, setting in repeats.items():
                 folder = Path(_slug(cell), _slug(repeat))
                 runs.append(Run(cell, repeat, dataclasses.replace(config, **setting), folder))
@@ -142,7 +161,7 @@ def read_study(
     if len({run.folder for run in runs}) < len(runs):
         raise ConfigError("cells: two names differ only in signs; rename one")
     first = runs[0].config
-    open_data(first.data, image_size=first.image_size, seed=first.seed)
+    open_data(first.data, image_size=first.image_size, seed=first.seed, classes=classes, in_channels=first.in_channels)
     if weights is not None and not any(run.config.weights == weights for run in runs):
         raise ConfigError(f"weights: no cell of {name} starts from given weights; leave them out")
     source = {**content, "budgets": {budget: {**budgets[budget], "data": first.data}}}
@@ -163,10 +182,13 @@ def listing() -> str:
     return "\n".join(lines)
 
 
-def known_scores() -> set[str]:
+def known_scores(classes: Sequence[Structure] = BY_LABEL) -> set[str]:
     """Keys of a row of runs.csv that are scores."""
-    samples = Phantom(8, (64, 64), 0)
-    return set(flattened(evaluate(samples, (sample.mask for sample in samples)).summary()))
+    rows, columns = np.ogrid[:32, :32]
+    disc = (rows - 16) ** 2 + (columns - 16) ** 2 < 100
+    masks = [disc * np.uint8(structure.label) for structure in classes[1:] for _ in range(2)]  # two have a spread
+    samples = [Sample("", "", mask, mask, pixel_size=1.0) for mask in masks]
+    return set(flattened(evaluate(samples, masks, classes).summary()))
 
 
 def flattened(content: Mapping[str, Any]) -> dict[str, Any]:
@@ -222,11 +244,16 @@ def _repeats(where: str, budget: Mapping[str, Any], smoke: bool) -> tuple[dict[s
     return {f"fold {i}": {"folds": count, "fold": i} for i in numbers}, options
 
 
-def _smoke(options: Mapping[str, Any]) -> dict[str, Any]:
-    """One epoch of one step; with several optimizers in turn, an epoch of each."""
+def _smoke(options: Mapping[str, Any], phantoms: bool) -> dict[str, Any]:
+    """One epoch of one step; with several optimizers in turn, an epoch of each.
+
+    Args:
+        phantoms: instead of the study's images, whose classes they do not have otherwise.
+    """
     phases = len(str(options.get("phases", TrainConfig.phases)).split(","))
-    few = {"train_images": _SMOKE["batch_size"]} if "train_images" in options else {}
-    return {**_SMOKE, **few, "epochs": max(phases, 2 if options.get("decay") == "adadelta" else 1)}
+    few = {"train_images": _SMOKE["batch_size"]} if "train_images" in options or not phantoms else {}
+    data = {} if phantoms else {"data": options["data"]}
+    return {**_SMOKE, **few, **data, "epochs": max(phases, 2 if options.get("decay") == "adadelta" else 1)}
 
 
 def _config(options: Mapping[str, Any]) -> TrainConfig:

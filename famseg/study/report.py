@@ -69,14 +69,21 @@ def _panel(study: Study, rows: Sequence[Mapping[str, Any]], out: Path) -> str:
         cell: list(predict(network, (s.image for s in samples), device=device_for(config.device, config.backend)))
         for cell, network in networks.items()
     }
-    plot_panel([s.image for s in samples], [s.mask for s in samples], found, out / "panel.png")
+    classes = config.structures()
+    plot_panel([s.image for s in samples], [s.mask for s in samples], found, out / "panel.png", classes)
     return f"Held-out images of {repeat}, evenly chosen, with each network's IoU."
 
 
 def _held_out(network: Network) -> list[Sample]:
     """Some of the images that all cells are validated on."""
     config = network.config
-    samples = open_data(config["data"], image_size=network.image_size, seed=config["seed"])
+    samples = open_data(
+        config["data"],
+        image_size=network.image_size,
+        seed=config["seed"],
+        classes=network.classes,
+        in_channels=network.in_channels,
+    )
     held_out = [i for i in range(len(samples)) if samples[i].digest in network.images["held_out"]]
     places = np.linspace(0, len(held_out) - 1, min(_SHOWN, len(held_out))).round().astype(int)
     return [samples[held_out[place]] for place in places]

@@ -8,10 +8,11 @@ import sys
 from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from famseg.anatomy import CLASSES
+from famseg.anatomy import DEFAULT, Structure, names_of, parse_classes
 from famseg.models import MODELS, model_config, option_names
 from famseg.options import (
     BACKEND_HELP,
+    DATA_HELP,
     DEVICE_HELP,
     LARGEST_SEED,
     ConfigError,
@@ -43,8 +44,12 @@ _ABLATIONS = (
 class TrainConfig:
     """One training run. Defaults train famseg_nano on the synthetic phantom in minutes on two CPU cores."""
 
-    data: str = option("phantom", "phantom[:LENGTH], hc18:DIR, planes:DIR, folder:DIR, or several joined by commas")
+    data: str = option("phantom", DATA_HELP)
     model: str = option("famseg_nano", ", ".join(MODELS))
+    classes: str = option(
+        DEFAULT, "names of what is found, joined by commas, in the order of labels from 1 on; the rest is background"
+    )
+    in_channels: Literal[1, 3] = option(1, "1: images in grey, 3: in colour")
     epochs: int | None = option(None, "total epochs; the phases are stretched to it (on resume: the last one is)")
     phases: str = option(
         "adamw:15,sgd:3:lr=0.01..0.0001",
@@ -61,7 +66,9 @@ class TrainConfig:
     )
     momentum: float = option(0.9, "of sgd, in Nesterov's form; 0: none (Eq. 6)")
     loss: str = option("ce+dice", "ce, focal, dice and edge, joined by +")
-    class_weights: str = option("none", f"of ce and focal: none, balanced, or {len(CLASSES)} numbers joined by commas")
+    class_weights: str = option(
+        "none", "of ce and focal: none, balanced, or a number a class, background first, joined by commas"
+    )
     batch_size: int = option(8, "images a step and process")
     image_size: int = option(128, "side of the square network input, px; images are letterboxed into it")
     augmentation: Literal["full", "rotate-flip", "none"] = option(
@@ -182,9 +189,10 @@ class TrainConfig:
                 raise ConfigError(f"weights: strategy {self.strategy} starts from {start}; {remedy}")
         try:
             expect_number("phases", total_epochs(self.plan()), 1)
-            network = model_config(self.model, len(CLASSES), **self.model_options())
+            classes = names_of(self.structures())
+            network = model_config(self.model, len(classes), self.in_channels, **self.model_options())
             parse_loss(self.loss)
-            parse_class_weights(self.class_weights)
+            parse_class_weights(self.class_weights, classes)
             parse_trainable(self.trainable)
         except ValueError as error:
             raise ConfigError(str(error)) from None
@@ -216,9 +224,13 @@ class TrainConfig:
                     f"{name}: no phase of {format_phases(phases)} with decay {self.decay} uses it; leave it out"
                 )
 
-    def _expect(self, name: str, choices: tuple[str, ...]) -> None:
+    def _expect(self, name: str, choices: tuple[Any, ...]) -> None:
         if getattr(self, name) not in choices:
-            raise ConfigError(f"{name}: expected one of {', '.join(choices)}, got {getattr(self, name)!r}")
+            raise ConfigError(f"{name}: expected one of {', '.join(map(str, choices))}, got {getattr(self, name)!r}")
+
+    def structures(self) -> tuple[Structure, ...]:
+        """The network's classes by label, background first."""
+        return parse_classes(self.classes)
 
     def plan(self) -> list[Phase]:
         """The optimizer phases, stretched to `epochs` where given; with decay "adadelta" they end with Adadelta."""

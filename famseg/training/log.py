@@ -5,14 +5,13 @@ from __future__ import annotations
 import csv
 import io
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from famseg.anatomy import CLASSES
 from famseg.files.writing import write_atomic
 from famseg.training.loop import Loop
 
@@ -87,9 +86,9 @@ class TimeLeft:
         return str(timedelta(seconds=round(max(seconds, 0))))
 
 
-def epoch_line(row: Mapping[str, Any], time_left: TimeLeft) -> str:
-    """A row of the table as a line, so that a log without a terminal tells the story too."""
-    scores = " ".join(f"{name} {row[f'val_iou_{name}']:.3f}" for name in CLASSES[1:])
+def epoch_line(row: Mapping[str, Any], time_left: TimeLeft, objects: Sequence[str]) -> str:
+    """A row of the table as a line with the IoU of `objects`, so that a log without a terminal tells the story too."""
+    scores = " ".join(f"{name} {row[f'val_iou_{name}']:.3f}" for name in objects)
     return (
         f"epoch {row['epoch']:3d}/{time_left.total} {row['phase']:5} "
         f"loss {row['train_loss']:.4f} val {row['val_loss']:.4f} "

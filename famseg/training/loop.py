@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from famseg.data.sample import CLASSES
+from famseg.anatomy import names_of
 from famseg.metrics import SegmentationMetrics
 from famseg.training.config import Diverged
 from famseg.training.distributed import ALONE, Processes, sum_over_processes
@@ -48,12 +48,13 @@ class Loop:
         self.module = module.to(device)
         self.train_loader, self.val_loader = train_loader, val_loader
         self.device, self.processes, self.part = device, processes, part
+        self.classes = names_of(module.config.structures())
         self.epoch = 0  # the one at work, or the last one done
         self.steps = 0  # done in all epochs
         self.optimizer = module.optimizer(module.phases[0])
         self.scaler = torch.amp.GradScaler(device.type, enabled=module.config.precision == "fp16")
         module.start_average()
-        self._overlap = torch.zeros(2, len(CLASSES) - 1, dtype=torch.int64, device=device)
+        self._overlap = torch.zeros(2, len(self.classes) - 1, dtype=torch.int64, device=device)
         self._recorded: RecordedStep | None = None
         self.network: nn.Module = module
         if processes.count > 1:
@@ -190,7 +191,7 @@ class Loop:
 
     def _count_overlap(self, labels: Tensor, mask: Tensor) -> None:
         """This process's overlap and union of every object since the epoch began; stays on the device, unread."""
-        for label in range(1, len(CLASSES)):
+        for label in range(1, len(self.classes)):
             found, truth = labels == label, mask == label
             self._overlap[0, label - 1] += (found & truth).sum()
             self._overlap[1, label - 1] += (found | truth).sum()
@@ -198,7 +199,7 @@ class Loop:
     def live_iou(self) -> dict[str, float]:
         """Training IoU of the objects over the epoch so far: of augmented images and of weights that still move."""
         overlap, union = self._overlap.tolist()
-        return {name: o / u if u else math.nan for name, o, u in zip(CLASSES[1:], overlap, union, strict=True)}
+        return {name: o / u if u else math.nan for name, o, u in zip(self.classes[1:], overlap, union, strict=True)}
 
     # --- validation ---------------------------------------------------------------------------------
 
@@ -208,7 +209,7 @@ class Loop:
         self._stop_if_diverged()
         self._require_finite_weights()
         self.module.eval()
-        metrics = SegmentationMetrics(len(CLASSES))
+        metrics = SegmentationMetrics(len(self.classes))
         parts = []
         for index, batch in enumerate(self.val_loader):
             image, mask = self._to_device(batch)
@@ -234,7 +235,8 @@ class Loop:
         if not loss.isfinite():
             raise self._diverged(f"the loss of the validation images is {loss:g}")
         scores = metrics.compute()
-        found = {"val_miou": scores["miou"]} | {f"val_iou_{n}": s for n, s in zip(CLASSES, scores["iou"], strict=True)}
+        ious = zip(self.classes, scores["iou"], strict=True)
+        found = {"val_miou": scores["miou"]} | {f"val_iou_{name}": iou for name, iou in ious}
         # In fp32, as the scores in every checkpoint are, which those of a resumed run are compared with.
         return {"val_loss": loss.item(), **{name: float(np.float32(score)) for name, score in found.items()}}
 

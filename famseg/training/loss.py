@@ -12,8 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from famseg.anatomy import CLASSES
-
 TERMS = ("ce", "focal", "dice", "edge")
 _FOCUS = 2.0  # exponent of the focal loss, as Lin et al. 2017
 
@@ -26,8 +24,12 @@ def parse_loss(text: str) -> tuple[str, ...]:
     return terms
 
 
-def parse_class_weights(text: str) -> list[float] | None:
-    """Numbers joined by commas, one a class; None for "none" and "balanced". Raises ValueError for anything else."""
+def parse_class_weights(text: str, names: Sequence[str]) -> list[float] | None:
+    """Numbers joined by commas, one a class; None for "none" and "balanced". Raises ValueError for anything else.
+
+    Args:
+        names: of the classes, background first.
+    """
     if text in ("none", "balanced"):
         return None
     try:
@@ -35,10 +37,10 @@ def parse_class_weights(text: str) -> list[float] | None:
     except ValueError:
         weights = []
     usable = all(weight == 0 or 1e-6 <= weight <= 1e6 for weight in weights)  # sums over pixels stay fp32 numbers
-    if len(weights) != len(CLASSES) or not usable or not any(weights):
+    if len(weights) != len(names) or not usable or not any(weights):
         raise ValueError(
-            f"class_weights: expected none, balanced, or {len(CLASSES)} numbers (0, or 1e-6 to 1e6) joined by commas "
-            f"({', '.join(CLASSES)}), got {text!r}"
+            f"class_weights: expected none, balanced, or {len(names)} numbers (0, or 1e-6 to 1e6) joined by commas "
+            f"({', '.join(names)}), got {text!r}"
         )
     return weights
 

@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from famseg.data.sample import CLASSES
 from famseg.models import create_model
 from famseg.training.config import TrainConfig
 from famseg.training.finetune import freeze
@@ -36,7 +35,9 @@ class SegmentationModule(nn.Module):
         super().__init__()
         self.config = config
         self.phases = config.plan()
-        self.model: nn.Module = create_model(config.model, len(CLASSES), **config.model_options())
+        self.model: nn.Module = create_model(
+            config.model, len(config.structures()), config.in_channels, **config.model_options()
+        )
         self.frozen = freeze(self.model, config.learning_part(), config.train_head)
         self.channels_last = channels_last
         if channels_last:
@@ -48,7 +49,7 @@ class SegmentationModule(nn.Module):
         self._images = config.batch_size * processes  # a step
 
     def forward(self, image: Tensor) -> Tensor:
-        """Logits (N, classes, h, w) of images (N, 1, h, w); in evaluation by the averaged weights, where there are."""
+        """Logits (N, classes, h, w) of images (N, in_channels, h, w); in evaluation by the averaged weights, if any."""
         if self.channels_last:
             image = image.contiguous(memory_format=torch.channels_last)
         with use_backend(self.config.backend):

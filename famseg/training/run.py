@@ -19,9 +19,10 @@ import torch.distributed as dist
 import yaml
 from torch.utils.data import DataLoader, Sampler, SequentialSampler
 
+from famseg.anatomy import names_of
 from famseg.data.augment import eval_transform, train_transform
+from famseg.data.classes import left_out_of
 from famseg.data.dataset import SegmentationDataset, open_data
-from famseg.data.sample import CLASSES
 from famseg.data.split import first_images, k_folds, split_by_subject
 from famseg.evaluation import evaluate
 from famseg.files.errors import DataError
@@ -102,7 +103,12 @@ def prepare(config: TrainConfig, processes: Processes) -> Prepared:
     """
     keep_freed_memory()
     accelerator = _accelerator(config, processes)
-    samples = open_data(config.data, image_size=config.image_size, seed=config.seed)
+    classes = config.structures()
+    samples = open_data(
+        config.data, image_size=config.image_size, seed=config.seed, classes=classes, in_channels=config.in_channels
+    )
+    if (left_out := left_out_of(samples)) and processes.rank == 0:
+        print(f"data '{config.data}': {', '.join(left_out)} counted as background: --classes has {config.classes}")
     if config.folds:
         parts = k_folds(samples, config.folds, config.fold, config.seed)
     else:
@@ -117,13 +123,13 @@ def prepare(config: TrainConfig, processes: Processes) -> Prepared:
     transform = train_transform(size, config.augmentation)
     training = SegmentationDataset(samples, parts[0], transform, seed=config.seed, cache=config.cache)
     validation = SegmentationDataset(samples, parts[1], eval_transform(size), cache=config.cache)
-    pixels = np.zeros(len(CLASSES))
+    pixels = np.zeros(len(classes))
     for dataset, seen in ((training, images["trained"]), (validation, images["held_out"])):
         for position in range(len(dataset)):
             sample = dataset.sample(position)  # decode and check now, not in the middle of the first epoch
             seen[sample.digest] = sample.name
             if dataset is training:
-                pixels += np.bincount(sample.mask.ravel(), minlength=len(CLASSES)) / sample.mask.size
+                pixels += np.bincount(sample.mask.ravel(), minlength=len(classes)) / sample.mask.size
     for name, dataset in (("training", training), ("validation", validation)):
         if len(dataset) < processes.count:
             raise DataError(
@@ -145,7 +151,11 @@ def prepare(config: TrainConfig, processes: Processes) -> Prepared:
         )
 
     torch.manual_seed(config.seed)
-    weights = _balanced(pixels) if config.class_weights == "balanced" else parse_class_weights(config.class_weights)
+    weights = (
+        _balanced(pixels)
+        if config.class_weights == "balanced"
+        else parse_class_weights(config.class_weights, names_of(classes))
+    )
     try:
         module = SegmentationModule(
             config,
@@ -293,7 +303,7 @@ def _epochs(
             for path in (checkpoints.best, checkpoints.last) if best else (checkpoints.last,):
                 write_checkpoint(checkpoint, path)
             # After the checkpoint, which must not depend on who reads the output.
-            print(epoch_line(row, time_left), flush=True)
+            print(epoch_line(row, time_left, loop.classes[1:]), flush=True)
             bar.scores = row
     table.close()
     return done
@@ -306,7 +316,7 @@ def _write_results(out: Path, run: Prepared, epochs: int, table: MetricsTable, b
     network = load_network(best)
     held_out = [run.validation.sample(position) for position in range(len(run.validation))]
     labels = predict(network, (s.image for s in held_out), device=run.device.type, backend=config.backend)
-    evaluation = evaluate(held_out, labels)
+    evaluation = evaluate(held_out, labels, network.classes)
     facts = {
         "best_epoch": network.epoch,
         "epochs": epochs,
@@ -319,11 +329,12 @@ def _write_results(out: Path, run: Prepared, epochs: int, table: MetricsTable, b
         "train_seconds": round(table.seconds, 1),
     }
     write_metrics(out, evaluation, facts)
-    plot_history(table.rows, out / "figures" / "loss.png")
+    plot_history(table.rows, out / "figures" / "loss.png", network.classes)
     worst_to_best = evaluation.ranking()
     spread = np.linspace(0, len(held_out) - 1, min(_OVERLAYS, len(held_out))).round().astype(int)
     shown = [(held_out[i], evaluation.labels(i)) for i in (worst_to_best[place] for place in spread)]
-    plot_overlays([(s.name, s.image, s.mask, found) for s, found in shown], out / "figures" / "overlays.png")
+    items = [(s.name, s.image, s.mask, found) for s, found in shown]
+    plot_overlays(items, out / "figures" / "overlays.png", network.classes)
 
 
 def _resumed(config: TrainConfig, processes: Processes) -> tuple[TrainConfig, Path | None]:
