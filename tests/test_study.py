@@ -207,6 +207,51 @@ def test_a_cell_whose_options_changed_is_refused(undisturbed: Path, tmp_path: Pa
     assert "cell 'A', seed 0: was begun with weight_decay 0.01, has 0.5 now" in error and error.count("\n") == 1
 
 
+# --- search -------------------------------------------------------------------------------------------
+
+TINY = {**STUDY["budgets"]["tiny"], "lr_limit_max": 1e30, "clip_norm": 0}
+SEARCH = changed(
+    budgets={"tiny": {**TINY, "search": {"learning_rate": [1e30, 0.04, 0.01]}}},
+    cells={"A": {}, "B": {"loss": "ce"}, "own": {"learning_rate": 0.02}},
+)
+
+
+def test_a_search_gives_every_cell_the_best_of_the_values(tmp_path: Path) -> None:
+    file, out = written(tmp_path / "own.yaml", SEARCH), tmp_path / "out"
+    assert main([file, "--out", str(out), "--shard", "1/2"]) == 1  # the wild value diverged
+    assert [row["state"] for row in rows(out) if row["cell"] == "B"] == ["open"] * 3 + ["waiting"] * 2
+    assert main([file, "--out", str(out), "--shard", "2/2"]) == 1
+    for cell in "AB":
+        tried = {row["repeat"]: row for row in rows(out) if row["cell"] == cell}
+        assert list(tried) == ["search 1e+30", "search 0.04", "search 0.01", "seed 0", "seed 1"]
+        assert tried["search 1e+30"]["state"] == "diverged"
+        assert {row["seed"] for name, row in tried.items() if "search" in name and row["seed"]} == {"2"}
+        best = max(("0.04", "0.01"), key=lambda value: float(tried[f"search {value}"]["miou"]))
+        assert [tried[f"seed {i}"]["learning_rate"] for i in range(2)] == [best] * 2
+        for i in range(2):
+            config = yaml.safe_load((out / "cells" / cell.lower() / f"seed-{i}" / "run" / "config.yaml").read_text())
+            assert str(config["learning_rate"]) == best
+    lines = {row["cell"]: row for row in rows(out, "table.csv")}
+    mean = np.mean([100 * float(row["miou"]) for row in rows(out) if row["cell"] == "A" and "seed" in row["repeat"]])
+    assert float(lines["A"]["mIoU mean"]) == pytest.approx(mean, rel=1e-4) and lines["A"]["runs"] == "2"
+    assert lines["own"]["learning_rate"] == "0.02" and len([r for r in rows(out) if r["cell"] == "own"]) == 2
+    assert "in one run each with 1e+30, 0.04, 0.01" in (out / "table.md").read_text()
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("result.json")}
+    assert main([file, "--out", str(out)]) == 1
+    assert {path: path.stat().st_mtime_ns for path in before} == before  # not run again
+
+
+def test_a_cell_that_diverges_with_every_value_is_told(tmp_path: Path) -> None:
+    wild = {"learning_rate": [1e30, 1e29]}
+    cells = {"A": {}, "B": {"learning_rate": 0.04}}
+    study = changed(budgets={"tiny": {**TINY, "search": wild}}, cells=cells)
+    file, out = written(tmp_path / "own.yaml", study), tmp_path / "out"
+    assert main([file, "--out", str(out)]) == 1
+    states = {(row["cell"], row["repeat"]): (row["state"], row["reason"]) for row in rows(out)}
+    assert states["A", "seed 0"] == ("diverged", "its cell diverged with every learning_rate of the search")
+    assert states["B", "seed 0"] == ("done", "")
+
+
 # --- shipped studies ----------------------------------------------------------------------------------
 
 
@@ -225,7 +270,7 @@ def test_shipped_studies_are_valid(name: str, tmp_path: Path) -> None:
     weights = str(tmp_path / "weights.pth") if "weights: given" in SHIPPED[name].read_text() else None
     for budget in ("cpu", "gpu"):
         study = read_study(name, budget, "phantom:10", weights)
-        assert len(study.runs) >= 3 * len(content["cells"])
+        assert study.repeats >= 3 and len(study.runs) >= 3 * len(content["cells"])
     assert len(read_study(name, smoke=True).runs) == len(content["cells"])
 
 
@@ -258,6 +303,11 @@ BAD = {
     "bad data": (["--data", "hc18:/nowhere"], {}, "/nowhere"),
     "weights missing": ([], {"cells": {"B": {"weights": "given"}}}, "cell 'B': starts from given weights"),
     "weights idle": (["--weights", "/dev/null"], {}, "no cell of"),
+    "search": ([], {"budgets": {"x": {**TINY, "search": {"learning_rate": [1]}}}}, "search: expected one option"),
+    "searched": ([], {"budgets": {"x": {**TINY, "search": {"seed": [1, 2]}}}}, "search: expected one option"),
+    "search word": ([], {"budgets": {"x": {**TINY, "search": {"colour": [1, 2]}}}}, "search: option: expected one of"),
+    "search value": ([], {"budgets": {"x": {**TINY, "search": {"patience": [1, "a"]}}}}, "cell 'A': patience:"),
+    "search twice": ([], {"budgets": {"x": {**TINY, "search": {"epochs": [1, 2]}}}}, "epochs has a value already"),
     "shard": (["--shard", "3/2"], {}, "shard: expected I/N"),
 }
 

@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _study(options: Options) -> int:
     # Imported late: --help and usage errors need none of it.
     from famseg.study.plan import listing, read_study
-    from famseg.study.run import DIVERGED, DONE, FAILED, OPEN, check_folder, run_all
+    from famseg.study.run import DIVERGED, DONE, FAILED, OPEN, check_folder, part_of, run_all
 
     if options.list:
         print(listing())
@@ -59,9 +59,10 @@ def _study(options: Options) -> int:
     check_folder(study, out)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends a study as Ctrl-C does
     print(f"{study.title}: {len(study.cells)} cells, {len(study.runs)} runs, {study.runs[0].config.data}", flush=True)
-    for number, (done, outcome) in enumerate(run_all(study, out, shard)):
+    total = len(part_of(study, shard))
+    for number, (done, outcome) in enumerate(run_all(study, out, shard), 1):
         words = f"mIoU {outcome['miou']:.3f}" if outcome["state"] == DONE else outcome["reason"] or outcome["state"]
-        print(f"[{number * shard[1] + shard[0]}/{len(study.runs)}] {done.cell}, {done.repeat}: {words}", flush=True)
+        print(f"[{number}/{total}] {done.cell}, {done.repeat}: {words}", flush=True)
         _write(study, out, pictures=False)
     states = _write(study, out, pictures=True)
     counts = {state: states.count(state) for state in dict.fromkeys(states)}
@@ -78,13 +79,13 @@ def _write(study: Any, out: Path, *, pictures: bool) -> list[str]:
     from famseg.files.lock import Busy, locked
     from famseg.files.writing import write_atomic
     from famseg.study.report import write_report
-    from famseg.study.run import result
+    from famseg.study.run import results
     from famseg.study.tables import rows_of, write_numbers
 
     while True:
         try:
             with locked(out, fresh=False):
-                rows = rows_of(study, [result(done, out) for done in study.runs])
+                rows = rows_of(study, results(study, out))
                 write_atomic(out / "study.yaml", yaml.safe_dump(dict(study.source), sort_keys=False).encode())
                 tables = write_numbers(study, rows, out)
                 if pictures:

@@ -5,12 +5,13 @@
     scores: {COLUMN: KEY of metrics.json, dots between levels}
     reference: the cell that the others are compared with
     options: {of every cell} (optional)
-    budgets: {NAME: {seeds: N or folds: N, and any options of TrainConfig}}
+    budgets: {NAME: {seeds: N or folds: N, search: {OPTION: [values]} (optional), and any options of TrainConfig}}
     cells: {NAME: {any options of TrainConfig, published: [a figure a column, or null], against: CELL}}
 
 Options of a cell go over its budget's, those over the study's. The images and the classes are the study's: a cell
-cannot change them.
-`against` names another cell than the reference to compare this one with.
+cannot change them. `against` names another cell than the reference to compare this one with. With `search` every cell
+is first trained once with each of the values, with a seed that none of its runs has, and then has the one of the best
+mIoU; a cell that gives the option itself is not searched.
 """
 
 from __future__ import annotations
@@ -62,9 +63,10 @@ class Run:
     """One training of a cell."""
 
     cell: str
-    repeat: str  # "seed 0" or "fold 0": runs of two cells with the same repeat are a pair
+    repeat: str  # "seed 0" or "fold 0": runs of two cells with the same repeat are a pair; or "search VALUE"
     config: TrainConfig
     folder: Path  # in the study's folder
+    searches: bool = False  # tries a value for the cell's other runs, and is in no table but runs.csv
 
 
 class Sizes(NamedTuple):
@@ -87,6 +89,7 @@ class Study:
     references: Mapping[str, str]  # cell → the one that it is compared with
     published: Mapping[str, Mapping[str, float]]  # cell → column → the paper's figure, as printed
     runs: Sequence[Run]
+    search: str | None  # the option of which every cell's searching runs choose a value for its others
     sizes: Mapping[str, Sizes]
     smoke: bool
     source: Mapping[str, Any]  # the file's content with this budget alone
@@ -94,6 +97,11 @@ class Study:
     @property
     def cells(self) -> list[str]:
         return list(self.published)
+
+    @property
+    def repeats(self) -> int:
+        """Runs of a cell that count."""
+        return sum(not run.searches for run in self.runs) // len(self.cells)
 
 
 def read_study(
@@ -120,6 +128,7 @@ def read_study(
     _expect("budget", [budget] if budget else [], budgets)
     budget = budget or next(iter(budgets))
     repeats, shared = _repeats(f"budget {budget}", _mapping(budgets[budget], f"budget {budget}"), smoke)
+    search, values = _search(f"budget {budget}", shared.pop("search", None))
     shared = _mapping(content.get("options") or {}, "options") | shared | ({"data": data} if data else {})
     try:
         classes = parse_classes(str(shared.get("classes", DEFAULT)))
@@ -129,6 +138,8 @@ def read_study(
     phantoms = smoke and set(names_of(classes)) <= set(CLASSES)
     if not phantoms and "data" not in shared:
         raise ConfigError(f"data: this study is of your own images; give them like {name} --data hc18:DIR")
+    if search in shared:
+        raise ConfigError(f"budget {budget}: search: {search} has a value already; leave one of the two out")
     runs, references, published, sizes = [], {}, {}, {}
     for cell, options in cells.items():
         cell, where = str(cell), f"cell '{cell}'"
@@ -138,8 +149,9 @@ def read_study(
         if not isinstance(figures, list) or len(figures) not in (0, len(scores)):
             raise ConfigError(f"{where}: published: expected {len(scores)} figures ({', '.join(scores)}) or none")
         published[cell] = {column: float(f) for column, f in zip(scores, figures, strict=False) if f is not None}
-        if own := [key for key in _OF_THE_STUDY if key in options]:
-            raise ConfigError(f"{where}: {own[0]}: is the same for all cells; put it into the budget")
+        own = list(options)
+        if common := [key for key in _OF_THE_STUDY if key in own]:
+            raise ConfigError(f"{where}: {common[0]}: is the same for all cells; put it into the budget")
         options = shared | options | (_smoke(shared | options, phantoms) if smoke else {})
         if options.get("weights") == "given":
             if weights is None and not smoke:
@@ -151,8 +163,12 @@ def read_study(
             config = _config(options)
             if config.weights and not Path(config.weights).is_file():
                 raise ConfigError(f"weights: {config.weights} is no file")
-            network = {"num_classes": len(classes), "in_channels": config.in_channels, **config.model_options()}
-            sizes[cell] = _sizes(config.model, frozenset(network.items()), config.learning_part(), config.train_head)
+            network = frozenset(config.model_options().items())
+            sizes[cell] = _sizes(config.model, network, config.learning_part(), config.train_head)
+            for value in [] if smoke or search in own else values:
+                repeat = f"search {value}"
+                tried = _config({**options, **_unused(repeats), str(search): value})
+                runs.append(Run(cell, repeat, tried, Path(_slug(cell), _slug(repeat)), searches=True))
             for repeat, setting in repeats.items():
                 folder = Path(_slug(cell), _slug(repeat))
                 runs.append(Run(cell, repeat, dataclasses.replace(config, **setting), folder))
@@ -166,7 +182,7 @@ def read_study(
         raise ConfigError(f"weights: no cell of {name} starts from given weights; leave them out")
     source = {**content, "budgets": {budget: {**budgets[budget], "data": first.data}}}
     about = str(content.get("about", ""))
-    return Study(name, title, about, budget, scores, references, published, runs, sizes, smoke, source)
+    return Study(name, title, about, budget, scores, references, published, runs, search, sizes, smoke, source)
 
 
 def listing() -> str:
@@ -176,8 +192,10 @@ def listing() -> str:
         content = _content(name)
         budgets = []
         for budget, options in content["budgets"].items():
-            repeats, _ = _repeats(budget, options, False)
-            budgets.append(f"{budget} {len(content['cells']) * len(repeats)} runs")
+            repeats, options = _repeats(budget, options, False)
+            search, values = _search(budget, options.get("search"))
+            searched = sum(search not in (cell or {}) for cell in content["cells"].values()) * len(values)
+            budgets.append(f"{budget} {len(content['cells']) * len(repeats) + searched} runs")
         lines.append(f"{name:16}{len(content['cells']):3} cells, {', '.join(budgets):28} {content['title']}")
     return "\n".join(lines)
 
@@ -244,12 +262,28 @@ def _repeats(where: str, budget: Mapping[str, Any], smoke: bool) -> tuple[dict[s
     return {f"fold {i}": {"folds": count, "fold": i} for i in numbers}, options
 
 
-def _smoke(options: Mapping[str, Any], phantoms: bool) -> dict[str, Any]:
-    """One epoch of one step; with several optimizers in turn, an epoch of each.
+def _search(where: str, given: object) -> tuple[str | None, list[Any]]:
+    """The option and its values; (None, []) without a search."""
+    if given is None:
+        return None, []
+    (option, values), *others = _mapping(given, f"{where}: search").items() or [(None, None)]
+    if others or option in _OF_THE_STUDY or not isinstance(values, list) or len(set(map(str, values))) < 2:
+        raise ConfigError(
+            f"{where}: search: expected one option of a cell with two values or more, "
+            f"like {{learning_rate: [0.04, 0.01]}}, got {given!r}"
+        )
+    _expect(f"{where}: search: option", [option], _OPTIONS)
+    return option, values
 
-    Args:
-        phantoms: instead of the study's images, whose classes they do not have otherwise.
-    """
+
+def _unused(repeats: Mapping[str, Mapping[str, Any]]) -> Mapping[str, Any]:
+    """What a searching run has for a repeat: a seed that no other run has; of folds the first."""
+    first = next(iter(repeats.values()))
+    return first if "fold" in first else {"seed": len(repeats)}
+
+
+def _smoke(options: Mapping[str, Any]) -> dict[str, Any]:
+    """One epoch of one step; with several optimizers in turn, an epoch of each."""
     phases = len(str(options.get("phases", TrainConfig.phases)).split(","))
     few = {"train_images": _SMOKE["batch_size"]} if "train_images" in options or not phantoms else {}
     data = {} if phantoms else {"data": options["data"]}

@@ -27,8 +27,9 @@ _SHOWN = 5  # images of the panel
 
 def write_report(study: Study, rows: Sequence[Mapping[str, Any]], tables: Sequence[Table], out: Path) -> None:
     """Write loss.png, panel.png (of the first repeat that is done) and report.html."""
+    counted = [run for run in study.runs if not run.searches]
     histories = {
-        cell: [history for run in study.runs if run.cell == cell and (history := read_history(checkpoint_of(run, out)))]
+        cell: [history for run in counted if run.cell == cell and (history := read_history(checkpoint_of(run, out)))]
         for cell in study.cells
     }
     curves = curves_figure(histories)
@@ -47,7 +48,7 @@ def write_report(study: Study, rows: Sequence[Mapping[str, Any]], tables: Sequen
         subtitle=study.about,
         facts=(
             f"Budget {study.budget}: {config.data}, {config.image_size} px, batches of {config.batch_size}; "
-            f"{len(study.runs) // len(study.cells)} {'fold' if config.folds else 'seed'}(s) a cell."
+            f"{study.repeats} {'fold' if config.folds else 'seed'}(s) a cell."
         ),
         notes=notes_of(study, rows),
         sections=sections,
@@ -58,7 +59,7 @@ def write_report(study: Study, rows: Sequence[Mapping[str, Any]], tables: Sequen
 
 def _panel(study: Study, rows: Sequence[Mapping[str, Any]], out: Path) -> str:
     """Write panel.png; what is to be said of it, or "" where no run is done."""
-    done = [run for run, row in zip(study.runs, rows, strict=True) if row["state"] == DONE]
+    done = [run for run, row in zip(study.runs, rows, strict=True) if row["state"] == DONE and not run.searches]
     if not done:
         return ""
     repeat = done[0].repeat

@@ -16,7 +16,7 @@ import shutil
 import signal
 import threading
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ from famseg.training.run import train
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["torch._dynamo", "famseg.training.run"])  # seconds of imports, once and not a run
 
-DONE, DIVERGED, FAILED, OPEN = "done", "diverged", "failed", "open"
+DONE, DIVERGED, FAILED, OPEN, WAITING = "done", "diverged", "failed", "open", "waiting"
 
 
 def folder_of(run: Run, out: Path) -> Path:
@@ -45,7 +45,7 @@ def checkpoint_of(run: Run, out: Path) -> Path:
 
 
 def result(run: Run, out: Path) -> dict[str, Any]:
-    """The run's "state" (DONE, DIVERGED, FAILED or OPEN), its "reason" in a line, and metrics.json's content if any."""
+    """The run's "state" (above), its "reason" in a line, and metrics.json's content if any."""
     folder = folder_of(run, out)
     try:
         outcome = json.loads((folder / "result.json").read_text())
@@ -55,12 +55,34 @@ def result(run: Run, out: Path) -> dict[str, Any]:
     return {**outcome, **metrics}
 
 
+def results(study: Study, out: Path) -> list[tuple[Run, dict[str, Any]]]:
+    """Every run with its `result`; a searched option is as the search has chosen, if it has."""
+    return [_settled(study, run, out) for run in study.runs]
+
+
+def _settled(study: Study, run: Run, out: Path) -> tuple[Run, dict[str, Any]]:
+    """The run with the value that its cell's searching runs have found the best, and its result as far as it is."""
+    tries = [other for other in study.runs if other.cell == run.cell and other.searches]
+    if run.searches or not tries:
+        return run, result(run, out)
+    assert study.search is not None
+    outcomes = [result(other, out) for other in tries]
+    scores = [outcome["miou"] if outcome["state"] == DONE else -1.0 for outcome in outcomes]
+    if any(outcome["state"] in (OPEN, FAILED) for outcome in outcomes):
+        return run, {"state": WAITING, "reason": f"waits for the search of its cell's {study.search}"}
+    if max(scores) < 0:
+        return run, {"state": DIVERGED, "reason": f"its cell diverged with every {study.search} of the search"}
+    value = getattr(tries[scores.index(max(scores))].config, study.search)
+    run = dataclasses.replace(run, config=dataclasses.replace(run.config, **{study.search: value}))
+    return run, result(run, out)
+
+
 def check_folder(study: Study, out: Path) -> None:
     """Raises DataError where `out` holds other things than a study, or a run with other settings than it has now."""
     if out.exists() and not (out / "cells").is_dir() and (not out.is_dir() or any(out.iterdir())):
         raise DataError(f"out: expected a new or empty folder or that of a study, got {out}; choose another --out")
     defaults = dataclasses.asdict(TrainConfig())
-    for run in study.runs:
+    for run, _ in results(study, out):
         written = folder_of(run, out) / "run" / "config.yaml"
         if not written.exists():
             continue
@@ -73,6 +95,14 @@ def check_folder(study: Study, out: Path) -> None:
                 )
 
 
+def part_of(study: Study, shard: tuple[int, int]) -> Sequence[Run]:
+    """What shard (i, n) does: every n-th run from the i-th on; with a search every n-th cell, as runs wait for it."""
+    if study.search is None:
+        return study.runs[shard[0] - 1 :: shard[1]]
+    cells = study.cells[shard[0] - 1 :: shard[1]]
+    return [run for run in study.runs if run.cell in cells]
+
+
 def run_all(study: Study, out: Path, shard: tuple[int, int]) -> Iterator[tuple[Run, dict[str, Any]]]:
     """Do what is left of this shard's runs; each as it ends, with its `result`.
 
@@ -80,15 +110,16 @@ def run_all(study: Study, out: Path, shard: tuple[int, int]) -> Iterator[tuple[R
     left to it, as OPEN.
 
     Args:
-        shard: (i, n): this is one of n studies that share `out`, and does every n-th run from the i-th on.
+        shard: (i, n): this is one of n studies that share `out`, and does its `part_of` the runs.
     """
-    for run in study.runs[shard[0] - 1 :: shard[1]]:
+    for run in part_of(study, shard):
         folder = folder_of(run, out)
         try:
             with locked(folder, fresh=False):
-                if result(run, out)["state"] not in (DONE, DIVERGED):
+                run, outcome = _settled(study, run, out)
+                if outcome["state"] in (OPEN, FAILED):
                     _run(run, folder)
-                outcome = result(run, out)
+                    outcome = result(run, out)
         except Busy:
             outcome = {"state": OPEN, "reason": "another process is at work on it"}
         yield run, outcome

@@ -15,8 +15,8 @@ from scipy import stats
 
 from famseg.files.tables import write_table
 from famseg.files.writing import write_atomic
-from famseg.study.plan import Study, flattened
-from famseg.study.run import DONE
+from famseg.study.plan import Run, Study, flattened
+from famseg.study.run import DONE, WAITING
 
 INTERVAL = (
     "Differences are means over pairs of runs with the same seed or fold, in brackets their 95 % interval (Student's t "
@@ -64,12 +64,14 @@ class Score:
         return min if self.is_length else max
 
 
-def rows_of(study: Study, results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def rows_of(study: Study, results: Sequence[tuple[Run, Mapping[str, Any]]]) -> list[dict[str, Any]]:
     """The rows of runs.csv, one a run, in the order of the study; scores as in metrics.json, not in %."""
     rows = []
-    for run, outcome in zip(study.runs, results, strict=True):
+    for run, outcome in results:
         row = {"cell": run.cell, "repeat": run.repeat, "state": outcome["state"], "reason": outcome["reason"]}
         row |= {"model": run.config.model, **study.sizes[run.cell]._asdict()}
+        if study.search is not None and outcome["state"] != WAITING:
+            row[study.search] = getattr(run.config, study.search)
         rows.append(row | flattened({key: value for key, value in outcome.items() if key not in row}))
     return rows
 
@@ -94,8 +96,10 @@ def difference(ours: Mapping[str, float], reference: Mapping[str, float]) -> Dif
 def write_numbers(study: Study, rows: Sequence[Mapping[str, Any]], out: Path) -> list[Table]:
     """Write runs.csv, table.csv, table.md and table.tex; returns the tables."""
     write_table(out / "runs.csv", rows, list(dict.fromkeys(column for row in rows for column in row)))
-    write_table(out / "table.csv", _numbers(study, rows))
-    tables, notes = _tables(study, rows), notes_of(study, rows)
+    counted = [row for run, row in zip(study.runs, rows, strict=True) if not run.searches]
+    numbers, notes = _numbers(study, counted), notes_of(study, rows)
+    write_table(out / "table.csv", numbers)
+    tables = _tables(study, numbers)
     markdown = [f"# {study.title}", *(f"> {note}" for note in notes), *map(as_markdown, tables), INTERVAL]
     write_atomic(out / "table.md", ("\n\n".join(markdown) + "\n").encode())
     latex = [f"% {study.title}", *(f"% {note}" for note in notes), *map(as_latex, tables), f"% {INTERVAL}"]
@@ -111,6 +115,12 @@ def notes_of(study: Study, rows: Sequence[Mapping[str, Any]]) -> list[str]:
     if any(part.strip().startswith("phantom") for part in study.runs[0].config.data.split(",")):
         notes.append(
             "Synthetic images: they compare networks and say nothing of a clinic, or of the published figures."
+        )
+    if study.search is not None:
+        notes.append(
+            f"Every cell has the {study.search} that gave the best mIoU in one run each with "
+            f"{', '.join(dict.fromkeys(run.repeat.removeprefix('search ') for run in study.runs if run.searches))}, "
+            f"on {'fold 0' if study.runs[0].config.folds else 'images of its own'}."
         )
     for row in rows:
         if row["state"] != DONE:
@@ -138,14 +148,14 @@ def _numbers(study: Study, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, 
             line |= {f"{score.column} {name}": value for name, value in zip(names, cells, strict=True)}
         seconds = list(_values(rows, cell, "train_seconds").values())
         line |= study.sizes[cell]._asdict()
+        if study.search is not None:
+            line[study.search] = next((row.get(study.search) for row in rows if row["cell"] == cell), None)
         line["train_seconds"] = mean_and_sd(seconds)[0] if seconds else None
         lines.append(line)
     return lines
 
 
-def _tables(study: Study, rows: Sequence[Mapping[str, Any]]) -> list[Table]:
-    numbers = _numbers(study, rows)
-    total = len(study.runs) // len(study.cells)
+def _tables(study: Study, numbers: Sequence[Mapping[str, Any]]) -> list[Table]:
     head, columns, best = ["cell"], [[line["cell"] for line in numbers]], set()
     for score in (Score(column, key) for column, key in study.scores.items()):
         known = any(score.column in figures for figures in study.published.values())
@@ -159,7 +169,10 @@ def _tables(study: Study, rows: Sequence[Mapping[str, Any]]) -> list[Table]:
     if any(line["trained"] != line["parameters"] for line in numbers):
         head.append("trained, M")
         columns.append([_fixed(line["trained"] / 1e6, 3) for line in numbers])
-    head += ["parameters, M", "GMAC at 256²", "min a run", f"runs of {total}"]
+    if study.search is not None:
+        head.append(study.search.replace("_", " "))
+        columns.append([_NONE if line[study.search] is None else str(line[study.search]) for line in numbers])
+    head += ["parameters, M", "GMAC at 256²", "min a run", f"runs of {study.repeats}"]
     columns += [
         [_fixed(line["parameters"] / 1e6, 3) for line in numbers],
         [_fixed(line["macs_256"] / 1e9, 3) for line in numbers],
