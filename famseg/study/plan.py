@@ -282,7 +282,7 @@ def _unused(repeats: Mapping[str, Mapping[str, Any]]) -> Mapping[str, Any]:
     return first if "fold" in first else {"seed": len(repeats)}
 
 
-def _smoke(options: Mapping[str, Any]) -> dict[str, Any]:
+def _smoke(options: Mapping[str, Any], phantoms: bool) -> dict[str, Any]:
     """One epoch of one step; with several optimizers in turn, an epoch of each."""
     phases = len(str(options.get("phases", TrainConfig.phases)).split(","))
     few = {"train_images": _SMOKE["batch_size"]} if "train_images" in options or not phantoms else {}
