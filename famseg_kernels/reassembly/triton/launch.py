@@ -201,6 +201,8 @@ class _Upsampling:
         lanes = 1 if contiguous and size == 2 else 2
         self.num_warps = self.pixels * lanes // 32
         self.channels = min(lanes * (8 if contiguous else 16 // size), triton.next_power_of_2(self.sizes.channels))
+        if size == 4 and self.channels >= self.sizes.channels > 1:
+            self.channels //= 2  # the compiler unrolls a single pass over the channels, and runs out of registers
         # Where pixels make few programs, several share the channels, each with the product to itself.
         chunks = triton.cdiv(self.sizes.channels, self.channels)
         programs = n * call.groups * self.blocks * (call.scale**2 // self.parts)
