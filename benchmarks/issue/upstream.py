@@ -1,9 +1,9 @@
 """`python -m benchmarks.issue.upstream DIR`: our 2D scan's predicted time beside that of Mamba-2's own kernels.
 
 DIR holds the sources of mamba_ssm (`pip download --no-deps --no-binary :all: mamba_ssm==2.2.6.post3`, unpacked);
-nothing of it is built. Its Triton kernels are compiled for an H100 and counted as ours are. Of what it leaves to its
-tuner the configuration with the shortest prediction is taken, launch by launch. Before and after them come a
-cross-scan and a cross-merge at the bandwidth of a copy, which no real one beats.
+nothing of it is built; its modules import einops. Its Triton kernels are compiled for an H100 and counted as ours are.
+Of what it leaves to its tuner the configuration with the shortest prediction is taken, launch by launch. Before and
+after them come a cross-scan and a cross-merge at the bandwidth of a copy, which no real one beats.
 """
 
 from __future__ import annotations
