@@ -86,9 +86,9 @@ class ConvBNReLU(nn.Sequential):
         )
 
 
-def bottleneck(cin: int, cout: int, stride: int) -> nn.Sequential:
-    """The main branch of both residual blocks: 1×1 → 3×3 (stride) → 1×1."""
-    hidden = max(cout // 4, 1)
+def bottleneck(cin: int, cout: int, stride: int, ratio: int) -> nn.Sequential:
+    """The main branch of both residual blocks: 1×1 → 3×3 (stride) → 1×1, with cout / ratio channels between."""
+    hidden = max(cout // ratio, 1)
     return nn.Sequential(
         ConvBNReLU(cin, hidden, 1),
         ConvBNReLU(hidden, hidden, 3, stride),
@@ -100,9 +100,9 @@ def bottleneck(cin: int, cout: int, stride: int) -> nn.Sequential:
 class ConvBlock(nn.Module):
     """The paper's convolution block: bottleneck beside a strided 1×1 convolution, summed, ReLU."""
 
-    def __init__(self, cin: int, cout: int, stride: int) -> None:
+    def __init__(self, cin: int, cout: int, stride: int, ratio: int = 4) -> None:
         super().__init__()
-        self.main = bottleneck(cin, cout, stride)
+        self.main = bottleneck(cin, cout, stride, ratio)
         self.side = nn.Sequential(nn.Conv2d(cin, cout, 1, stride, bias=False), nn.BatchNorm2d(cout))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -117,10 +117,17 @@ class BottleMamba(nn.Module):
     """
 
     def __init__(
-        self, channels: int, shortcut: Shortcut, d_state: int, headdim: int, directions: int, shared_bc: bool = False
+        self,
+        channels: int,
+        shortcut: Shortcut,
+        d_state: int,
+        headdim: int,
+        directions: int,
+        shared_bc: bool = False,
+        ratio: int = 4,
     ) -> None:
         super().__init__()
-        self.main = bottleneck(channels, channels, 1)
+        self.main = bottleneck(channels, channels, 1, ratio)
         self.shortcut: nn.Module = nn.Identity()
         if shortcut == "mamba":
             scan = Mamba2Scan2d(channels, d_state, headdim, directions=directions, shared_bc=shared_bc)

@@ -36,7 +36,7 @@ class Diverged(RuntimeError):
 # Fields that are options of FAMSeg; None: the model's own value.
 _ABLATIONS = (
     *("shortcut", "upsample", "context", "fusion", "strip_form", "fam_kernel", "fam_groups", "context_stride"),
-    *("context_rank", "directions", "shared_bc", "d_state", "headdim", "drop_path"),
+    *("context_rank", "directions", "shared_bc", "d_state", "headdim", "drop_path", "bottleneck_ratio"),
 )
 
 
@@ -121,6 +121,9 @@ class TrainConfig:
     shared_bc: bool | None = option(None, "all directions of the scan read the same B and C; default: each its own")
     d_state: int | None = option(None, "state size of the scan; default: the model's, 16 or 64")
     headdim: int | None = option(None, "channels a head of the scan; default: the model's, 16 or 32")
+    bottleneck_ratio: int | None = option(
+        None, "outer over hidden width of convolution and bottle blocks; default: 4, famseg_nano: 1"
+    )
     drop_path: float | None = option(None, "stochastic depth of the strip blocks; default: the model's, 0 or 0.1")
     weights: str | None = option(
         None,
