@@ -201,12 +201,13 @@ class _Upsampling:
         lanes = 1 if contiguous and size == 2 else 2
         self.num_warps = self.pixels * lanes // 32
         self.channels = min(lanes * (8 if contiguous else 16 // size), triton.next_power_of_2(self.sizes.channels))
-        if size == 4 and self.channels >= self.sizes.channels > 1:
-            self.channels //= 2  # the compiler unrolls a single pass over the channels, and runs out of registers
         # Where pixels make few programs, several share the channels, each with the product to itself.
         chunks = triton.cdiv(self.sizes.channels, self.channels)
         programs = n * call.groups * self.blocks * (call.scale**2 // self.parts)
-        self.chunks = triton.cdiv(chunks, max(1, min(chunks, PROGRAMS // programs)))
+        # Two at least: a single pass is unrolled, and the compiler runs out of registers.
+        if chunks == 1 and self.channels > 1:
+            self.channels, chunks = self.channels // 2, 2
+        self.chunks = max(min(chunks, 2), triton.cdiv(chunks, max(1, PROGRAMS // programs)))
         self.grid = (
             n * call.groups * self.blocks,
             call.scale**2 // self.parts,
