@@ -25,6 +25,7 @@ from torch.nn.utils import fuse_conv_bn_eval
 
 from famseg.models.blocks import BottleMamba, ConvBlock, StripBlock, strip_maps
 from famseg.models.famseg import FAMSeg
+from famseg.models.segnext import MLP_RATIOS, WIDTHS, SegNeXt
 from famseg_kernels import DepthwiseConv2d, Mamba2Scan2d, ssd_scan_2d, strip_conv2d
 from famseg_kernels.children import altered, patched
 from famseg_kernels.ssd_scan.layer import NORM_EPSILON
@@ -38,18 +39,21 @@ _LARGEST_MAP = 1 << 22
 def optimize_for_inference(model: nn.Module) -> nn.Module:
     """A copy of `model` with the same outputs up to rounding, in less time; `model` itself is not changed.
 
-    Of a FAMSeg everything that this module's description names is folded and rearranged; of another network the batch
-    norms that follow a convolution in an nn.Sequential. A convolution that is not plain (hooks, an adapter, a
-    parametrization) is left as it is, and a FAMSeg with such a part is treated like another network.
+    Of a FAMSeg or SegNeXt everything that this module's description names is folded and rearranged; of another network
+    the batch norms that follow a convolution in an nn.Sequential. A convolution that is not plain (hooks, an adapter, a
+    parametrization) is left as it is, and a FAMSeg or SegNeXt with such a part is treated like another network.
 
     The copy records no gradients. Its `train()` raises a RuntimeError: train the model that it was made from. It runs
     on any device, in any dtype and with any backend; the time is won on a CPU in fp32.
     """
     _keep_memory()
     folded = fold_norms(model).requires_grad_(False)
-    if type(model) is not FAMSeg or patched() or not all(map(_known, model.modules())):
+    if type(model) not in (FAMSeg, SegNeXt) or patched() or not all(map(_known, model.modules())):
         return _Optimized(folded)
-    channels = max(model.config.context_channels >> 3, 8)  # of the last upsampling's result
+    # A pixel's share of the largest map: the last upsampling's result, or the hidden one of the first blocks' MLPs.
+    channels = (
+        max(model.config.context_channels >> 3, 8) if isinstance(model, FAMSeg) else WIDTHS[0] * MLP_RATIOS[0] // 16
+    )
     rewritten = _rewritten(folded).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return _Optimized(rewritten, _LARGEST_MAP // channels)
 
@@ -75,7 +79,7 @@ def _plain(module: nn.Module) -> bool:
 
 
 def _known(module: nn.Module) -> bool:
-    """Whether this file knows a part of a FAMSeg."""
+    """Whether this file knows a part of a FAMSeg or SegNeXt."""
     if isinstance(module, nn.Conv2d) and (module.padding_mode != "zeros" or isinstance(module.padding, str)):
         return False
     return _plain(module) and type(module).__module__.partition(".")[0] in ("famseg", "famseg_kernels", "torch")
@@ -118,7 +122,7 @@ class _Optimized(nn.Module):
 
 
 def _rewritten(module: nn.Module) -> nn.Module:
-    """What stands for a part of a FAMSeg whose batch norms are folded; the part itself, with other children, or new."""
+    """What stands for a part of a network whose batch norms are folded; the part itself, with other children, or new."""
     if isinstance(module, StripBlock):
         return _StripBlock(module)
     if isinstance(module, ConvBlock):

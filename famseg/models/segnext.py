@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Sequence
 
 import torch
@@ -75,14 +76,9 @@ class Stem(nn.Module):
         return self.proj(x)
 
 
-class PatchEmbed(nn.Module):
+class PatchEmbed(nn.Sequential):
     def __init__(self, cin: int, cout: int) -> None:
-        super().__init__()
-        self.proj = nn.Conv2d(cin, cout, 3, 2, 1)
-        self.norm = nn.BatchNorm2d(cout)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.norm(self.proj(x))
+        super().__init__(OrderedDict(proj=nn.Conv2d(cin, cout, 3, 2, 1), norm=nn.BatchNorm2d(cout)))
 
 
 class Decoder(nn.Module):
