@@ -13,7 +13,6 @@ import torch
 from famseg_kernels import available_backends
 from famseg_kernels.backends import CHOICES as BACKENDS
 
-DATA_HELP = "phantom[:LENGTH], hc18:DIR, planes:DIR, isic:DIR, folder:DIR, or several joined by commas"
 LARGEST_SEED = 2**32 - 1
 _LARGEST = 1_000_000  # of whatever is counted: what is more is a slip
 

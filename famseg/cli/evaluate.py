@@ -17,6 +17,7 @@ import numpy as np
 
 from famseg.anatomy import Structure, reported
 from famseg.cli.command import build_parser, parse, progress, required, run
+from famseg.data import DATA_HELP
 from famseg.data.classes import left_out_of
 from famseg.data.dataset import open_data
 from famseg.data.sample import Sample
@@ -28,7 +29,6 @@ from famseg.files.writing import write_atomic
 from famseg.inference import Network, load_network, predict
 from famseg.options import (
     CHECKPOINT_HELP,
-    DATA_HELP,
     LARGEST_SEED,
     InferenceOptions,
     device_for,

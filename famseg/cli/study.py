@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from famseg.cli.command import build_parser, parse, required, run
-from famseg.options import DATA_HELP, ConfigError, option
+from famseg.data import DATA_HELP
+from famseg.options import ConfigError, option
 
 PROG = "famseg-study"
 

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from famseg.anatomy import BY_LABEL, MEASURES, Structure
+from famseg.data import DATA_HELP
 from famseg.data.augment import Transform, channels_first, letterbox_scale
 from famseg.data.classes import adapted, left_out_of
 from famseg.data.folder import Folder
@@ -24,7 +25,6 @@ from famseg.data.sample import Sample
 from famseg.data.split import subjects_of
 from famseg.files.errors import DataError
 from famseg.files.listing import given_path
-from famseg.options import DATA_HELP
 
 PHANTOM_LENGTH = 800  # images of a plain "phantom": 640 to train, 160 to validate at the usual 80:20 split
 _NEXT_SOURCE = r",(?=\s*(?:phantom|hc18|planes|isic|folder)\b)"  # not every comma: folders have them in their names

@@ -51,9 +51,9 @@ def optimize_for_inference(model: nn.Module) -> nn.Module:
     if type(model) not in (FAMSeg, SegNeXt) or patched() or not all(map(_known, model.modules())):
         return _Optimized(folded)
     # A pixel's share of the largest map: the last upsampling's result, or the hidden one of the first blocks' MLPs.
-    channels = (
-        max(model.config.context_channels >> 3, 8) if isinstance(model, FAMSeg) else WIDTHS[0] * MLP_RATIOS[0] // 16
-    )
+    channels = WIDTHS[0] * MLP_RATIOS[0] // 16
+    if isinstance(model, FAMSeg):
+        channels = max(model.config.context_channels >> 3, 8)
     rewritten = _rewritten(folded).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return _Optimized(rewritten, _LARGEST_MAP // channels)
 
@@ -122,7 +122,7 @@ class _Optimized(nn.Module):
 
 
 def _rewritten(module: nn.Module) -> nn.Module:
-    """What stands for a part of a network whose batch norms are folded; the part itself, with other children, or new."""
+    """What stands for a part of a network with folded batch norms; the part itself, with other children, or new."""
     if isinstance(module, StripBlock):
         return _StripBlock(module)
     if isinstance(module, ConvBlock):

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from famseg.anatomy import DEFAULT, Structure, names_of, parse_classes
+from famseg.data import DATA_HELP
 from famseg.models import MODELS, model_config, option_names
 from famseg.options import (
     BACKEND_HELP,
-    DATA_HELP,
     DEVICE_HELP,
     LARGEST_SEED,
     ConfigError,
