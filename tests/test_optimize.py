@@ -78,6 +78,7 @@ def test_every_network_gives_the_same_logits(name: str) -> None:
 
 @pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS)
 def test_every_option_gives_the_same_logits(options: dict[str, Any]) -> None:
+    torch.manual_seed(0)
     config = FAMSegConfig(**(SMALL | options))
     model = trained(FAMSeg(config), config.in_channels)
     for layout in (torch.contiguous_format, torch.channels_last):
