@@ -45,7 +45,7 @@ def telling(path: Path, **settings) -> Path:
         if name.endswith(("layer_scale_1", "layer_scale_2")):
             value.fill_(0.1)
         elif name.endswith(("in_proj.weight", "content_encoder.weight")):
-            value.normal_(std=0.2, generator=generator)
+            value.normal_(std=0.15, generator=generator)
     torch.save(checkpoint, path)
     return path
 

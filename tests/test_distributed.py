@@ -35,7 +35,8 @@ from famseg.training.loss import SegmentationLoss
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["famseg.training.run", "famseg.cli.train"])
 RUN = ["--data", "phantom:13", "--image-size", "32", "--class-weights", "1,3,2", "--loss", "ce+focal+dice"]
-RUN += ["--device", "cpu"]
+# Small steps: a network fresh from its start makes 1e-4 of rounding in two epochs of larger ones.
+RUN += ["--device", "cpu", "--learning-rate", "0.004", "--min-learning-rate", "0.00004", "--lr-limit-min", "0.00001"]
 
 
 @pytest.mark.parametrize("drop_last", [True, False])

@@ -163,8 +163,8 @@ def read_study(
             config = _config(options)
             if config.weights and not Path(config.weights).is_file():
                 raise ConfigError(f"weights: {config.weights} is no file")
-            network = frozenset(config.model_options().items())
-            sizes[cell] = _sizes(config.model, network, config.learning_part(), config.train_head)
+            network = {"num_classes": len(classes), "in_channels": config.in_channels, **config.model_options()}
+            sizes[cell] = _sizes(config.model, frozenset(network.items()), config.learning_part(), config.train_head)
             for value in [] if smoke or search in own else values:
                 repeat = f"search {value}"
                 tried = _config({**options, **_unused(repeats), str(search): value})
@@ -283,7 +283,11 @@ def _unused(repeats: Mapping[str, Mapping[str, Any]]) -> Mapping[str, Any]:
 
 
 def _smoke(options: Mapping[str, Any], phantoms: bool) -> dict[str, Any]:
-    """One epoch of one step; with several optimizers in turn, an epoch of each."""
+    """One epoch of one step; with several optimizers in turn, an epoch of each.
+
+    Args:
+        phantoms: instead of the study's images, whose classes they do not have otherwise.
+    """
     phases = len(str(options.get("phases", TrainConfig.phases)).split(","))
     few = {"train_images": _SMOKE["batch_size"]} if "train_images" in options or not phantoms else {}
     data = {} if phantoms else {"data": options["data"]}
