@@ -174,7 +174,7 @@ def test_memory_beside_the_results_does_not_grow_with_the_rows(
     assert needed <= y.nbytes / 1e6 + 4
     grad, results = cotangent(y).contiguous(memory_format=memory_format), sum(t.nbytes for t in tensors(args))
     if operation == "feature_aware_upsample":  # compressed's is a sum of parts of 4 rows and 2 on each side
-        results += 2 * weights.nbytes
+        results += 2 * weights.nbytes + 64 * x.shape[3]  # and a vector a pixel of a row, in AVX-512 of 64 bytes
     needs = [True] * len(tensors(args))
     assert peak_megabytes(lambda _: native.backward(grad, needs, *args), "cpu") <= results / 1e6 + 4
 
