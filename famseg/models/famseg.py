@@ -15,6 +15,7 @@ from famseg.models.blocks import (
     BottleMamba,
     ConvBlock,
     ConvBNReLU,
+    GroupNorm,
     Levels,
     Shortcut,
     StripBlock,
@@ -45,6 +46,8 @@ class FAMSegConfig:
     upsample: "fam" or "bilinear" (ablation of the decoder).
     fam_kernel, fam_groups: odd size of FAM's reassembly kernels; how many a pixel has, each for a group of channels.
     fusion: whether the decoder fuses stages 3 and 2 (Table 3, feature fusion).
+    stage_norm: whether a group norm of one group ends every stage. Without it the features of many strip blocks can grow
+        past all bounds in evaluation, while batch norms lag behind: their attention multiplies what it has by itself.
     drop_path: probability of leaving out the last strip block in training; it rises linearly from 0 at the first one.
     """
 
@@ -56,6 +59,7 @@ class FAMSegConfig:
     bottleneck_ratio: int = 4
     mlp_ratios: Sequence[int] = (8, 8, 4, 4)
     strip_form: StripForm = "cascade"
+    stage_norm: bool = True
     context_channels: int = 256
     context: Literal["hamburger", "lightham", "none"] = "hamburger"
     context_stride: int = 32
@@ -134,6 +138,7 @@ _CHOICES: dict[str, tuple[object, ...]] = {
     "context": ("hamburger", "lightham", "none"),
     "context_stride": (32, 16, 8),
     "fusion": _SWITCH,
+    "stage_norm": _SWITCH,
     "shared_bc": _SWITCH,
     "directions": (1, 2, 4),
 }
@@ -149,6 +154,7 @@ SIZES = {
         bottles=(1, 1, 1, 1),
         bottleneck_ratio=1,  # a quarter of so few channels lets too little through
         mlp_ratios=(4, 4, 4, 4),
+        stage_norm=False,  # with one strip block or two a stage, nothing grows
         context_channels=64,
         d_state=16,
         headdim=16,
@@ -204,6 +210,8 @@ class Encoder(nn.Module):
             scan = config.d_state, config.headdim, config.directions, config.shared_bc
             blocks += [BottleMamba(cout, config.shortcut, *scan, config.bottleneck_ratio) for _ in range(bottles)]
             blocks += [StripBlock(cout, config.mlp_ratios[i], next(rates), config.strip_form) for _ in range(strips)]
+            if config.stage_norm:
+                blocks.append(GroupNorm(1, cout))
             self.stages.append(nn.Sequential(*blocks))
             cin = cout
 
