@@ -46,7 +46,7 @@ class FAMSegConfig:
     upsample: "fam" or "bilinear" (ablation of the decoder).
     fam_kernel, fam_groups: odd size of FAM's reassembly kernels; how many a pixel has, each for a group of channels.
     fusion: whether the decoder fuses stages 3 and 2 (Table 3, feature fusion).
-    stage_norm: whether a group norm of one group ends every stage. Without it the features of many strip blocks can grow
+    stage_norm: whether a group norm of one group ends every stage. Without it features of many strip blocks can grow
         past all bounds in evaluation, while batch norms lag behind: their attention multiplies what it has by itself.
     drop_path: probability of leaving out the last strip block in training; it rises linearly from 0 at the first one.
     """
