@@ -70,6 +70,9 @@ class _Plan:
         self.tile = min(64 if backward and x.dtype == torch.float16 else limit, tile)
         self.state_tile = min(limit, max(tuned.tile, tuned.backward_tile))
         self.config = launch.Config(_WARPS, tuned.num_stages)
+        # In fp32, with two stages `pair_gradients` and `mix_direction` keep 80 bytes on the stack by Triton 3.9. With
+        # three it is at most 56, as by 3.6.
+        self.deep_config = self.config._replace(num_stages=3) if x.dtype == torch.float32 else self.config
         longest = min(limit, longest, _power_of_two(problem.chunk_size or longest))
         self.chunk = max(16, min(longest, _power_of_two(self.tokens)))
         self.chunks = -(-self.tokens // self.chunk)
@@ -191,9 +194,9 @@ class _Plan:
         if self.directions == 1:
             y = self.like_x(self.x.dtype)
             gates = {"gate": gate, "y_gradient": y_gradient, "gate_gradient": gate_gradient}
-            # In fp32, Triton 3.9 keeps 80 bytes on the stack with two stages, at most 56 with three, as 3.6 does.
-            config = self.config._replace(num_stages=3) if self.x.dtype == torch.float32 else self.config
-            launch.run(mix_direction, grid, config, resets=self.resets, skip=self.skip, **gates, y=y, **common)
+            launch.run(
+                mix_direction, grid, self.deep_config, resets=self.resets, skip=self.skip, **gates, y=y, **common
+            )
             return y
         part, shared = None, self.matrices == 1
         if self.x.dtype == torch.float32:
@@ -298,10 +301,7 @@ class _Plan:
             "HEADS": in_group // splits,
             **constants,
         }
-        # In fp32, Triton 3.9 keeps 80 bytes on the stack with two stages, at most 56 with three, as 3.6 does.
-        stages = 3 if self.x.dtype == torch.float32 else self.config.num_stages
-        config = self.config._replace(num_stages=stages)
-        launch.run(pair_gradients, (programs * splits,), config, of_skip=of_skip, **common)
+        launch.run(pair_gradients, (programs * splits,), self.deep_config, of_skip=of_skip, **common)
         launch.run(
             matrix_gradients,
             (programs * splits, parts),
