@@ -142,7 +142,7 @@ def test_gradients_asked_for_one_by_one_are_the_same(name):
 @pytest.mark.parametrize("programs", [1, 256])
 @pytest.mark.parametrize("name", ["feature_aware_upsample"])
 def test_programs_may_share_the_channels(name, programs, monkeypatch):
-    """Of three tiles, of which the last has gaps: one program takes all, or each has its own."""
+    """Of three tiles, of which the last has gaps: one program takes all, or two do."""
     module = importlib.import_module("famseg_kernels.reassembly.triton.launch")
     monkeypatch.setattr(module, "PROGRAMS", programs)
     args = reassembly.feature_aware_upsample("tiles", (1, 37, 3, 5), 3, compressed=33).arguments(torch.float32)

@@ -100,7 +100,7 @@ def bottleneck(cin: int, cout: int, stride: int, ratio: int) -> nn.Sequential:
 class ConvBlock(nn.Module):
     """The paper's convolution block: bottleneck beside a strided 1×1 convolution, summed, ReLU."""
 
-    def __init__(self, cin: int, cout: int, stride: int, ratio: int = 4) -> None:
+    def __init__(self, cin: int, cout: int, stride: int, ratio: int) -> None:
         super().__init__()
         self.main = bottleneck(cin, cout, stride, ratio)
         self.side = nn.Sequential(nn.Conv2d(cin, cout, 1, stride, bias=False), nn.BatchNorm2d(cout))
@@ -123,8 +123,8 @@ class BottleMamba(nn.Module):
         d_state: int,
         headdim: int,
         directions: int,
-        shared_bc: bool = False,
-        ratio: int = 4,
+        shared_bc: bool,
+        ratio: int,
     ) -> None:
         super().__init__()
         self.main = bottleneck(channels, channels, 1, ratio)

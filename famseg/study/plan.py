@@ -42,16 +42,8 @@ from famseg.training.finetune import STRATEGIES, count_parameters, freeze
 SHIPPED = {path.stem: path for path in sorted((Path(__file__).parent / "studies").glob("*.yaml"))}
 _KEYS = ("title", "about", "scores", "reference", "options", "budgets", "cells")
 _OF_THE_STUDY = (
-    "data",
-    "classes",
-    "in_channels",
-    "image_size",
-    "val_fraction",
-    "seed",
-    "folds",
-    "fold",
-    "out",
-    "resume",
+    *("data", "classes", "in_channels", "image_size", "val_fraction"),
+    *("seed", "folds", "fold", "out", "resume"),
 )
 _OPTIONS = tuple(field.name for field in dataclasses.fields(TrainConfig))
 # One step of every cell: as many images to train on as a batch has.
@@ -99,9 +91,14 @@ class Study:
         return list(self.published)
 
     @property
+    def counted(self) -> list[Run]:
+        """The runs that tables and pictures are of: those that do not search."""
+        return [run for run in self.runs if not run.searches]
+
+    @property
     def repeats(self) -> int:
         """Runs of a cell that count."""
-        return sum(not run.searches for run in self.runs) // len(self.cells)
+        return len(self.counted) // len(self.cells)
 
 
 def read_study(

@@ -27,9 +27,9 @@ _SHOWN = 5  # images of the panel
 
 def write_report(study: Study, rows: Sequence[Mapping[str, Any]], tables: Sequence[Table], out: Path) -> None:
     """Write loss.png, panel.png (of the first repeat that is done) and report.html."""
-    counted = [run for run in study.runs if not run.searches]
+    runs = study.counted
     histories = {
-        cell: [history for run in counted if run.cell == cell and (history := read_history(checkpoint_of(run, out)))]
+        cell: [history for run in runs if run.cell == cell and (history := read_history(checkpoint_of(run, out)))]
         for cell in study.cells
     }
     curves = curves_figure(histories)
