@@ -7,6 +7,7 @@ on rasterised shapes of known size at random positions and angles (tests/test_bi
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 
@@ -36,6 +37,11 @@ class Ellipse:
         """The circumference, px."""
         return ellipse_circumference(self.a, self.b)
 
+    def shortened(self, px: float) -> Ellipse:
+        """The ellipse that runs inside this one at the distance that makes it `px` shorter; never below half of it."""
+        inwards = min(px / (2 * math.pi), self.b / 2)
+        return dataclasses.replace(self, a=self.a - inwards, b=self.b - inwards)
+
     def inside(self, height: int, width: int) -> np.ndarray:
         """The pixels of an image whose centres it contains; (H, W) bool."""
         rows, columns = np.ogrid[:height, :width]
@@ -55,6 +61,13 @@ class Axis:
     def length(self) -> float:
         """From tip to tip, px."""
         return math.dist(self.start, self.end)
+
+    def shortened(self, px: float) -> Axis:
+        """The axis without `px` of it, taken from both ends alike; never below half of it."""
+        part = min(px / max(self.length, 1e-9), 0.5) / 2
+        (x0, y0), (x1, y1) = self.start, self.end
+        dx, dy = part * (x1 - x0), part * (y1 - y0)
+        return Axis((x0 + dx, y0 + dy), (x1 - dx, y1 - dy))
 
 
 def fit_head(mask: np.ndarray) -> Ellipse | None:

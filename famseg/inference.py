@@ -6,10 +6,11 @@ image's pixels before the class is chosen: enlarged labels would show the teeth 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from famseg.anatomy import DEFAULT, Structure, parse_classes
-from famseg.data.augment import channels_first, letterbox, letterbox_window, normalise
+from famseg.biometrics import Axis, Ellipse
+from famseg.data.augment import channels_first, letterbox, letterbox_scale, letterbox_window, normalise
+from famseg.data.sample import Sample
 from famseg.files.errors import DataError
 from famseg.models import create_model, optimize_for_inference, option_names
 from famseg_kernels.backends import requesting
@@ -39,11 +42,27 @@ class Network:
     epoch: int  # epochs trained
     image_size: int  # side of the square input, px
     path: Path
+    excess: dict[str, float]  # the median `mask_excess` of the training images, by measure
 
     @functools.cached_property
     def classes(self) -> tuple[Structure, ...]:
-        """By label: the channels of the logits. A checkpoint that says nothing of them is of the default ones."""
-        return parse_classes(self.config.get("classes", DEFAULT))
+        """By label: the channels of the logits. A checkpoint that says nothing of them is of the default ones.
+
+        Their measures are of masks as the network draws them, and take off what its training masks measure too much.
+        """
+        return tuple(self._calibrated(structure) for structure in parse_classes(self.config.get("classes", DEFAULT)))
+
+    def _calibrated(self, structure: Structure) -> Structure:
+        measure = structure.measure
+        if measure is None or not (excess := self.excess.get(measure.name)):
+            return structure
+
+        def fit(mask: np.ndarray) -> Ellipse | Axis | None:
+            shape, (height, width) = measure.fit(mask), mask.shape
+            scale = letterbox_scale(height, width, self.image_size)
+            return None if shape is None else shape.shortened(excess / scale)
+
+        return dataclasses.replace(structure, measure=dataclasses.replace(measure, fit=fit))
 
     @property
     def in_channels(self) -> int:
@@ -108,7 +127,35 @@ def load_network(path: str | Path) -> Network:
         raise DataError(f"{path}: was made by another version of this network ({reason[0]})") from error
     if bad := next((name for name, value in weights.items() if not value.isfinite().all()), None):
         raise DataError(f"{path}: {bad} is not finite, its training diverged; use another checkpoint")
-    return Network(model.eval(), config, checkpoint["images"], checkpoint["epoch"] + 1, int(config["image_size"]), path)
+    return Network(
+        model.eval(),
+        config,
+        checkpoint["images"],
+        checkpoint["epoch"] + 1,
+        int(config["image_size"]),
+        path,
+        checkpoint.get("excess", {}),
+    )
+
+
+def mask_excess(sample: Sample, classes: Sequence[Structure], image_size: int) -> dict[str, float]:
+    """How much longer lengths are in a sample's mask than the data say, by measure; in px of the network's input.
+
+    An annotator's outline is as wide as the pen: masks that include it, as HC18's do, are too large, and a network that
+    learned to draw such masks measures too much. Empty where no length is given, and for a simulated sample, whose mask
+    is exact.
+    """
+    found: dict[str, float] = {}
+    height, width = sample.mask.shape
+    if sample.pixel_size is None or sample.simulated:
+        return found
+    for structure in classes:
+        if (measure := structure.measure) is None or (given := sample.true_length(measure.name)) is None:
+            continue
+        if (shape := measure.fit(sample.mask == structure.label)) is not None:
+            scale = letterbox_scale(height, width, image_size)
+            found[measure.name] = (shape.length - given / sample.pixel_size) * scale
+    return found
 
 
 def predict(

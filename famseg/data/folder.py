@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -36,7 +37,7 @@ class _Entry:
     mask: Path
     subject: str
     pixel_size: float | None = None
-    lengths: dict[str, float | None] = field(default_factory=dict)
+    lengths: dict[str, Any] = field(default_factory=dict)  # mm
 
 
 class Folder(Sequence[Sample]):

@@ -13,6 +13,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from famseg.data.landmarks import FEMUR, HEAD, Landmarks, Marked
 from famseg.data.sample import Sample
@@ -111,13 +112,14 @@ class Planes(Sequence[Sample]):
         image, pixel_size = read_image(path)
         pixel_size = pixel_size if landmarks.pixel_size is None else landmarks.pixel_size
         length = None if pixel_size is None else landmarks.shape.length * pixel_size
+        lengths: dict[str, Any] = {landmarks.structure.measure: length}
         return Sample(
             name=stem(path),
             subject=subject,
             image=image,
             mask=landmarks.mask(*image.shape),
             pixel_size=pixel_size,
-            **{landmarks.structure.measure: length},
+            **lengths,
         )
 
 

@@ -23,6 +23,7 @@ class Sample:
     pixel_size: float | None = None  # mm per pixel
     femur_length: float | None = None  # mm, None where unknown or absent
     head_circumference: float | None = None  # mm, None where unknown or absent
+    simulated: bool = False  # drawn, with a mask that is exact
 
     def true_length(self, measure: str) -> float | None:
         """The field that a measure of `famseg.anatomy` is called by, mm; None without one."""

@@ -28,7 +28,7 @@ from famseg.evaluation import evaluate
 from famseg.files.errors import DataError
 from famseg.files.lock import locked
 from famseg.files.writing import write_atomic
-from famseg.inference import load_network, predict, read_checkpoint
+from famseg.inference import load_network, mask_excess, predict, read_checkpoint
 from famseg.memory import keep_freed_memory
 from famseg.models import POOLED_TO_A_PIXEL
 from famseg.options import warn_of_slow_bf16
@@ -93,6 +93,7 @@ class Prepared:
     module: SegmentationModule
     # "trained", "held_out", and with train_images "unused": the name of every image under its digest.
     images: dict[str, dict[str, str]]
+    excess: dict[str, float]  # the median `mask_excess` of the images to train on, by measure
 
 
 def prepare(config: TrainConfig, processes: Processes) -> Prepared:
@@ -123,13 +124,15 @@ def prepare(config: TrainConfig, processes: Processes) -> Prepared:
     transform = train_transform(size, config.augmentation)
     training = SegmentationDataset(samples, parts[0], transform, seed=config.seed, cache=config.cache)
     validation = SegmentationDataset(samples, parts[1], eval_transform(size), cache=config.cache)
-    pixels = np.zeros(len(classes))
+    pixels, excess = np.zeros(len(classes)), dict[str, list[float]]()
     for dataset, seen in ((training, images["trained"]), (validation, images["held_out"])):
         for position in range(len(dataset)):
             sample = dataset.sample(position)  # decode and check now, not in the middle of the first epoch
             seen[sample.digest] = sample.name
             if dataset is training:
                 pixels += np.bincount(sample.mask.ravel(), minlength=len(classes)) / sample.mask.size
+                for measure, px in mask_excess(sample, classes, size).items():
+                    excess.setdefault(measure, []).append(px)
     for name, dataset in (("training", training), ("validation", validation)):
         if len(dataset) < processes.count:
             raise DataError(
@@ -191,6 +194,7 @@ def prepare(config: TrainConfig, processes: Processes) -> Prepared:
         DataLoader(validation, batch_sampler=val_batches, **options),
         module,
         images,
+        {name: float(np.median(values)) for name, values in excess.items()},
     )
 
 
@@ -260,7 +264,7 @@ def _train(processes: Processes, config: TrainConfig, out: Path) -> None:
         settings = yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
         write_atomic(out / "config.yaml", settings.encode())
     try:
-        done = _epochs(loop, run.images, table, checkpoints, done)
+        done = _epochs(loop, {"images": run.images, "excess": run.excess}, table, checkpoints, done)
     except Diverged as error:
         raise Diverged(f"{error}; {_after_divergence(config, checkpoints.last)}") from None
     if dist.is_initialized():
@@ -272,10 +276,12 @@ def _train(processes: Processes, config: TrainConfig, out: Path) -> None:
         _write_results(out, run, done, table, checkpoints.best)
 
 
-def _epochs(
-    loop: Loop, images: dict[str, dict[str, str]], table: MetricsTable, checkpoints: Checkpoints, done: int
-) -> int:
-    """Train after the `done` epochs to the last one, or until the score is stale; returns the epochs done then."""
+def _epochs(loop: Loop, facts: dict[str, Any], table: MetricsTable, checkpoints: Checkpoints, done: int) -> int:
+    """Train after the `done` epochs to the last one, or until the score is stale; returns the epochs done then.
+
+    Args:
+        facts: of the data, for every checkpoint.
+    """
     total = total_epochs(loop.module.phases)
     time_left = TimeLeft(done, total)
     first = loop.processes.rank == 0
@@ -299,7 +305,7 @@ def _epochs(
             table.add(row)
             # Under the names that checkpoints have had from the beginning.
             states = {"MetricsTable": table.state(), "Checkpoints": checkpoints.state()}
-            checkpoint = {**loop.state(), "images": images, "callbacks": states}
+            checkpoint = {**loop.state(), **facts, "callbacks": states}
             for path in (checkpoints.best, checkpoints.last) if best else (checkpoints.last,):
                 write_checkpoint(checkpoint, path)
             # After the checkpoint, which must not depend on who reads the output.

@@ -61,6 +61,7 @@ class Phantom(Sequence[Sample]):
             pixel_size=pixel,
             femur_length=None if pose.femur is None else float(2.0 * pose.femur.half_length),
             head_circumference=None if pose.head is None else ellipse_perimeter(pose.head.a, pose.head.b),
+            simulated=True,
         )
 
 
