@@ -23,6 +23,7 @@ import numpy as np
 from famseg.anatomy import BY_LABEL, Measure, Structure, measures_of, names_of
 from famseg.biometrics import doubts
 from famseg.data.sample import Sample
+from famseg.inference import Reading
 from famseg.metrics import SegmentationMetrics, boundary_distances, jaggedness
 
 
@@ -47,6 +48,7 @@ class LengthScore:
     truth_from: str = ""  # "given" with the data, or measured on the true "mask"
     measured: float | None = None  # None: not found, or it cannot be measured
     doubts: tuple[str, ...] = ()
+    expected_error: float | None = None  # absolute, by a network that knows its errors
 
     @property
     def error(self) -> float | None:
@@ -107,6 +109,7 @@ class ImageScore:
                 f"{measure.name}_truth_mm": length.truth,
                 f"{measure.name}_truth_from": length.truth_from,
                 f"{measure.name}_error_mm": length.error,
+                f"{measure.name}_expected_error_mm": length.expected_error,
                 f"{measure.name}_doubts": "; ".join(length.doubts),
             }
         return line
@@ -125,11 +128,11 @@ class Evaluation:
         self._overlap = SegmentationMetrics(len(classes))
         self._labels: list[np.ndarray] = []
 
-    def add(self, sample: Sample, labels: np.ndarray) -> None:
-        """Score `labels` (H, W), at the sample's own size, against its mask."""
-        self._overlap.update(labels, sample.mask)
-        self.images.append(score_image(sample, labels, self.classes))
-        self._labels.append(cv2.imencode(".png", labels)[1])
+    def add(self, sample: Sample, reading: Reading) -> None:
+        """Score what was found in a sample, at its own size, against its mask."""
+        self._overlap.update(reading.labels, sample.mask)
+        self.images.append(score_image(sample, reading, self.classes))
+        self._labels.append(cv2.imencode(".png", reading.labels)[1])
 
     def labels(self, position: int) -> np.ndarray:
         """The label map of the image added as number `position`."""
@@ -200,20 +203,20 @@ def evaluate(
     """Score label maps, each at its sample's own size, against the samples' masks; both are labelled as `classes`."""
     evaluation = Evaluation(classes)
     for sample, labels in zip(samples, predictions, strict=True):
-        evaluation.add(sample, labels)
+        evaluation.add(sample, Reading(labels))
     return evaluation
 
 
-def score_image(sample: Sample, labels: np.ndarray, classes: Sequence[Structure] = BY_LABEL) -> ImageScore:
-    """Everything about one label map (H, W) at the sample's own size."""
-    objects, lengths = {}, {}
+def score_image(sample: Sample, reading: Reading, classes: Sequence[Structure] = BY_LABEL) -> ImageScore:
+    """Everything about what was found in one sample, at its own size."""
+    labels, objects, lengths = reading.labels, {}, {}
     for structure in classes[1:]:
         truth, found = sample.mask == structure.label, labels == structure.label
         objects[structure.name] = _score_object(truth, found)
         measure = structure.measure
         if measure is not None and sample.pixel_size is not None:
             given = sample.true_length(measure.name)
-            lengths[structure.name] = _score_length(measure, truth, found, given, sample.pixel_size)
+            lengths[structure.name] = _score_length(measure, truth, found, given, sample.pixel_size, reading)
     height, width = sample.mask.shape
     overlap = SegmentationMetrics(len(classes))
     overlap.update(labels, sample.mask)
@@ -250,7 +253,12 @@ def _score_object(truth: np.ndarray, found: np.ndarray) -> ObjectScore:
 
 
 def _score_length(
-    measure: Measure, truth: np.ndarray, found: np.ndarray, given: float | None, pixel_size: float
+    measure: Measure,
+    truth: np.ndarray,
+    found: np.ndarray,
+    given: float | None,
+    pixel_size: float,
+    reading: Reading,
 ) -> LengthScore:
     source = "given"
     if given is None and (shape := measure.fit(truth)) is not None:
@@ -260,7 +268,8 @@ def _score_length(
         truth=given,
         truth_from="" if given is None else source,
         measured=None if shape is None else shape.length * pixel_size,
-        doubts=() if shape is None else tuple(doubts(found, shape)),
+        doubts=() if shape is None else (*doubts(found, shape), *reading.doubts(measure.name)),
+        expected_error=_times(reading.expected_error.get(measure.name), pixel_size),
     )
 
 

@@ -10,8 +10,8 @@ import dataclasses
 import functools
 import itertools
 import zipfile
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,11 @@ from famseg.data.augment import channels_first, letterbox, letterbox_scale, lett
 from famseg.data.sample import Sample
 from famseg.files.errors import DataError
 from famseg.models import create_model, optimize_for_inference, option_names
+from famseg.uncertainty import Expectation, signs_of
 from famseg_kernels.backends import requesting
 
+PRETRAINED = Path(__file__).parent / "pretrained" / "famseg.ckpt"
+_ANOTHER = "use another checkpoint of famseg-train, like RUN/checkpoints/best.ckpt"
 _PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -42,7 +45,8 @@ class Network:
     epoch: int  # epochs trained
     image_size: int  # side of the square input, px
     path: Path
-    excess: dict[str, float]  # the median `mask_excess` of the training images, by measure
+    excess: Mapping[str, float] = field(default_factory=dict)  # median `mask_excess` of what trained it, by measure
+    expectations: Mapping[str, Expectation] = field(default_factory=dict)  # of its errors, by measure
 
     @functools.cached_property
     def classes(self) -> tuple[Structure, ...]:
@@ -74,13 +78,25 @@ class Network:
         return sum(parameter.numel() for parameter in self.model.parameters())
 
 
+@dataclass(frozen=True)
+class Reading:
+    """What a network found in one image."""
+
+    labels: np.ndarray  # (H, W) uint8, at the image's own size
+    expected_error: Mapping[str, float] = field(default_factory=dict)  # absolute, px of the image, by measure
+    uncertain: frozenset[str] = frozenset()  # measures whose expected error is among the largest
+
+    def doubts(self, measure: str) -> list[str]:
+        """Beside those of `famseg.biometrics.doubts`."""
+        return ["uncertain"] if measure in self.uncertain else []
+
+
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """The content of a checkpoint of famseg-train, on the CPU. Tensors and plain values only: no code in it is run.
 
     Raises:
         DataError: there is no such file, it is damaged, or something else wrote it.
     """
-    remedy = "use another checkpoint of famseg-train, like RUN/checkpoints/best.ckpt"
     try:
         # torch.load does not compare the archive's checksums: a flipped bit would be a wrong weight.
         with zipfile.ZipFile(path) as archive:
@@ -88,13 +104,13 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
                 raise zipfile.BadZipFile(f"checksum of {broken}")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); {remedy}") from error
+        raise DataError(f"{path}: cannot be read ({error.strerror}); {_ANOTHER}") from error
     except Exception as error:  # damaged bytes raise nearly anything from inside zipfile, pickle and torch
         reason = " ".join(str(error).split())[:80] or type(error).__name__
-        raise DataError(f"{path}: is damaged or no checkpoint ({reason}); {remedy}") from error
+        raise DataError(f"{path}: is damaged or no checkpoint ({reason}); {_ANOTHER}") from error
     keys = {"config": dict, "state_dict": dict, "epoch": int, "images": dict, "optimizer_states": list}
     if not isinstance(checkpoint, dict) or any(not isinstance(checkpoint.get(k), kind) for k, kind in keys.items()):
-        raise DataError(f"{path}: was not written by this version of famseg-train; {remedy}")
+        raise DataError(f"{path}: was not written by this version of famseg-train; {_ANOTHER}")
     return checkpoint
 
 
@@ -104,6 +120,19 @@ def weights_of(checkpoint: dict[str, Any]) -> dict[str, torch.Tensor]:
     return checkpoint.get("ema") or {
         name.removeprefix("model."): value for name, value in states.items() if name.startswith("model.")
     }
+
+
+def load_pretrained() -> Network:
+    """The network that comes with the package, on the CPU: fetal heads and femurs (docs/model-card.md).
+
+    Raises:
+        DataError: its file is missing or damaged.
+    """
+    try:
+        return load_network(PRETRAINED)
+    except DataError as error:
+        reason = str(error).removesuffix(f"; {_ANOTHER}")
+        raise DataError(f"{reason}; install famseg again, or name a checkpoint") from error
 
 
 def load_network(path: str | Path) -> Network:
@@ -135,6 +164,7 @@ def load_network(path: str | Path) -> Network:
         int(config["image_size"]),
         path,
         checkpoint.get("excess", {}),
+        {name: Expectation(**values) for name, values in checkpoint.get("expectations", {}).items()},
     )
 
 
@@ -168,10 +198,26 @@ def predict(
     device: str = "cpu",
     backend: str = "auto",
 ) -> Iterator[np.ndarray]:
-    """Label maps (H, W) uint8 of images, each at its own size, in order.
+    """The label maps of `readings`: (H, W) uint8, in order."""
+    options = {"batch_size": batch_size, "flips": flips, "precision": precision, "device": device, "backend": backend}
+    return (reading.labels for reading in readings(network, images, **options))  # type: ignore[arg-type]
+
+
+def readings(
+    network: Network,
+    images: Iterable[np.ndarray],
+    *,
+    batch_size: int = 8,
+    flips: bool = False,
+    precision: str = "fp32",
+    device: str = "cpu",
+    backend: str = "auto",
+) -> Iterator[Reading]:
+    """What is found in images, each at its own size, in order.
 
     Only one batch of images is held at a time. In fp32 the labels are the same on every device, up to rounding,
-    whatever the network was trained in.
+    whatever the network was trained in. A network that knows its errors (`Network.expectations`) looks at every image
+    four times, at two sizes and mirrored, and averages the logits.
 
     Args:
         images: (H, W) uint8, for a network of colour (H, W, 3) uint8 RGB.
@@ -191,25 +237,61 @@ def predict(
     model = optimize_for_inference(network.model).to(device, dtype)
     if device == "cuda":  # convolutions want channels-last there, of all networks
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    sizes = [network.image_size]
+    if network.expectations:
+        flips, sizes = True, [*sizes, _larger(network.image_size)]
     images, shape = iter(images), () if network.in_channels == 1 else (network.in_channels,)
     while batch := list(itertools.islice(images, batch_size)):
         for image in batch:
             if image.dtype != np.uint8 or image.ndim < 2 or image.shape[2:] != shape or not image.size:
                 expected = ", ".join(("H", "W", *map(str, shape)))
                 raise ValueError(f"images: expected ({expected}) uint8, got {image.shape} {image.dtype}")
-        boxed = [normalise(letterbox(image, network.image_size, cv2.INTER_LINEAR)) for image in batch]
-        x = torch.from_numpy(np.stack([channels_first(image) for image in boxed])).to(device, dtype)
+        views: list[Tensor] = []  # each of the whole batch
         with torch.inference_mode(), requesting(backend):
-            logits = model(x)
-            if flips:
-                logits = (logits + model(x.flip(3)).flip(3)) / 2
-        for image, own in zip(batch, logits, strict=True):
-            yield labels_at(own.float(), *image.shape[:2])
+            for size in sizes:
+                boxed = [normalise(letterbox(image, size, cv2.INTER_LINEAR)) for image in batch]
+                x = torch.from_numpy(np.stack([channels_first(image) for image in boxed])).to(device, dtype)
+                views.append(model(x).float())
+                if flips:
+                    views.append(model(x.flip(3)).flip(3).float())
+            if not network.expectations:
+                views = [torch.stack(views).mean(0)]
+            for image, *own in zip(batch, *views, strict=True):
+                yield _read(network, [logits_at(logits, *image.shape[:2]) for logits in own])
 
 
-def labels_at(logits: Tensor, height: int, width: int) -> np.ndarray:
-    """Logits (classes, h, w) of a letterboxed image to labels (height, width) uint8 of that image."""
+def _read(network: Network, views: Sequence[Tensor]) -> Reading:
+    """From the logits (classes, H, W) of each view of an image."""
+    mean = torch.stack(list(views)).mean(0) if len(views) > 1 else views[0]
+    labels = mean.argmax(0).to(torch.uint8).cpu().numpy()
+    if not network.expectations:
+        return Reading(labels)
+    expected, uncertain = dict[str, float](), set[str]()
+    probability = mean.softmax(0).cpu().numpy()
+    alone = [view.argmax(0).to(torch.uint8).cpu().numpy() for view in views]
+    height, width = labels.shape
+    scale = letterbox_scale(height, width, network.image_size)
+    for structure in network.classes:
+        measure, mask = structure.measure, labels == structure.label
+        if measure is None or measure.name not in network.expectations or (shape := measure.fit(mask)) is None:
+            continue
+        shapes = [measure.fit(one == structure.label) for one in alone]
+        lengths = [0.0 if one is None else one.length for one in shapes]
+        expectation = network.expectations[measure.name]
+        error = expectation.error(signs_of(shape, mask, probability[structure.label], lengths, scale))
+        expected[measure.name] = error / scale
+        if error > expectation.doubtful:
+            uncertain.add(measure.name)
+    return Reading(labels, expected, frozenset(uncertain))
+
+
+def _larger(size: int) -> int:
+    """The second size of a network with input `size`: a sixth more, in steps that every network takes."""
+    return max(round(size * 7 / 6 / 32) * 32, size + 32)
+
+
+def logits_at(logits: Tensor, height: int, width: int) -> Tensor:
+    """Logits (classes, h, w) of a letterboxed image as (classes, height, width) of that image."""
     top, left, inner_height, inner_width = letterbox_window(height, width, logits.shape[1:])
     inner = logits[None, :, top : top + inner_height, left : left + inner_width]
-    full = F.interpolate(inner, (height, width), mode="bilinear", align_corners=False)
-    return full[0].argmax(0).to(torch.uint8).cpu().numpy()
+    return F.interpolate(inner, (height, width), mode="bilinear", align_corners=False)[0]

@@ -68,6 +68,7 @@ def warn_of_slow_bf16(precision: str, device: str) -> None:
 DEVICE_HELP = "auto, cpu or cuda"
 BACKEND_HELP = f"famseg_kernels backend: {', '.join(BACKENDS)}"
 CHECKPOINT_HELP = "a run's checkpoints/best.ckpt"
+OR_PRETRAINED = "; default: the network that comes with famseg"
 
 
 @dataclass(frozen=True)

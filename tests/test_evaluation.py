@@ -14,6 +14,7 @@ from monai.metrics import DiceMetric, MeanIoU
 from famseg.data.phantom import Phantom
 from famseg.data.sample import Sample
 from famseg.evaluation import Evaluation, evaluate, score_image
+from famseg.inference import Reading
 from famseg.metrics import SegmentationMetrics
 
 
@@ -73,10 +74,10 @@ def test_overlap_agrees_with_monai_image_by_image_and_with_the_confusion_matrix_
 def test_missed_and_invented_objects_cost_and_absent_ones_do_not_count() -> None:
     head, nothing = disc((60, 80), 20), np.zeros((60, 80), np.uint8)
     for truth, found, state in ((head, nothing, "missed"), (nothing, head, "invented")):
-        score = score_image(sample(truth), found).objects["FB"]
+        score = score_image(sample(truth), Reading(found)).objects["FB"]
         assert (score.state, score.iou, score.dice) == (state, 0, 0)
         assert score.hd95 == score.assd == 100  # the diagonal of 60 x 80
-    absent = score_image(sample(nothing), nothing).objects["FB"]
+    absent = score_image(sample(nothing), Reading(nothing)).objects["FB"]
     assert absent.state == "absent"
     assert absent.iou is absent.hd95 is None
 
@@ -117,11 +118,11 @@ def test_millimetres_and_their_errors() -> None:
 
 def test_a_length_not_given_is_measured_on_the_true_mask() -> None:
     head = disc((160, 160), 60)
-    length = score_image(sample(head), head).lengths["FB"]
+    length = score_image(sample(head), Reading(head)).lengths["FB"]
     assert (length.truth_from, length.error) == ("mask", 0)
-    given = score_image(sample(head, head_circumference=180.0), head).lengths["FB"]
+    given = score_image(sample(head, head_circumference=180.0), Reading(head)).lengths["FB"]
     assert (given.truth_from, given.truth) == ("given", 180)
-    assert score_image(sample(head, pixel_size=None), head).lengths == {}
+    assert score_image(sample(head, pixel_size=None), Reading(head)).lengths == {}
 
 
 def test_the_summary_is_json_and_rows_have_one_shape() -> None:

@@ -37,6 +37,8 @@ ROOM_FILES = {
 FAMSEG = (
     "memory",
     "biometrics",
+    "gestation",
+    "uncertainty",
     "anatomy",
     "files",
     "data",

@@ -11,9 +11,11 @@ import os
 import re
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from typing import Any, TypeVar, get_type_hints
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
 
 import cv2
 import torch
@@ -24,6 +26,9 @@ from rich.progress import track
 from famseg.files.errors import one_line
 from famseg.memory import keep_freed_memory
 from famseg.options import ConfigError
+
+if TYPE_CHECKING:
+    from famseg.inference import Network
 
 Item = TypeVar("Item")
 
@@ -131,6 +136,22 @@ def _outcome(body: Callable[[], int], interrupted: str) -> tuple[int, str]:
         if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
             return 1, "not enough memory; try a smaller batch size, image size or model"
         raise
+
+
+def chosen_network(checkpoint: str | None) -> Network:
+    """The network of a checkpoint; without one that which comes with famseg, and a line that says so."""
+    from famseg.inference import load_network, load_pretrained  # not for `famseg-train --help`
+
+    if checkpoint is not None:
+        return load_network(checkpoint)
+    network = load_pretrained()
+    print(f"no checkpoint named: taking the network that comes with famseg ({network.config['model']})", flush=True)
+    return network
+
+
+def folder_for(out: str | None, what: str) -> Path:
+    """`--out`, or runs/TIME-WHAT."""
+    return Path(out or f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{what}")
 
 
 def required(name: str, value: Any, example: str) -> None:

@@ -1,7 +1,7 @@
 """famseg-evaluate: score a trained network on labelled images; writes metrics.json, per_image.csv and report.html.
 
-Without --data it takes the data of the training run. Images that the network was trained on are known by their pixels
-and scored only when --split all says so.
+Without a checkpoint it takes the network that comes with famseg, without --data the data of the training run. Images
+that the network was trained on are known by their pixels and scored only when --split all says so.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 
 from famseg.anatomy import Structure, reported
-from famseg.cli.command import build_parser, parse, progress, required, run
+from famseg.cli.command import build_parser, chosen_network, folder_for, parse, progress, required, run
 from famseg.data import DATA_HELP
 from famseg.data.classes import left_out_of
 from famseg.data.dataset import open_data
@@ -26,10 +26,11 @@ from famseg.files.errors import DataError
 from famseg.files.lock import locked
 from famseg.files.tables import write_table
 from famseg.files.writing import write_atomic
-from famseg.inference import Network, load_network, predict
+from famseg.inference import Network, readings
 from famseg.options import (
     CHECKPOINT_HELP,
     LARGEST_SEED,
+    OR_PRETRAINED,
     InferenceOptions,
     device_for,
     expect_number,
@@ -46,9 +47,13 @@ _WORST, _TYPICAL, _BEST = 6, 4, 4  # pictures in the report
 
 @dataclass(frozen=True)
 class Options(InferenceOptions):
-    checkpoint: str | None = option(None, CHECKPOINT_HELP, path=True)
-    data: str | None = option(None, f"{DATA_HELP}; default: the training data")
-    out: str | None = option(None, "new or empty folder for metrics.json, per_image.csv and report.html", path=True)
+    checkpoint: str | None = option(None, CHECKPOINT_HELP + OR_PRETRAINED, path=True)
+    data: str | None = option(None, f"{DATA_HELP}; default: the data that trained the checkpoint")
+    out: str | None = option(
+        None,
+        "new or empty folder for metrics.json, per_image.csv and report.html; default: runs/TIME-evaluate",
+        path=True,
+    )
     split: Literal["held-out", "all"] = option(
         "held-out", "held-out: the images of subjects that the network was not trained on; all: every image"
     )
@@ -80,13 +85,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _evaluate(options: Options) -> int:
-    required("checkpoint", options.checkpoint, f"{PROG} runs/NAME/checkpoints/best.ckpt --out DIR")
-    required("out", options.out, "--out DIR")
-    assert options.checkpoint is not None and options.out is not None
+    if options.checkpoint is None:
+        required("data", options.data, f"{PROG} --data hc18:DIR, or name a checkpoint to score on its own data")
     device = device_for(options.device, options.backend)
     warn_of_slow_bf16(options.precision, device)
-    with locked(Path(options.out)) as out:
-        return _score(load_network(options.checkpoint), options, device, out)
+    network = chosen_network(options.checkpoint)
+    with locked(folder_for(options.out, "evaluate")) as out:
+        return _score(network, options, device, out)
 
 
 def _score(network: Network, options: Options, device: str, out: Path) -> int:
@@ -101,7 +106,7 @@ def _score(network: Network, options: Options, device: str, out: Path) -> int:
             pending.append(selection.samples[index])
             yield pending[-1].image
 
-    labels = predict(
+    found = readings(
         network,
         images(),
         batch_size=options.batch_size,
@@ -110,8 +115,8 @@ def _score(network: Network, options: Options, device: str, out: Path) -> int:
         device=device,
         backend=options.backend,
     )
-    for found in labels:
-        evaluation.add(pending.popleft(), found)
+    for reading in found:
+        evaluation.add(pending.popleft(), reading)
 
     facts = {
         "data": selection.spec,

@@ -20,31 +20,43 @@ from typing import Any
 
 import numpy as np
 
-from famseg.anatomy import BY_LABEL, Structure, measures_of, reported
+from famseg.anatomy import Structure, measures_of, reported
 from famseg.biometrics import Axis, Ellipse, doubts
-from famseg.cli.command import build_parser, parse, progress, required, run
+from famseg.cli.command import build_parser, chosen_network, folder_for, parse, progress, required, run
 from famseg.files.errors import DataError
 from famseg.files.images import read_colour_image, read_image, write_image
 from famseg.files.labels import write_labels
 from famseg.files.listing import given_path, list_images, stem
 from famseg.files.lock import locked
 from famseg.files.tables import parse_positive, read_table, write_table
-from famseg.inference import Network, load_network, predict
-from famseg.options import CHECKPOINT_HELP, ConfigError, InferenceOptions, device_for, option, warn_of_slow_bf16
+from famseg.gestation import hadlock, intergrowth
+from famseg.inference import Network, Reading, readings
+from famseg.options import ConfigError, InferenceOptions, device_for, option, warn_of_slow_bf16
 from famseg.reporting.overlay import draw_overlay
 
 PROG = "famseg-predict"
 PIXEL_SIZE = "pixel_size_mm"
+_CHECKPOINTS = (".ckpt", ".pt", ".pth")  # the ends of names that are no image's
 _LONGEST_NAME = 255  # bytes, of every usual file system
 
 
 @dataclass(frozen=True)
 class Options(InferenceOptions):
-    checkpoint: str | None = option(None, CHECKPOINT_HELP, path=True)
-    images: list[str] = field(default_factory=list, metadata={"help": "image files, and folders of image files"})
-    out: str | None = option(None, "new or empty folder for masks/, overlays/ and biometrics.csv", path=True)
+    images: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "image files, and folders of image files; before them a checkpoint of famseg-train (.ckpt), where "
+            "the network that comes with famseg is not to be used"
+        },
+    )
+    out: str | None = option(
+        None, "new or empty folder for masks/, overlays/ and biometrics.csv; default: runs/TIME-predict", path=True
+    )
     pixel_size: str | None = option(
         None, "mm per pixel of all images, or a CSV file with columns filename,pixel_size_mm; default: DICOM's own"
+    )
+    gestational_age: bool = option(
+        False, "also estimate weeks from the lengths, by Hadlock (1984) and INTERGROWTH-21st (2016)"
     )
 
 
@@ -60,21 +72,21 @@ class Source:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code as in the module's description."""
-    parser = build_parser(PROG, __doc__, Options, positional=("checkpoint", "images"))
+    parser = build_parser(PROG, __doc__, Options, positional=("images",))
     return run(PROG, lambda: _predict(Options(**parse(parser, Options, arguments))))
 
 
 def _predict(options: Options) -> int:
-    required("checkpoint", options.checkpoint, f"{PROG} runs/NAME/checkpoints/best.ckpt IMAGES... --out DIR")
-    required("images", options.images, f"{PROG} CHECKPOINT scan.png folder/ --out DIR")
-    required("out", options.out, "--out DIR")
-    assert options.checkpoint is not None and options.out is not None
+    named = bool(options.images) and Path(options.images[0]).suffix in _CHECKPOINTS
+    checkpoint = os.path.expanduser(options.images[0]) if named else None
+    images = options.images[1:] if named else options.images
+    required("images", images, f"{PROG} {options.images[0] + ' ' if named else ''}scan.png folder/")
     device = device_for(options.device, options.backend)
     warn_of_slow_bf16(options.precision, device)
     pixel_size = _pixel_sizes(options.pixel_size)
-    paths = _files(options.images)
-    network = load_network(options.checkpoint)
-    with locked(Path(options.out)) as out:
+    paths = _files(images)
+    network = chosen_network(checkpoint)
+    with locked(folder_for(options.out, "predict")) as out:
         return _predict_all(network, paths, pixel_size, options, device, out)
 
 
@@ -101,7 +113,7 @@ def _predict_all(
                 yield pending[-1].image
 
     rows: list[dict[str, Any]] = []
-    labels = predict(
+    found = readings(
         network,
         images(),
         batch_size=options.batch_size,
@@ -111,8 +123,8 @@ def _predict_all(
         backend=options.backend,
     )
     try:
-        for found in labels:
-            rows.append(_write(out, pending.popleft(), found, network.classes))
+        for reading in found:
+            rows.append(_write(out, pending.popleft(), reading, network, options.gestational_age))
     except OSError as error:
         if error.filename is None:  # standard error is closed, say
             raise
@@ -174,8 +186,9 @@ def _read(
     return Source(path, image, own, "" if own is None else "file")
 
 
-def _write(out: Path, source: Source, labels: np.ndarray, classes: Sequence[Structure] = BY_LABEL) -> dict[str, Any]:
+def _write(out: Path, source: Source, reading: Reading, network: Network, with_age: bool) -> dict[str, Any]:
     """Write one image's mask and overlay; its line of biometrics.csv."""
+    labels, classes = reading.labels, network.classes
     height, width = labels.shape
     row: dict[str, Any] = {
         "file": str(source.path),
@@ -196,16 +209,21 @@ def _write(out: Path, source: Source, labels: np.ndarray, classes: Sequence[Stru
         pixels = None if shape is None else shape.length
         mm = None if pixels is None or source.pixel_size is None else pixels * source.pixel_size
         row |= {f"{measure.name}_mm": mm, f"{measure.name}_px": pixels}
+        if measure.name in network.expectations:
+            error, size = reading.expected_error.get(measure.name), source.pixel_size
+            row[f"{measure.name}_expected_error_mm"] = None if error is None or size is None else error * size
         if shape is None:
             if region.any():
                 flags.append(f"{structure.word}: cannot be measured")
             continue
-        found = doubts(region, shape)
+        found = [*doubts(region, shape), *reading.doubts(measure.name)]
         flags += [f"{structure.word}: {doubt}" for doubt in found]
         value = f"{mm:.1f} mm" if mm is not None else f"{pixels:.0f} px"
         caption.append(f"{measure.short} {value}" + (f"  ({', '.join(found)})" if found else ""))
     if not labels.any():
         flags.append("nothing found")
+    if with_age:
+        flags += _add_ages(row, classes)
     row["flags"] = "; ".join(flags)
     overlay = draw_overlay(source.image, labels, shapes, caption=caption or ["nothing found"], classes=classes)
     write_image(out / "overlays" / f"{stem(source.path)}.png", overlay)
@@ -213,6 +231,23 @@ def _write(out: Path, source: Source, labels: np.ndarray, classes: Sequence[Stru
         out / "masks" / f"{stem(source.path)}.png", labels, classes
     )  # last: every mask has its line of the table
     return row
+
+
+def _add_ages(row: dict[str, Any], classes: Sequence[Structure]) -> list[str]:
+    """Add the ages to a line of biometrics.csv; returns what is to be said of them."""
+    flags, measured = [], {measure.name: row[f"{measure.name}_mm"] for measure in measures_of(classes).values()}
+    for name, mm in measured.items():
+        age = None if mm is None else hadlock(name, mm)
+        row[f"{name}_weeks_hadlock"] = None if age is None else age.weeks
+        row[f"{name}_two_sd_weeks_hadlock"] = None if age is None else age.two_sd
+        if mm is not None and age is None:
+            flags.append(f"age: {name.replace('_', ' ')} outside of Hadlock's 12 to 42 weeks")
+    if (head := measured.get("head_circumference", 0)) != 0:
+        age_21st = None if head is None else intergrowth(head, measured.get("femur_length"))
+        row["weeks_intergrowth21st"] = age_21st
+        if head is not None and age_21st is None:
+            flags.append("age: outside of INTERGROWTH-21st's 14 to 40 weeks")
+    return flags
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from famseg.data.split import subjects_of
 from famseg.files.errors import DataError
 from famseg.files.listing import given_path
 
+OPEN = 1 << 62  # in a mask: background, or a class of those whose labels are the bits set beside this one
 PHANTOM_LENGTH = 800  # images of a plain "phantom": 640 to train, 160 to validate at the usual 80:20 split
 _NEXT_SOURCE = r",(?=\s*(?:phantom|hc18|planes|isic|folder)\b)"  # not every comma: folders have them in their names
 
@@ -40,6 +41,9 @@ class SegmentationDataset(torch.utils.data.Dataset):
     Augmentation is a function of (seed, epoch, index) alone: neither the order of access nor the number of
     loader workers changes it. `cache` keeps decoded samples in memory (per worker process: 0.2 MB for a
     400x270 pair).
+
+    `partly` has the labels of classes that some samples label and others do not (`Sample.unlabelled`): the background
+    of the latter may hold them, and is `OPEN` plus their bits in place of 0.
     """
 
     def __init__(
@@ -55,6 +59,7 @@ class SegmentationDataset(torch.utils.data.Dataset):
         self.indices = list(indices)
         self.transform = transform
         self.seed = seed
+        self.partly: dict[str, int] = {}
         self._cache: dict[int, Sample] | None = {} if cache else None
         # Shared memory, so that set_epoch also reaches loader workers that are already running.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
@@ -81,9 +86,12 @@ class SegmentationDataset(torch.utils.data.Dataset):
         image, mask = self.transform(sample.image, sample.mask, int(entropy.generate_state(1)[0]))
         height, width = sample.mask.shape
         scale = letterbox_scale(height, width, self.transform.size)
+        labels = mask.astype(np.int64)
+        if unlabelled := [self.partly[name] for name in sample.unlabelled if name in self.partly]:
+            labels[labels == 0] = OPEN + sum(1 << label for label in unlabelled)
         return {
             "image": torch.from_numpy(channels_first(image)),
-            "mask": torch.from_numpy(mask.astype(np.int64)),
+            "mask": torch.from_numpy(labels),
             "index": index,
             "pixel_size": math.nan if sample.pixel_size is None else sample.pixel_size / scale,
             **{measure.name: _or_nan(sample.true_length(measure.name)) for measure in MEASURES.values()},

@@ -26,6 +26,7 @@ HEAD = CLASSES.index("FB")
 TABLE = "training_set_pixel_size_and_HC.csv"
 _PIXEL_SIZE, _CIRCUMFERENCE = "pixel size(mm)", "head circumference (mm)"
 _SUFFIX = "_Annotation"
+_UNLABELLED = tuple(name for name in CLASSES[1:] if name != "FB")
 
 # A closed outline and its convex hull agree to 1.4 % or better over 798 HC18 annotations (the rest is
 # rasterisation of the smallest heads); an open outline encloses nothing. Half-way tells them apart safely.
@@ -95,6 +96,7 @@ class HC18(Sequence[Sample]):
             mask=head.astype(np.uint8) * np.uint8(HEAD),
             pixel_size=pixel_size,
             head_circumference=circumference,
+            unlabelled=_UNLABELLED,
         )
 
 

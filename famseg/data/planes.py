@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from famseg.anatomy import CLASSES
 from famseg.data.landmarks import FEMUR, HEAD, Landmarks, Marked
 from famseg.data.sample import Sample
 from famseg.files.errors import DataError
@@ -119,6 +120,7 @@ class Planes(Sequence[Sample]):
             image=image,
             mask=landmarks.mask(*image.shape),
             pixel_size=pixel_size,
+            unlabelled=tuple(name for name in CLASSES[1:] if name != landmarks.structure.name),
             **lengths,
         )
 

@@ -24,6 +24,7 @@ class Sample:
     femur_length: float | None = None  # mm, None where unknown or absent
     head_circumference: float | None = None  # mm, None where unknown or absent
     simulated: bool = False  # drawn, with a mask that is exact
+    unlabelled: tuple[str, ...] = ()  # structures that may be in the image's background, for nobody looked for them
 
     def true_length(self, measure: str) -> float | None:
         """The field that a measure of `famseg.anatomy` is called by, mm; None without one."""

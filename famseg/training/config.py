@@ -127,7 +127,8 @@ class TrainConfig:
     drop_path: float | None = option(None, "stochastic depth of the strip blocks; default: the model's, 0 or 0.1")
     weights: str | None = option(
         None,
-        "start from this file: a checkpoint of famseg-train, MSCAN (FAMSeg, SegNeXt) or MobileNetV2 (U-Net)",
+        "start from this file: a checkpoint of famseg-train, MSCAN (FAMSeg, SegNeXt) or MobileNetV2 (U-Net); or "
+        "pretrained: from the network that comes with famseg",
         path=True,
     )
     trainable: str = option("all", "what learns: all, encoder, decoder, or layers of it like decoder:1,2 (1: deepest)")

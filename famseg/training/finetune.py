@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from famseg.data.augment import MEAN, STD
 from famseg.files.errors import DataError
-from famseg.inference import read_checkpoint, weights_of
+from famseg.inference import PRETRAINED, read_checkpoint, weights_of
 from famseg.models import FAMSeg, SegNeXt, UNetMobileNetV2, load_mscan
 
 # By letter: does it start from weights, and what learns.
@@ -80,13 +80,13 @@ def load_weights(model: nn.Module, path: str | Path) -> str:
 
     Takes a checkpoint of famseg-train or the state dict of the same network, or a published encoder: MSCAN for SegNeXt
     and a FAMSeg's strip blocks, MobileNetV2 (torchvision) for U-Net; saved by torch.save, with what others wrap around
-    it.
+    it. "pretrained" is the network that comes with famseg.
     A classifier of ImageNet's 1000 classes goes on seeing what it was trained on (`for_our_pixels`).
 
     Raises:
         DataError: the file cannot be read, does not fit, or holds what is not finite.
     """
-    path = Path(path)
+    path = PRETRAINED if path == "pretrained" else Path(path)
     content = _read(path)
     try:
         if isinstance(content, dict) and "optimizer_states" in content and "images" in content:

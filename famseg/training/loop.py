@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from famseg.anatomy import names_of
+from famseg.data.dataset import OPEN
 from famseg.metrics import SegmentationMetrics
 from famseg.training.config import Diverged
 from famseg.training.distributed import ALONE, Processes, sum_over_processes
@@ -192,7 +193,7 @@ class Loop:
     def _count_overlap(self, labels: Tensor, mask: Tensor) -> None:
         """This process's overlap and union of every object since the epoch began; stays on the device, unread."""
         for label in range(1, len(self.classes)):
-            found, truth = labels == label, mask == label
+            found, truth = (labels == label) & (mask < OPEN), mask == label
             self._overlap[0, label - 1] += (found & truth).sum()
             self._overlap[1, label - 1] += (found | truth).sum()
 

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from famseg.data.dataset import OPEN
+
 TERMS = ("ce", "focal", "dice", "edge")
 _FOCUS = 2.0  # exponent of the focal loss, as Lin et al. 2017
 
@@ -45,6 +47,18 @@ def parse_class_weights(text: str, names: Sequence[str]) -> list[float] | None:
     return weights
 
 
+def _closed(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits and target without what an image does not label: its classes' probability is the background's."""
+    is_open = target >= OPEN
+    bits = torch.where(is_open, target - OPEN, 0).amax((1, 2))
+    labels = torch.arange(logits.shape[1], device=logits.device)
+    unlabelled = ((bits[:, None] >> labels) & 1).bool()[:, :, None, None]
+    background = unlabelled | (labels == 0)[None, :, None, None]
+    merged = logits.masked_fill(~background, -torch.inf).logsumexp(1, keepdim=True)
+    rest = logits.masked_fill(unlabelled, -torch.inf)[:, 1:]
+    return torch.cat([merged, rest], 1), torch.where(is_open, 0, target)
+
+
 class SegmentationLoss(nn.Module):
     """The sum of some of these terms, in fp32:
 
@@ -60,12 +74,17 @@ class SegmentationLoss(nn.Module):
     Args:
         terms: as "ce+dice".
         class_weights: one per class, of ce and focal; None: all 1.
+        partly: masks may be open (`famseg.data.dataset.OPEN`): classes that an image does not label are left out of
+            its loss. A pixel of its background is right as long as it is called background or one of those.
     """
 
     weight: Tensor | None
 
-    def __init__(self, terms: str = "ce+dice", class_weights: Sequence[float] | None = None) -> None:
+    def __init__(
+        self, terms: str = "ce+dice", class_weights: Sequence[float] | None = None, partly: bool = False
+    ) -> None:
         super().__init__()
+        self.partly = partly
         self.terms = parse_loss(terms)
         weight = None if class_weights is None else torch.tensor(class_weights, dtype=torch.float32)
         self.register_buffer("weight", weight, persistent=False)
@@ -73,6 +92,8 @@ class SegmentationLoss(nn.Module):
     def sums(self, logits: Tensor, target: Tensor) -> Tensor:
         """What `value` needs of logits (N, C, H, W) and target (N, H, W) int64, as one fp32 vector that adds up."""
         logits = logits.float()
+        if self.partly:
+            logits, target = _closed(logits, target)
         parts = []
         if self.weight is None:
             parts.append(logits.new_full((1,), target.numel()))

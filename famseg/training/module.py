@@ -21,6 +21,7 @@ class SegmentationModule(nn.Module):
         config: the run.
         processes: of a data-parallel run; the learning rates are fitted to the batch of all of them.
         class_weights: of the loss, as they come out of `config.class_weights` and the training masks.
+        partly: of the loss: some images do not label all classes.
         channels_last: memory order of weights and images, as it comes out of `config.channels_last` and the device.
     """
 
@@ -31,6 +32,7 @@ class SegmentationModule(nn.Module):
         processes: int = 1,
         class_weights: Sequence[float] | None = None,
         channels_last: bool = False,
+        partly: bool = False,
     ) -> None:
         super().__init__()
         self.config = config
@@ -42,7 +44,7 @@ class SegmentationModule(nn.Module):
         self.channels_last = channels_last
         if channels_last:
             self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.loss = SegmentationLoss(config.loss, class_weights)
+        self.loss = SegmentationLoss(config.loss, class_weights, partly)
         # Of training alone: validation has another mode, a ragged last batch and averaged weights, each a compilation.
         self.compiled: Callable[[Tensor], Tensor] | None = None
         self.ema: dict[str, Tensor] = {}

@@ -124,6 +124,7 @@ def prepare(config: TrainConfig, processes: Processes) -> Prepared:
     transform = train_transform(size, config.augmentation)
     training = SegmentationDataset(samples, parts[0], transform, seed=config.seed, cache=config.cache)
     validation = SegmentationDataset(samples, parts[1], eval_transform(size), cache=config.cache)
+    labelled, unlabelled = set[str](), set[str]()
     pixels, excess = np.zeros(len(classes)), dict[str, list[float]]()
     for dataset, seen in ((training, images["trained"]), (validation, images["held_out"])):
         for position in range(len(dataset)):
@@ -133,6 +134,11 @@ def prepare(config: TrainConfig, processes: Processes) -> Prepared:
                 pixels += np.bincount(sample.mask.ravel(), minlength=len(classes)) / sample.mask.size
                 for measure, px in mask_excess(sample, classes, size).items():
                     excess.setdefault(measure, []).append(px)
+                labelled |= {*names_of(classes)} - {*sample.unlabelled}
+                unlabelled |= {*sample.unlabelled}
+    training.partly = {c.name: c.label for c in classes if c.name in labelled & unlabelled}
+    if training.partly and processes.rank == 0:
+        print(f"images whose masks do not have {', '.join(training.partly)} say nothing of it in the loss")
     for name, dataset in (("training", training), ("validation", validation)):
         if len(dataset) < processes.count:
             raise DataError(
@@ -164,6 +170,7 @@ def prepare(config: TrainConfig, processes: Processes) -> Prepared:
             config,
             processes=processes.count,
             class_weights=weights,
+            partly=bool(training.partly),
             channels_last=accelerator == "cuda" if config.channels_last is None else config.channels_last,
         )
     except ValueError as error:
