@@ -83,6 +83,7 @@ class Reading:
     """What a network found in one image."""
 
     labels: np.ndarray  # (H, W) uint8, at the image's own size
+    signs: Mapping[str, np.ndarray] = field(default_factory=dict)  # `signs_of` an error, by measure
     expected_error: Mapping[str, float] = field(default_factory=dict)  # absolute, px of the image, by measure
     uncertain: frozenset[str] = frozenset()  # measures whose expected error is among the largest
 
@@ -266,7 +267,7 @@ def _read(network: Network, views: Sequence[Tensor]) -> Reading:
     labels = mean.argmax(0).to(torch.uint8).cpu().numpy()
     if not network.expectations:
         return Reading(labels)
-    expected, uncertain = dict[str, float](), set[str]()
+    signs, expected, uncertain = dict[str, np.ndarray](), dict[str, float](), set[str]()
     probability = mean.softmax(0).cpu().numpy()
     alone = [view.argmax(0).to(torch.uint8).cpu().numpy() for view in views]
     height, width = labels.shape
@@ -278,11 +279,12 @@ def _read(network: Network, views: Sequence[Tensor]) -> Reading:
         shapes = [measure.fit(one == structure.label) for one in alone]
         lengths = [0.0 if one is None else one.length for one in shapes]
         expectation = network.expectations[measure.name]
-        error = expectation.error(signs_of(shape, mask, probability[structure.label], lengths, scale))
+        signs[measure.name] = signs_of(shape, mask, probability[structure.label], lengths, scale)
+        error = expectation.error(signs[measure.name])
         expected[measure.name] = error / scale
         if error > expectation.doubtful:
             uncertain.add(measure.name)
-    return Reading(labels, expected, frozenset(uncertain))
+    return Reading(labels, signs, expected, frozenset(uncertain))
 
 
 def _larger(size: int) -> int:

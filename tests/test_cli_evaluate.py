@@ -110,11 +110,11 @@ def test_options_reach_the_prediction(checkpoint: str, tmp_path: Path, monkeypat
     class Stop(Exception):
         pass
 
-    def predict(network: object, images: object, **options: object) -> None:
+    def readings(network: object, images: object, **options: object) -> None:
         given.update(options)
         raise Stop
 
-    monkeypatch.setattr("famseg.cli.evaluate.predict", predict)
+    monkeypatch.setattr("famseg.cli.evaluate.readings", readings)
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)  # or a CPU would be taken without being asked for
     options = ["--flips", "--batch-size", "3", "--device", "cpu", "--backend", "reference", "--precision", "bf16"]
     with pytest.raises(Stop):
@@ -133,7 +133,7 @@ def test_settings_come_from_yaml_under_the_same_names(checkpoint: str, tmp_path:
     ("arguments", "words"),
     [
         (["{out}/none.ckpt"], "none.ckpt"),
-        ([], "checkpoint: is missing"),
+        ([], "data: is missing"),
         (["{checkpoint}", "--data", "folder:/nowhere"], "/nowhere"),
         (["{checkpoint}", "--backend", "abacus"], "abacus"),
         (["{checkpoint}", "--split", "most"], "most"),
@@ -167,7 +167,7 @@ def test_an_interrupt_is_exit_code_130(checkpoint: str, tmp_path: Path, monkeypa
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("famseg.cli.evaluate.predict", interrupt)
+    monkeypatch.setattr("famseg.cli.evaluate.readings", interrupt)
     assert main([checkpoint, "--out", str(tmp_path / "out")]) == 130
 
 

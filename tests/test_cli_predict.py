@@ -19,6 +19,7 @@ from PIL import Image
 from famseg.biometrics import head_circumference
 from famseg.cli.predict import main
 from famseg.data.phantom import Phantom
+from famseg.inference import Reading
 from tests.checkpoints import write_checkpoint
 from tests.dicom import dicom, region, save
 
@@ -79,11 +80,11 @@ def test_options_reach_the_prediction(
 ) -> None:
     given = {}
 
-    def predict(network: object, images: object, **options: object) -> list[np.ndarray]:
+    def readings(network: object, images: object, **options: object) -> list[Reading]:
         given.update(options)
         return []
 
-    monkeypatch.setattr("famseg.cli.predict.predict", predict)
+    monkeypatch.setattr("famseg.cli.predict.readings", readings)
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)  # or a CPU would be taken without being asked for
     (tmp_path / "predict.yaml").write_text("backend: reference\nbatch_size: 2\n")
     options = ["--config", str(tmp_path / "predict.yaml"), "--flips", "--batch-size", "3", "--device", "cpu"]
@@ -131,6 +132,7 @@ def test_a_bad_file_is_told_and_skipped_and_the_others_are_done(
     ("arguments", "words"),
     [
         (["{checkpoint}"], "images: is missing"),
+        ([], "images: is missing"),
         (["{empty}/x.ckpt", "{inputs}"], "x.ckpt"),
         (["{checkpoint}", "{empty}"], "found none in this folder"),
         (["{checkpoint}", "{inputs}/grey_png.png", "{empty}/../grey_png.png"], "overwrite"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import cv2
@@ -9,7 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from famseg.data.dataset import PHANTOM_LENGTH, open_data
+from famseg.biometrics import fit_head
+from famseg.data.dataset import OPEN, PHANTOM_LENGTH, open_data
 from famseg.data.folder import Folder, write_folder
 from famseg.data.hc18 import HC18, fill_outline
 from famseg.data.phantom import Phantom
@@ -18,6 +20,9 @@ from famseg.data.split import first_images, k_folds, split_by_subject
 from famseg.files.errors import DataError
 from famseg.files.images import read_grey
 from famseg.files.labels import read_labels
+from famseg.training.config import TrainConfig
+from famseg.training.distributed import ALONE
+from famseg.training.run import prepare
 from tests.samples import disc, iou, three_samples
 
 SHARED = Path(__file__).resolve().parents[1] / ".." / "shared" / "data"
@@ -407,3 +412,31 @@ def test_bad_specifications_list_what_would_work(spec: str) -> None:
     with pytest.raises(DataError, match="phantom") as error:
         open_data(spec, image_size=32, seed=0)
     assert "expected" in str(error.value)
+
+
+def test_a_class_that_only_some_sources_label_is_open_in_the_others(hc18: Path, capsys) -> None:
+    """HC18 has no femurs in its masks; the phantom has."""
+    config = TrainConfig(data=f"hc18:{hc18},phantom:6", image_size=64, augmentation="none", batch_size=2)
+    run = prepare(config, ALONE)
+    assert run.training.partly == {"FL": 1}
+    assert run.module.loss.partly
+    assert "do not have FL say nothing of it" in capsys.readouterr().out
+    for position in range(len(run.training)):
+        simulated = run.training.sample(position).simulated
+        assert set(run.training[position]["mask"].unique().tolist()) - {1, 2} == ({0} if simulated else {OPEN + 2})
+    assert all(item["mask"].max() <= 2 for item in run.validation)
+    only = prepare(dataclasses.replace(config, data=f"hc18:{hc18}"), ALONE)
+    assert only.training.partly == {} and not only.module.loss.partly  # no image says what a femur is: background
+    assert set(only.training[0]["mask"].unique().tolist()) == {0, 2}
+
+
+def test_a_run_knows_what_its_masks_measure_too_much(hc18: Path) -> None:
+    config = TrainConfig(data=f"hc18:{hc18},phantom:6", image_size=64, batch_size=2)
+    given = [20.5, 22.5, 24.5]  # of the fixture, far from what its masks measure: what counts is that phantoms do not
+    excess = prepare(config, ALONE).excess
+    assert set(excess) == {"head_circumference"}
+    mask = fit_head(HC18(hc18)[0].mask == 2)
+    assert mask is not None and excess["head_circumference"] == pytest.approx(
+        (mask.length - given[1] / 0.2) * 64 / 80, rel=0.3
+    )
+    assert prepare(dataclasses.replace(config, data="phantom:6"), ALONE).excess == {}

@@ -11,12 +11,15 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from famseg import optimize_for_inference
+from famseg.biometrics import fit_femur, fit_head
 from famseg.data.augment import letterbox, undo_letterbox
 from famseg.data.phantom import Phantom
+from famseg.data.sample import Sample
 from famseg.files.errors import DataError
-from famseg.inference import Network, load_network, logits_at, predict
+from famseg.inference import Network, load_network, logits_at, mask_excess, predict, readings
 from famseg.metrics import jaggedness
 from famseg.options import warn_of_slow_bf16
+from famseg.uncertainty import Expectation
 from tests.checkpoints import write_checkpoint
 
 
@@ -216,3 +219,80 @@ def test_the_letterbox_is_undone_on_logits_as_on_labels() -> None:
     labels = logits_at(logits, 90, 150).argmax(0).numpy()
     np.testing.assert_array_equal(labels[22:58, 42:118], 2)
     assert abs(int((labels == 2).sum()) - int((mask == 2).sum())) < 250
+
+
+def bright_disc(radius: float, shape: tuple[int, int] = (160, 200)) -> np.ndarray:
+    rows, columns = np.mgrid[: shape[0], : shape[1]]
+    return np.where(np.hypot(rows - 80, columns - 100) < radius, 255, 0).astype(np.uint8)
+
+
+def test_what_masks_measure_too_much_is_taken_off() -> None:
+    image = bright_disc(50)
+    plain = Network(Bright(), {}, {}, 1, 64, Path("bright"))
+    calibrated = Network(Bright(), {}, {}, 1, 64, Path("bright"), excess={"head_circumference": 6.0})
+    lengths = []
+    for network in (plain, calibrated):
+        measure = network.classes[2].measure
+        assert measure is not None
+        shape = measure.fit(next(predict(network, [image])) == 2)
+        assert shape is not None
+        lengths.append(shape.length)
+    assert lengths[0] - lengths[1] == pytest.approx(6.0 * 200 / 64, rel=1e-3)  # 64 px of input for 200 of the image
+    assert calibrated.classes[1].measure is plain.classes[1].measure or calibrated.classes[1] == plain.classes[1]
+
+
+def test_an_outline_as_wide_as_the_pen_is_what_masks_measure_too_much() -> None:
+    inner, outer = bright_disc(50) > 0, bright_disc(52) > 0
+    true = fit_head(inner)
+    assert true is not None
+    sample = Sample("a", "a", bright_disc(50), outer.astype(np.uint8) * 2, 0.5, head_circumference=true.length * 0.5)
+    classes = Network(Bright(), {}, {}, 1, 100, Path("bright")).classes
+    excess = mask_excess(sample, classes, image_size=100)
+    assert excess == {"head_circumference": pytest.approx(2 * np.pi * 2 / 2, rel=0.05)}  # half of the image's pixels
+    for change in ({"simulated": True}, {"pixel_size": None}, {"head_circumference": None}):
+        assert mask_excess(Sample(**{**vars(sample), **change}), classes, 100) == {}
+
+
+def test_shapes_are_never_shortened_to_nothing() -> None:
+    head, femur = fit_head(bright_disc(4) > 0), fit_femur(bright_disc(4) > 0)
+    assert head is not None and femur is not None
+    for shape in (head, femur):
+        assert 0.4 * shape.length < shape.shortened(1e6).length < shape.length
+        assert shape.shortened(1.0).length == pytest.approx(shape.length - 1.0)
+        assert shape.shortened(-1.0).length == pytest.approx(shape.length + 1.0)
+
+
+class Watched(Bright):
+    """Remembers what it was shown."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[torch.Tensor] = []
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.seen.append(x)
+        return super().forward(x)
+
+
+def test_a_network_that_knows_its_errors_looks_four_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Watched()
+    monkeypatch.setattr("famseg.inference.optimize_for_inference", lambda model: model)
+    expectation = Expectation((0.5, 1.0, 0.0, 0.0), doubtful=0.6)
+    network = Network(model, {}, {}, 1, 64, Path("bright"), expectations={"head_circumference": expectation})
+    reading = next(readings(network, [bright_disc(50)]))
+    assert [x.shape[-1] for x in model.seen] == [64, 64, 96, 96]
+    assert torch.equal(model.seen[0].flip(3), model.seen[1])
+    signs = reading.signs["head_circumference"]
+    # 64 px of input for 200 of the image; a disc that both sizes find alike.
+    assert reading.expected_error == {"head_circumference": pytest.approx((0.5 + signs[1]) * 200 / 64)}
+    assert reading.doubts("head_circumference") == (["uncertain"] if 0.5 + signs[1] > 0.6 else [])
+    assert reading.doubts("femur_length") == []
+    nothing = next(readings(network, [np.zeros((40, 60), np.uint8)]))
+    assert (nothing.expected_error, nothing.uncertain) == ({}, frozenset())
+
+
+@pytest.mark.parametrize("limit", [0.0, 1e9])
+def test_what_is_expected_to_be_far_off_is_uncertain(limit: float) -> None:
+    expectation = Expectation((1.0, 0.0, 0.0, 0.0), doubtful=limit)
+    network = Network(Bright(), {}, {}, 1, 64, Path("bright"), expectations={"head_circumference": expectation})
+    assert ("head_circumference" in next(readings(network, [bright_disc(50)])).uncertain) is (limit == 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ import yaml
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from famseg.data.augment import eval_transform
+from famseg.data.dataset import OPEN
 from famseg.data.split import k_folds
 from famseg.files.errors import DataError
 from famseg.training.checkpoint import Checkpoints
@@ -74,6 +76,30 @@ def test_loss_of_an_absent_class_has_a_gradient():
     logits = torch.zeros(1, 3, 4, 4, requires_grad=True)
     SegmentationLoss()(logits, torch.zeros(1, 4, 4, dtype=torch.long)).backward()
     assert torch.isfinite(logits.grad).all() and logits.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("terms", ["ce", "focal", "dice", "edge", "ce+dice"])
+def test_what_an_image_does_not_label_is_left_out_of_its_loss(terms):
+    """A femur called so in the background of such an image costs nothing; in another image it does."""
+    loss, logits = SegmentationLoss(terms, partly=True), torch.randn(2, 3, 6, 6)
+    target = torch.zeros(2, 6, 6, dtype=torch.int64)
+    target[:, 2:4, 1:5] = 2
+    assert torch.equal(loss(logits, target), SegmentationLoss(terms)(logits, target))
+    target[1, 0, 0] = 1
+    open_target = target.clone()
+    open_target[0][target[0] == 0] = OPEN + (1 << 1)
+    background = logits[0, :2].logsumexp(0)
+    values, gradients = [], []
+    for share in (0.1, 0.9):  # of the background's probability that is the femur's
+        moved = logits.clone()
+        moved[0, 0], moved[0, 1] = background + math.log(1 - share), background + math.log(share)
+        moved.requires_grad_()
+        values.append(loss(moved, open_target))
+        gradients.append(torch.autograd.grad(values[-1], moved)[0])
+    assert torch.allclose(values[0], values[1], atol=1e-6)
+    assert all(gradient.isfinite().all() for gradient in gradients)
+    closed = [loss(moved, target) for moved in (logits, logits + torch.tensor([0.0, 5.0, 0.0]).view(1, 3, 1, 1))]
+    assert not torch.allclose(closed[0], closed[1])
 
 
 def test_pixels_without_any_weight_make_no_loss():
