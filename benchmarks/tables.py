@@ -1,4 +1,4 @@
-"""`python -m benchmarks.tables`: writes the speed tables of README.md and docs/cpu.md, from benchmarks/results/.
+"""`python -m benchmarks.tables`: writes the tables of the pages in PAGES, from benchmarks/results/.
 
 A table stands between `<!-- table: NAME -->` and `<!-- end of table -->`; NAME is one of TABLES. What a document says
 is then what was measured: tests/test_docs.py fails where the two differ.
@@ -7,7 +7,9 @@ is then what was measured: tests/test_docs.py fails where the two differ.
 from __future__ import annotations
 
 import csv
+import math
 import re
+import statistics
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -17,7 +19,9 @@ RESULTS = ROOT / "benchmarks" / "results"
 OPERATIONS = RESULTS / "intel-xeon-processor-torch2.11.0.csv"
 NETWORKS = RESULTS / "intel-xeon-processor-network.csv"
 RIVALS = RESULTS / "amd-epyc-rivals.csv"
-PAGES = (ROOT / "README.md", ROOT / "docs" / "cpu.md")
+PRETRAINED = RESULTS / "pretrained.csv"
+FACTORS = RESULTS / "head_factors.csv"
+PAGES = (ROOT / "README.md", ROOT / "docs" / "cpu.md", ROOT / "docs" / "model-card.md")
 MARKED = re.compile(r"(<!-- table: (?P<name>.*?) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 
 # The rows, in the order of the tables. A case of benchmarks/shapes.py → what it is.
@@ -34,6 +38,7 @@ SHAPES = {
     ("reassemble", "famseg_32x32"): "reassemble k 5 s 2, (2,128,32,32)",
     ("carafe", "carafe_64x64"): "carafe k 5 s 2, (1,64,64,64)",
 }
+GROSS = 5.0  # mm
 OURS, ONE_THREAD, CHANNELS_LAST = "famseg cpu", "famseg cpu, one thread", "famseg cpu channels_last"
 Row = dict[str, str]
 
@@ -222,6 +227,101 @@ def rivals(column: str, batch: int) -> Callable[[], str]:
     return table
 
 
+class Errors:
+    """Objects of the held-out images of the network that ships."""
+
+    def __init__(self, rows: Iterable[Row]) -> None:
+        self.rows = list(rows)
+        self.mm = [float(row["error_mm"]) for row in self.rows]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def mean(self, column: str) -> float:
+        return statistics.fmean(float(row[column]) for row in self.rows)
+
+    def absolute(self) -> float:
+        return statistics.fmean(abs(mm) for mm in self.mm)
+
+    def gross(self) -> int:
+        return sum(abs(mm) > GROSS for mm in self.mm)
+
+    def cells(self) -> list[str]:
+        return [
+            str(len(self)),
+            f"{100 * self.mean('dice'):.2f}",
+            f"{self.absolute():.2f}",
+            f"{statistics.fmean(self.mm):+.2f}",
+            f"{statistics.stdev(self.mm):.2f}",
+            f"{statistics.median(abs(mm) for mm in self.mm):.2f}",
+            str(sum(float(row["iou"]) < 0.5 for row in self.rows)),
+        ]
+
+
+def held_out(measure: str, simulated: bool) -> list[Row]:
+    return [row for row in read(PRETRAINED) if (row["measure"], row["simulated"]) == (measure, str(int(simulated)))]
+
+
+ERRORS = (
+    "Dice, %",
+    "mean absolute error, mm",
+    "mean error, mm",
+    "sd of the error, mm",
+    "median absolute error, mm",
+    "lost",
+)
+
+
+def pretrained_heads() -> str:
+    """By true circumference: below 100 mm are HC18's first trimester, above 250 mm its third."""
+    rows, found = [], held_out("head_circumference", simulated=False)
+    for label, low, high in (
+        ("all", 0.0, math.inf),
+        ("below 100 mm", 0.0, 100.0),
+        ("100 to 250 mm", 100.0, 250.0),
+        ("above 250 mm", 250.0, math.inf),
+    ):
+        rows.append([label, *Errors(row for row in found if low <= float(row["truth_mm"]) < high).cells()])
+    return markdown(("heads of HC18", "images", *ERRORS), rows)
+
+
+def pretrained_phantoms() -> str:
+    names = {"head_circumference": "head", "femur_length": "femur"}
+    rows = [[name, *Errors(held_out(measure, simulated=True)).cells()] for measure, name in names.items()]
+    return markdown(("held-out phantoms", "objects", *ERRORS), rows)
+
+
+def pretrained_doubts() -> str:
+    rows, found = [], held_out("head_circumference", simulated=False)
+    gross = Errors(found).gross()
+    for label, flag in (("not flagged", "0"), ("uncertain", "1")):
+        errors = Errors(row for row in found if row["uncertain"] == flag)
+        mine = errors.gross()
+        expected = statistics.fmean(float(row["expected_error_mm"]) for row in errors.rows if row["expected_error_mm"])
+        cells = [
+            str(len(errors)),
+            f"{expected:.2f}",
+            f"{errors.absolute():.2f}",
+            str(mine),
+            f"{100 * mine / gross:.0f}",
+        ]
+        rows.append([label, *cells])
+    head = (
+        "heads of HC18",
+        "images",
+        "expected error, mm",
+        "mean absolute error, mm",
+        f"off by more than {GROSS:g} mm",
+    )
+    return markdown((*head, "% of those"), rows)
+
+
+def head_factors() -> str:
+    head = ("recipe", *ERRORS[:4], "lost", "training, min")
+    columns = ("dice", "mae_mm", "bias_mm", "sd_mm", "lost", "minutes")
+    return markdown(head, [[row["recipe"], *(row[column] for column in columns)] for row in read(FACTORS)])
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "summary": summary,
     "ranges": ranges,
@@ -235,6 +335,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "rivals, one image": rivals("ms", 1),
     "rivals, eight images": rivals("ms", 8),
     "rivals, memory": rivals("peak_mb", 8),
+    "pretrained heads": pretrained_heads,
+    "pretrained phantoms": pretrained_phantoms,
+    "pretrained doubts": pretrained_doubts,
+    "head factors": head_factors,
 }
 
 
