@@ -100,6 +100,15 @@ def test_rotation_and_flips_alone_move_every_image_and_change_no_grey_value() ->
     assert len({round(angle, 1) for angle in angles}) > 40
 
 
+@pytest.mark.parametrize(("augmentation", "least", "most"), [("full", 0.85, 1.15), ("wide", 0.7, 1.35)])
+def test_scale_stays_within_its_bounds_and_reaches_them(augmentation: str, least: float, most: float) -> None:
+    small = disc(64, 64, 31.5, 31.5, 12, 12).astype(np.uint8)
+    transform = train_transform(64, augmentation)
+    scales = [math.sqrt(transform(small, small, seed)[1].sum() / small.sum()) for seed in range(200)]
+    assert least - 0.06 < min(scales) < least + 0.06
+    assert most - 0.06 < max(scales) < most + 0.06
+
+
 def test_no_augmentation_is_the_letterbox() -> None:
     image = np.random.default_rng(0).integers(0, 255, (40, 64), np.uint8)
     for seed in range(5):

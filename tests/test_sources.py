@@ -151,7 +151,7 @@ def test_deep_colour_is_refused_and_deep_grey_is_read(tmp_path: Path) -> None:
 
 def test_items_in_colour_have_three_channels(isic: Path) -> None:
     data = open_data(f"isic:{isic},phantom:2", image_size=64, seed=0, classes=parse_classes("lesion,FB"), in_channels=3)
-    for augmentation in ("full", "rotate-flip"):
+    for augmentation in ("full", "wide", "rotate-flip"):
         items = SegmentationDataset(data, range(8), train_transform(64, augmentation))
         for epoch in range(3):
             items.set_epoch(epoch)

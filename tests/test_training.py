@@ -128,7 +128,7 @@ def test_pixels_without_any_weight_make_no_loss():
         ({"folds": 1}, "folds: expected 2 or more"),
         ({"folds": 3, "fold": 3}, "fold: expected 0 to 2 with folds 3, got 3"),
         ({"fold": 1}, "fold: expected 0 to 0 without folds"),
-        ({"augmentation": "mixup"}, "augmentation: expected one of full, rotate-flip, none, got 'mixup'"),
+        ({"augmentation": "mixup"}, "augmentation: expected one of full, wide, rotate-flip, none, got 'mixup'"),
         ({"train_images": 0}, "train_images: expected at least 1"),
         ({"devices": 0}, "devices: expected at least 1"),
         ({"clip_norm": float("nan")}, "clip_norm: expected at least 0"),

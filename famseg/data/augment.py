@@ -51,7 +51,8 @@ def train_transform(image_size: int | tuple[int, int], augmentation: str = "full
     Args:
         augmentation: "full": as a probe and its settings vary, that is mirroring, pose (rotation within 25 degrees,
             scale 0.85 to 1.15, small shifts), mild elastic deformation, gain and dynamic range (brightness, contrast,
-            gamma), and noise or blur. "rotate-flip": of the fine-tuning study (arXiv 2307.09067), that is every image
+            gamma), and noise or blur. "wide": the same with scale 0.7 to 1.35 and larger shifts, for objects of other
+            sizes and images of other machines than those that train. "rotate-flip": of the fine-tuning study (arXiv 2307.09067), that is every image
             rotated within 25 degrees, half of them mirrored, a tenth upside down. "none".
     """
     height, width = _height_width(image_size)
@@ -61,11 +62,12 @@ def train_transform(image_size: int | tuple[int, int], augmentation: str = "full
     if augmentation == "rotate-flip":
         few = [A.Rotate(limit=25, p=1.0), A.HorizontalFlip(p=0.5), A.VerticalFlip(p=0.1)]
         return Transform((height, width), A.Compose(few))
+    scale, shift = ((0.7, 1.35), 0.08) if augmentation == "wide" else ((0.85, 1.15), 0.05)
     sigma = 0.08 * side
     steps = [
         A.HorizontalFlip(p=0.5),
         A.VerticalFlip(p=0.1),
-        A.Affine(scale=(0.85, 1.15), keep_ratio=True, rotate=(-25, 25), translate_percent=(-0.05, 0.05), p=0.8),
+        A.Affine(scale=scale, keep_ratio=True, rotate=(-25, 25), translate_percent=(-shift, shift), p=0.8),
         # Displacements are unit white noise blurred by sigma and scaled by alpha, which leaves a standard
         # deviation of alpha / (2 sqrt(pi) sigma) pixels: here 0.8 % of the side, varying over 8 % of it.
         A.ElasticTransform(alpha=0.008 * side * 3.545 * sigma, sigma=sigma, p=0.2),

@@ -71,8 +71,10 @@ class TrainConfig:
     )
     batch_size: int = option(8, "images a step and process")
     image_size: int = option(128, "side of the square network input, px; images are letterboxed into it")
-    augmentation: Literal["full", "rotate-flip", "none"] = option(
-        "full", "of training images: full, rotate-flip (pose alone, as in the fine-tuning study) or none"
+    augmentation: Literal["full", "wide", "rotate-flip", "none"] = option(
+        "full",
+        "of training images: full, wide (full with more of scale and shift), rotate-flip (pose alone, as in the "
+        "fine-tuning study) or none",
     )
     learning_rate: float = option(0.04, "Init_lr of Eq. 11, fitted to the batch size (paper: 0.01 over 200 epochs)")
     min_learning_rate: float = option(0.0004, "Min_lr of Eq. 12, fitted to the batch size (paper: 0.0001)")
