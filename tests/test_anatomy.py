@@ -63,10 +63,12 @@ sys.modules["famseg.anatomy"] = module
 exec(compile(sys.stdin.read(), "anatomy.py", "exec"), module.__dict__)
 
 from pathlib import Path
+import torch
 from PIL import Image
 from famseg.cli.predict import Source, _write
 from famseg.data.sample import Sample
 from famseg.evaluation import evaluate
+from famseg.inference import Network, Reading
 from famseg.reporting.page import report
 from famseg.training.config import TrainConfig
 
@@ -84,7 +86,8 @@ page = report(
 for words in ("abdomen (AC)", "abdomen blue", "abdominal circumference", ".tile.AC { border-top: 4px solid #2244cc; }"):
     assert words in page, words
 
-line = _write(Path("."), Source(Path("scan.png"), sample.image, 0.5, "given"), mask)
+network = Network(torch.nn.Identity(), {}, {}, 1, 64, Path("x.ckpt"))
+line = _write(Path("."), Source(Path("scan.png"), sample.image, 0.5, "given"), Reading(mask), network, False)
 assert line["abdominal_circumference_mm"] == row["abdominal_circumference_mm"] and line["flags"] == ""
 picture = np.asarray(Image.open("overlays/scan.png")).astype(int)
 assert (picture[..., 2] - picture[..., :2].max(2) > 100).any()

@@ -52,8 +52,9 @@ def train_transform(image_size: int | tuple[int, int], augmentation: str = "full
         augmentation: "full": as a probe and its settings vary, that is mirroring, pose (rotation within 25 degrees,
             scale 0.85 to 1.15, small shifts), mild elastic deformation, gain and dynamic range (brightness, contrast,
             gamma), and noise or blur. "wide": the same with scale 0.7 to 1.35 and larger shifts, for objects of other
-            sizes and images of other machines than those that train. "rotate-flip": of the fine-tuning study (arXiv 2307.09067), that is every image
-            rotated within 25 degrees, half of them mirrored, a tenth upside down. "none".
+            sizes and images of other machines than those that train. "rotate-flip": of the fine-tuning study (arXiv
+            2307.09067), that is every image rotated within 25 degrees, half of them mirrored, a tenth upside down.
+            "none".
     """
     height, width = _height_width(image_size)
     side = min(height, width)
