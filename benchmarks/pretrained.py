@@ -21,7 +21,6 @@ import torch
 
 from famseg.cli.command import progress
 from famseg.cli.evaluate import select
-from famseg.data.augment import letterbox_scale
 from famseg.data.sample import Sample
 from famseg.evaluation import score_image
 from famseg.files.tables import write_table
@@ -30,7 +29,7 @@ from famseg.training.checkpoint import write_checkpoint
 from famseg.uncertainty import Expectation, fit_expectation
 
 RESULTS = Path(__file__).parent / "results" / "pretrained.csv"
-_UNKNOWN = Expectation((0.0, 0.0, 0.0, 0.0), math.inf)
+_UNKNOWN = Expectation((0.0, 0.0, 0.0), math.inf)
 
 
 @dataclass(frozen=True)
@@ -43,8 +42,7 @@ class Measurement:
     dice: float
     iou: float
     measured: float | None  # mm
-    signs: np.ndarray | None  # None where nothing was measured
-    scale: float  # px of the network's input a mm
+    signs: np.ndarray | None  # mm; None where nothing was measured
 
     @property
     def truth(self) -> float:
@@ -67,15 +65,15 @@ def measurements(network: Network, fold: int) -> Iterator[Measurement]:
     samples = [selection.samples[i] for i in progress(selection.indices, "reading")]
     for sample, reading in zip(samples, readings(watched, (s.image for s in samples)), strict=True):
         score = score_image(sample, reading, watched.classes)
-        height, width = sample.mask.shape
         for structure, name in zip(structures, names, strict=True):
             if sample.pixel_size is None or sample.true_length(name) is None:
                 continue
             found = score.objects[structure.name]
-            scale = letterbox_scale(height, width, network.image_size) / sample.pixel_size
+            signs = reading.signs.get(name)
             dice, iou = found.dice or 0.0, found.iou or 0.0
             measured = score.lengths[structure.name].measured
-            yield Measurement(fold, name, sample, dice, iou, measured, reading.signs.get(name), scale)
+            mm = None if signs is None else signs * sample.pixel_size
+            yield Measurement(fold, name, sample, dice, iou, measured, mm)
 
 
 def fitted(found: Sequence[Measurement]) -> dict[str, Expectation]:
@@ -84,7 +82,7 @@ def fitted(found: Sequence[Measurement]) -> dict[str, Expectation]:
     for name in dict.fromkeys(one.measure for one in found):
         mine = [one for one in found if one.measure == name and one.signs is not None]
         signs = np.stack([one.signs for one in mine if one.signs is not None])
-        expectations[name] = fit_expectation(signs, np.array([abs(one.error) * one.scale for one in mine]))
+        expectations[name] = fit_expectation(signs, np.array([abs(one.error) for one in mine]))
     return expectations
 
 
@@ -105,7 +103,7 @@ def rows(found: Sequence[Measurement]) -> list[dict[str, Any]]:
                 "truth_mm": one.truth,
                 "measured_mm": one.measured,
                 "error_mm": one.error,
-                "expected_error_mm": None if expected is None else expected / one.scale,
+                "expected_error_mm": expected,
                 "uncertain": int(expected is not None and expected > expectation.doubtful),
                 "dice": one.dice,
                 "iou": one.iou,

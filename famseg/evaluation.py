@@ -268,7 +268,7 @@ def _score_length(
         truth=given,
         truth_from="" if given is None else source,
         measured=None if shape is None else shape.length * pixel_size,
-        doubts=() if shape is None else (*doubts(found, shape), *reading.doubts(measure.name)),
+        doubts=() if shape is None else (*doubts(found, shape), *reading.doubts(measure.name, pixel_size)),
         expected_error=_times(reading.expected_error.get(measure.name), pixel_size),
     )
 

@@ -85,11 +85,13 @@ class Reading:
     labels: np.ndarray  # (H, W) uint8, at the image's own size
     signs: Mapping[str, np.ndarray] = field(default_factory=dict)  # `signs_of` an error, by measure
     expected_error: Mapping[str, float] = field(default_factory=dict)  # absolute, px of the image, by measure
-    uncertain: frozenset[str] = frozenset()  # measures whose expected error is among the largest
+    doubtful: Mapping[str, float] = field(default_factory=dict)  # mm; what is expected to be off by more is uncertain
 
-    def doubts(self, measure: str) -> list[str]:
-        """Beside those of `famseg.biometrics.doubts`."""
-        return ["uncertain"] if measure in self.uncertain else []
+    def doubts(self, measure: str, pixel_size: float | None) -> list[str]:
+        """Beside those of `famseg.biometrics.doubts`; none without a pixel size, mm."""
+        if pixel_size is None or (error := self.expected_error.get(measure)) is None:
+            return []
+        return ["uncertain"] if error * pixel_size > self.doubtful[measure] else []
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
@@ -267,24 +269,18 @@ def _read(network: Network, views: Sequence[Tensor]) -> Reading:
     labels = _classes(mean)
     if not network.expectations:
         return Reading(labels)
-    signs, expected, uncertain = dict[str, np.ndarray](), dict[str, float](), set[str]()
+    signs: dict[str, np.ndarray] = {}
     probability = mean.softmax(0).cpu().numpy()
     alone = [_classes(view) for view in views]
-    height, width = labels.shape
-    scale = letterbox_scale(height, width, network.image_size)
     for structure in network.classes:
         measure, mask = structure.measure, labels == structure.label
         if measure is None or measure.name not in network.expectations or (shape := measure.fit(mask)) is None:
             continue
         shapes = [measure.fit(one == structure.label) for one in alone]
         lengths = [0.0 if one is None else one.length for one in shapes]
-        expectation = network.expectations[measure.name]
-        signs[measure.name] = signs_of(shape, mask, probability[structure.label], lengths, scale)
-        error = expectation.error(signs[measure.name])
-        expected[measure.name] = error / scale
-        if error > expectation.doubtful:
-            uncertain.add(measure.name)
-    return Reading(labels, signs, expected, frozenset(uncertain))
+        signs[measure.name] = signs_of(shape, mask, probability[structure.label], lengths)
+    expected = {name: network.expectations[name].error(found) for name, found in signs.items()}
+    return Reading(labels, signs, expected, {name: network.expectations[name].doubtful for name in signs})
 
 
 def _classes(logits: Tensor) -> np.ndarray:

@@ -15,17 +15,18 @@ from scipy.optimize import nnls
 from famseg.biometrics import Axis, Ellipse
 
 _SOFT = (0.1, 0.9)  # probabilities between which a pixel belongs to the border
-_WHOLE = 4  # signs, the constant among them
+_SIGNS = 3
 
 
 @dataclass(frozen=True)
 class Expectation:
-    """Absolute errors of one measure, as they are expected by its signs. Lengths are px of the network's input."""
+    """Absolute errors of one measure, as they are expected by its signs."""
 
     weights: tuple[float, ...]  # of the signs
-    doubtful: float  # what is expected to be off by more is flagged
+    doubtful: float  # mm; what is expected to be off by more is flagged
 
     def error(self, signs: np.ndarray) -> float:
+        """In the unit of the signs."""
         return float(np.dot(self.weights, signs))
 
 
@@ -34,32 +35,30 @@ def signs_of(
     mask: np.ndarray,
     probability: np.ndarray,
     lengths: Sequence[float],
-    scale: float,
 ) -> np.ndarray:
-    """What speaks for an error: 1, the views' spread, the width of the soft border, the shape's distance; px.
+    """What speaks for an error: the views' spread, the width of the soft border, the shape's distance; px.
 
     Args:
         shape: fitted to `mask`, in the image's pixels.
         mask: (H, W) bool, what was found.
         probability: (H, W), of the class.
-        lengths: in each view alone, px of the image; 0 where it is not found.
-        scale: px of the network's input a pixel of the image.
+        lengths: in each view alone, px; 0 where it is not found.
     """
     border = ((probability > _SOFT[0]) & (probability < _SOFT[1])).sum() / shape.length
     apart = (shape.inside(*mask.shape) ^ mask).sum() / shape.length if isinstance(shape, Ellipse) else 0.0
-    return np.array([1.0, *(scale * value for value in (float(np.std(lengths)), border, apart))])
+    return np.array([np.std(lengths), border, apart])
 
 
 def fit_expectation(signs: np.ndarray, errors: np.ndarray, doubtful: float = 0.1) -> Expectation:
     """The expectation that fits best (least squares, no sign counts against an error).
 
     Args:
-        signs: (n, 4), of measurements on held-out images.
-        errors: (n,), their absolute errors, px of the network's input.
+        signs: (n, 3), of measurements on held-out images, mm.
+        errors: (n,), their absolute errors, mm.
         doubtful: the part of them that is to be flagged.
     """
-    if signs.shape != (len(errors), _WHOLE):
-        raise ValueError(f"signs: expected shape ({len(errors)}, {_WHOLE}), got {signs.shape}")
+    if signs.shape != (len(errors), _SIGNS):
+        raise ValueError(f"signs: expected shape ({len(errors)}, {_SIGNS}), got {signs.shape}")
     # A few gross errors would decide a fit of squares alone.
     weights, _ = nnls(signs, np.minimum(errors, np.quantile(errors, 0.98)))
     return Expectation(tuple(weights.tolist()), float(np.quantile(signs @ weights, 1 - doubtful)))

@@ -16,7 +16,7 @@ from famseg.data.augment import letterbox, undo_letterbox
 from famseg.data.phantom import Phantom
 from famseg.data.sample import Sample
 from famseg.files.errors import DataError
-from famseg.inference import Network, load_network, logits_at, mask_excess, predict, readings
+from famseg.inference import Network, Reading, load_network, logits_at, mask_excess, predict, readings
 from famseg.metrics import jaggedness
 from famseg.options import warn_of_slow_bf16
 from famseg.uncertainty import Expectation
@@ -277,22 +277,19 @@ class Watched(Bright):
 def test_a_network_that_knows_its_errors_looks_four_times(monkeypatch: pytest.MonkeyPatch) -> None:
     model = Watched()
     monkeypatch.setattr("famseg.inference.optimize_for_inference", lambda model: model)
-    expectation = Expectation((0.5, 1.0, 0.0, 0.0), doubtful=0.6)
+    expectation = Expectation((0.5, 1.0, 0.0), doubtful=0.6)
     network = Network(model, {}, {}, 1, 64, Path("bright"), expectations={"head_circumference": expectation})
     reading = next(readings(network, [bright_disc(50)]))
     assert [x.shape[-1] for x in model.seen] == [64, 64, 96, 96]
     assert torch.equal(model.seen[0].flip(3), model.seen[1])
     signs = reading.signs["head_circumference"]
-    # 64 px of input for 200 of the image; a disc that both sizes find alike.
-    assert reading.expected_error == {"head_circumference": pytest.approx((0.5 + signs[1]) * 200 / 64)}
-    assert reading.doubts("head_circumference") == (["uncertain"] if 0.5 + signs[1] > 0.6 else [])
-    assert reading.doubts("femur_length") == []
+    assert reading.expected_error == {"head_circumference": pytest.approx(0.5 * signs[0] + signs[1])}
     nothing = next(readings(network, [np.zeros((40, 60), np.uint8)]))
-    assert (nothing.expected_error, nothing.uncertain) == ({}, frozenset())
+    assert nothing.expected_error == {} and nothing.doubts("head_circumference", 0.1) == []
 
 
-@pytest.mark.parametrize("limit", [0.0, 1e9])
-def test_what_is_expected_to_be_far_off_is_uncertain(limit: float) -> None:
-    expectation = Expectation((1.0, 0.0, 0.0, 0.0), doubtful=limit)
-    network = Network(Bright(), {}, {}, 1, 64, Path("bright"), expectations={"head_circumference": expectation})
-    assert ("head_circumference" in next(readings(network, [bright_disc(50)])).uncertain) is (limit == 0)
+def test_what_is_expected_to_be_far_off_is_uncertain() -> None:
+    reading = Reading(np.zeros((1, 1)), {}, {"head_circumference": 10.0}, {"head_circumference": 2.0})
+    assert reading.doubts("head_circumference", 0.3) == ["uncertain"]  # 3 mm
+    for measure, pixel_size in (("head_circumference", 0.1), ("head_circumference", None), ("femur_length", 0.3)):
+        assert reading.doubts(measure, pixel_size) == []

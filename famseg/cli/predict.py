@@ -216,7 +216,7 @@ def _write(out: Path, source: Source, reading: Reading, network: Network, with_a
             if region.any():
                 flags.append(f"{structure.word}: cannot be measured")
             continue
-        found = [*doubts(region, shape), *reading.doubts(measure.name)]
+        found = [*doubts(region, shape), *reading.doubts(measure.name, source.pixel_size)]
         flags += [f"{structure.word}: {doubt}" for doubt in found]
         value = f"{mm:.1f} mm" if mm is not None else f"{pixels:.0f} px"
         caption.append(f"{measure.short} {value}" + (f"  ({', '.join(found)})" if found else ""))
