@@ -183,7 +183,7 @@ def test_resuming_a_finished_run_changes_nothing(copy, whole):
 
 def test_the_names_in_a_checkpoint_are_those_that_older_ones_have(whole):
     checkpoint = torch.load(whole / "checkpoints/last.ckpt", weights_only=True)
-    names = "epoch global_step state_dict optimizer_states config processes ema images callbacks"
+    names = "epoch global_step state_dict optimizer_states config processes ema images excess callbacks"
     assert sorted(checkpoint) == sorted(names.split())
     assert {name: sorted(state) for name, state in checkpoint["callbacks"].items()} == {
         "MetricsTable": ["rows", "seconds"],
