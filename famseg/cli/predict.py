@@ -243,7 +243,8 @@ def _add_ages(row: dict[str, Any], classes: Sequence[Structure]) -> list[str]:
         if mm is not None and age is None:
             flags.append(f"age: {name.replace('_', ' ')} outside of Hadlock's 12 to 42 weeks")
     if (head := measured.get("head_circumference", 0)) != 0:
-        age_21st = None if head is None else intergrowth(head, measured.get("femur_length"))
+        # By the head alone: a plane shows one of the two, and a femur found beside a head is more likely none.
+        age_21st = None if head is None else intergrowth(head)
         row["weeks_intergrowth21st"] = age_21st
         if head is not None and age_21st is None:
             flags.append("age: outside of INTERGROWTH-21st's 14 to 40 weeks")
