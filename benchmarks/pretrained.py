@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
+from famseg.anatomy import measures_of
 from famseg.cli.command import progress
 from famseg.cli.evaluate import select
 from famseg.data.sample import Sample
@@ -56,24 +56,23 @@ class Measurement:
         return (self.measured or 0.0) - self.truth
 
 
-def measurements(network: Network, fold: int) -> Iterator[Measurement]:
+def measurements(network: Network) -> Iterator[Measurement]:
     """Of the images that the run of a fold did not see."""
-    structures = [structure for structure in network.classes if structure.measure is not None]
-    names = [structure.measure.name for structure in structures if structure.measure]
-    watched = dataclasses.replace(network, expectations=dict.fromkeys(names, _UNKNOWN))
+    names = {structure: measure.name for structure, measure in measures_of(network.classes).items()}
+    watched = dataclasses.replace(network, expectations=dict.fromkeys(names.values(), _UNKNOWN))
     selection = select(network, None, "held-out", None)
     samples = [selection.samples[i] for i in progress(selection.indices, "reading")]
     for sample, reading in zip(samples, readings(watched, (s.image for s in samples)), strict=True):
         score = score_image(sample, reading, watched.classes)
-        for structure, name in zip(structures, names, strict=True):
+        for structure, name in names.items():
             if sample.pixel_size is None or sample.true_length(name) is None:
                 continue
-            found = score.objects[structure.name]
+            found = score.objects[structure]
             signs = reading.signs.get(name)
             dice, iou = found.dice or 0.0, found.iou or 0.0
-            measured = score.lengths[structure.name].measured
+            measured = score.lengths[structure].measured
             mm = None if signs is None else signs * sample.pixel_size
-            yield Measurement(fold, name, sample, dice, iou, measured, mm)
+            yield Measurement(network.config["fold"], name, sample, dice, iou, measured, mm)
 
 
 def fitted(found: Sequence[Measurement]) -> dict[str, Expectation]:
@@ -138,15 +137,15 @@ def main() -> None:
     found = []
     for run in options.folds:
         network = load_network(run / "checkpoints" / "last.ckpt")
-        found += measurements(network, network.config["fold"])
-        print(f"{run}: {sum(one.fold == network.config['fold'] for one in found)} objects", flush=True)
+        mine = list(measurements(network))
+        found += mine
+        print(f"{run}: {len(mine)} objects", flush=True)
     write_table(RESULTS, rows(found))
     print(f"written: {RESULTS}")
     if options.final:
         last = options.final / "checkpoints" / "last.ckpt"
         write_checkpoint(pack(last, fitted(found)), PRETRAINED)
-        with torch.inference_mode():
-            load_network(PRETRAINED)
+        load_network(PRETRAINED)
         print(f"written: {PRETRAINED}, {PRETRAINED.stat().st_size / 1e6:.1f} MB")
 
 

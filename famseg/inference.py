@@ -191,19 +191,9 @@ def mask_excess(sample: Sample, classes: Sequence[Structure], image_size: int) -
     return found
 
 
-def predict(
-    network: Network,
-    images: Iterable[np.ndarray],
-    *,
-    batch_size: int = 8,
-    flips: bool = False,
-    precision: str = "fp32",
-    device: str = "cpu",
-    backend: str = "auto",
-) -> Iterator[np.ndarray]:
-    """The label maps of `readings`: (H, W) uint8, in order."""
-    options = {"batch_size": batch_size, "flips": flips, "precision": precision, "device": device, "backend": backend}
-    return (reading.labels for reading in readings(network, images, **options))  # type: ignore[arg-type]
+def predict(network: Network, images: Iterable[np.ndarray], **options: Any) -> Iterator[np.ndarray]:
+    """The label maps of `readings`, whose options it takes: (H, W) uint8, in order."""
+    return (reading.labels for reading in readings(network, images, **options))
 
 
 def readings(

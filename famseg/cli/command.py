@@ -11,10 +11,8 @@ import os
 import re
 import signal
 import sys
-import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
 
 import cv2
@@ -147,11 +145,6 @@ def chosen_network(checkpoint: str | None) -> Network:
     network = load_pretrained()
     print(f"no checkpoint named: taking the network that comes with famseg ({network.config['model']})", flush=True)
     return network
-
-
-def folder_for(out: str | None, what: str) -> Path:
-    """`--out`, or runs/TIME-WHAT."""
-    return Path(out or f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{what}")
 
 
 def required(name: str, value: Any, example: str) -> None:

@@ -16,14 +16,14 @@ from typing import Any, Literal
 import numpy as np
 
 from famseg.anatomy import Structure, reported
-from famseg.cli.command import build_parser, chosen_network, folder_for, parse, progress, required, run
+from famseg.cli.command import build_parser, chosen_network, parse, progress, required, run
 from famseg.data import DATA_HELP
 from famseg.data.classes import left_out_of
 from famseg.data.dataset import open_data
 from famseg.data.sample import Sample
 from famseg.evaluation import Evaluation, ImageScore
 from famseg.files.errors import DataError
-from famseg.files.lock import locked
+from famseg.files.lock import folder_for, locked
 from famseg.files.tables import write_table
 from famseg.files.writing import write_atomic
 from famseg.inference import Network, readings

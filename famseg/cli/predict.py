@@ -22,12 +22,12 @@ import numpy as np
 
 from famseg.anatomy import Structure, measures_of, reported
 from famseg.biometrics import Axis, Ellipse, doubts
-from famseg.cli.command import build_parser, chosen_network, folder_for, parse, progress, required, run
+from famseg.cli.command import build_parser, chosen_network, parse, progress, required, run
 from famseg.files.errors import DataError
 from famseg.files.images import read_colour_image, read_image, write_image
 from famseg.files.labels import write_labels
 from famseg.files.listing import given_path, list_images, stem
-from famseg.files.lock import locked
+from famseg.files.lock import folder_for, locked
 from famseg.files.tables import parse_positive, read_table, write_table
 from famseg.gestation import hadlock, intergrowth
 from famseg.inference import Network, Reading, readings
@@ -242,7 +242,8 @@ def _add_ages(row: dict[str, Any], classes: Sequence[Structure]) -> list[str]:
         row[f"{name}_two_sd_weeks_hadlock"] = None if age is None else age.two_sd
         if mm is not None and age is None:
             flags.append(f"age: {name.replace('_', ' ')} outside of Hadlock's 12 to 42 weeks")
-    if (head := measured.get("head_circumference", 0)) != 0:
+    if "head_circumference" in measured:
+        head = measured["head_circumference"]
         # By the head alone: a plane shows one of the two, and a femur found beside a head is more likely none.
         age_21st = None if head is None else intergrowth(head)
         row["weeks_intergrowth21st"] = age_21st

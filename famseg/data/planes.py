@@ -15,9 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from famseg.anatomy import CLASSES
 from famseg.data.landmarks import FEMUR, HEAD, Landmarks, Marked
-from famseg.data.sample import Sample
+from famseg.data.sample import Sample, all_but
 from famseg.files.errors import DataError
 from famseg.files.images import read_image
 from famseg.files.listing import by_name, given_path, list_images, stem, tell_left_out
@@ -120,7 +119,7 @@ class Planes(Sequence[Sample]):
             image=image,
             mask=landmarks.mask(*image.shape),
             pixel_size=pixel_size,
-            unlabelled=tuple(name for name in CLASSES[1:] if name != landmarks.structure.name),
+            unlabelled=all_but(landmarks.structure.name),
             **lengths,
         )
 

@@ -12,6 +12,11 @@ from famseg.anatomy import CLASSES
 __all__ = ["CLASSES", "Sample"]
 
 
+def all_but(name: str) -> tuple[str, ...]:
+    """What a source does not label that labels one structure."""
+    return tuple(other for other in CLASSES[1:] if other != name)
+
+
 @dataclass(frozen=True)
 class Sample:
     """One labelled image."""

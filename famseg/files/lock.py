@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -15,6 +16,11 @@ _LOCK = ".lock"
 
 class Busy(DataError):
     """Another process is at work in the folder."""
+
+
+def folder_for(out: str | None, what: str) -> Path:
+    """`--out`, or runs/TIME-WHAT."""
+    return Path(out or f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{what}")
 
 
 @contextmanager

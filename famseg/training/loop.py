@@ -192,8 +192,9 @@ class Loop:
 
     def _count_overlap(self, labels: Tensor, mask: Tensor) -> None:
         """This process's overlap and union of every object since the epoch began; stays on the device, unread."""
+        known = mask < OPEN
         for label in range(1, len(self.classes)):
-            found, truth = (labels == label) & (mask < OPEN), mask == label
+            found, truth = (labels == label) & known, mask == label
             self._overlap[0, label - 1] += (found & truth).sum()
             self._overlap[1, label - 1] += (found | truth).sum()
 

@@ -6,7 +6,6 @@ import dataclasses
 import importlib.util
 import os
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ from famseg.data.dataset import SegmentationDataset, open_data
 from famseg.data.split import first_images, k_folds, split_by_subject
 from famseg.evaluation import evaluate
 from famseg.files.errors import DataError
-from famseg.files.lock import locked
+from famseg.files.lock import folder_for, locked
 from famseg.files.writing import write_atomic
 from famseg.inference import load_network, mask_excess, predict, read_checkpoint
 from famseg.memory import keep_freed_memory
@@ -392,7 +391,7 @@ def _accelerator(config: TrainConfig, processes: Processes) -> str:
 
 def _output_folder(config: TrainConfig, processes: Processes) -> AbstractContextManager[Path]:
     """The run's folder, locked by the first process."""
-    out = Path(config.out or f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{config.model}")
+    out = folder_for(config.out, config.model)
     if config.resume is None:
         fresh, remedy = True, "choose another --out, or continue the run in it with --resume auto"
     else:
