@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from famseg.anatomy import parse_classes
 from famseg.biometrics import fit_head
+from famseg.data.classes import left_out_of
 from famseg.data.dataset import OPEN, PHANTOM_LENGTH, open_data
 from famseg.data.folder import Folder, write_folder
 from famseg.data.hc18 import HC18, fill_outline
@@ -86,6 +88,13 @@ def test_hc18_reads_the_challenge_layout(hc18: Path, inner: str) -> None:
     assert sample.image.dtype == sample.mask.dtype == np.uint8
     assert sample.femur_length is None
     np.testing.assert_array_equal(sample.mask, disc(60, 80, 40, 30, 24, 18) * 2)
+
+
+def test_what_hc18_does_not_label_is_not_said_to_become_background(hc18: Path) -> None:
+    heads = open_data(f"hc18:{hc18}", image_size=64, seed=0, classes=parse_classes("FB"))
+    assert left_out_of(heads) == [] and set(np.unique(heads[0].mask)) == {0, 1}
+    both = open_data(f"hc18:{hc18},phantom:2", image_size=64, seed=0, classes=parse_classes("FB"))
+    assert left_out_of(both) == ["FL"]
 
 
 def break_hc18(root: Path, what: str) -> Path:

@@ -54,7 +54,8 @@ class _Adapted(Sequence[Sample]):
         self._source, self._colour = source, colour
         known = labels_of(source)
         self.labels = tuple(names)
-        self.left_out = [name for name in known if name not in self.labels]
+        unlabelled = getattr(source, "unlabelled", ())  # of all of its images: nothing there to leave out
+        self.left_out = [name for name in known if name not in self.labels and name not in unlabelled]
         self._new = np.array([self.labels.index(name) if name in self.labels else 0 for name in known], np.uint8)
         self._same = self._new.tolist() == list(range(len(known)))
 

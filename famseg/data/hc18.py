@@ -26,7 +26,6 @@ HEAD = CLASSES.index("FB")
 TABLE = "training_set_pixel_size_and_HC.csv"
 _PIXEL_SIZE, _CIRCUMFERENCE = "pixel size(mm)", "head circumference (mm)"
 _SUFFIX = "_Annotation"
-_UNLABELLED = all_but("FB")
 
 # A closed outline and its convex hull agree to 1.4 % or better over 798 HC18 annotations (the rest is
 # rasterisation of the smallest heads); an open outline encloses nothing. Half-way tells them apart safely.
@@ -43,6 +42,8 @@ class HC18(Sequence[Sample]):
         DataError: nothing there, an image without annotation or table row, files that cannot be decoded or
             differ in size.
     """
+
+    unlabelled = all_but("FB")
 
     def __init__(self, directory: str | os.PathLike[str]) -> None:
         self.directory, table = _training_set(given_path(directory))
@@ -96,7 +97,7 @@ class HC18(Sequence[Sample]):
             mask=head.astype(np.uint8) * np.uint8(HEAD),
             pixel_size=pixel_size,
             head_circumference=circumference,
-            unlabelled=_UNLABELLED,
+            unlabelled=self.unlabelled,
         )
 
 
