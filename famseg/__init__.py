@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from famseg.inference import load_network, load_pretrained, predict
     from famseg.models import FAMSeg, FAMSegConfig, create_model, optimize_for_inference
-
-__version__ = "0.1.0"
 
 _MODELS = ("FAMSeg", "FAMSegConfig", "create_model", "optimize_for_inference")
 __all__ = [
@@ -24,6 +23,8 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """When they are first asked for: before torch is imported, the command lines have something to say to it."""
+    if name == "__version__":
+        return importlib.metadata.version("famseg")
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from famseg import inference, models
