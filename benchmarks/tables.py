@@ -21,7 +21,9 @@ NETWORKS = RESULTS / "intel-xeon-processor-network.csv"
 RIVALS = RESULTS / "amd-epyc-rivals.csv"
 PRETRAINED = RESULTS / "pretrained.csv"
 FACTORS = RESULTS / "head_factors.csv"
-PAGES = (ROOT / "README.md", ROOT / "docs" / "cpu.md", ROOT / "docs" / "model-card.md")
+STUDIES = RESULTS / "studies"
+PAPERS = ROOT / "docs" / "papers"
+PAGES = (ROOT / "README.md", ROOT / "docs" / "cpu.md", ROOT / "docs" / "model-card.md", *sorted(PAPERS.glob("*.md")))
 MARKED = re.compile(r"(<!-- table: (?P<name>.*?) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 
 # The rows, in the order of the tables. A case of benchmarks/shapes.py → what it is.
@@ -322,6 +324,52 @@ def head_factors() -> str:
     return markdown(head, [[row["recipe"], *(row[column] for column in columns)] for row in read(FACTORS)])
 
 
+def study(name: str, reference: str, scores: Sequence[str], differences: Sequence[str] = ()) -> Callable[[], str]:
+    """A table of famseg-study: `scores` in %, each beside the published one; `differences` from the cell `reference`."""
+
+    def table() -> str:
+        rows = read(STUDIES / name / "table.csv")
+        rates: dict[str, str] = {}
+        for row in read(STUDIES / name / "runs.csv"):
+            if not row["repeat"].startswith("search"):
+                rates[row["cell"]] = row.get("learning_rate", "")
+        searched = any(rates.values())
+        head = [
+            "",
+            *(text for score in scores for text in (f"{score} published, %", f"{score} here, %")),
+            *(f"{score} minus {reference}" for score in differences),
+            "parameters, M",
+            *(["learning rate found"] if searched else []),
+        ]
+        lines = []
+        for row in rows:
+            cells = [
+                text
+                for score in scores
+                for text in (row[f"{score} published"] or "–", spread(row[f"{score} mean"], row[f"{score} sd"]))
+            ]
+            cells += [
+                bracketed(*(row[f"{score} {part}"] for part in ("difference", "difference_low", "difference_high")))
+                for score in differences
+            ]
+            found = [rates[row["cell"]]] if searched else []
+            lines.append([row["cell"], *cells, f"{int(row['parameters']) / 1e6:.2f}", *found])
+        return markdown(head, lines)
+
+    return table
+
+
+def spread(mean: str, sd: str) -> str:
+    return f"{float(mean):.1f} ± {float(sd):.1f}"
+
+
+def bracketed(mean: str, low: str, high: str) -> str:
+    """With its 95 % interval; a dash for the reference itself."""
+    if float(low) == float(high):
+        return "–"
+    return f"{float(mean):+.1f} ({float(low):+.1f} to {float(high):+.1f})".replace("-", "−")
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "summary": summary,
     "ranges": ranges,
@@ -339,6 +387,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "pretrained phantoms": pretrained_phantoms,
     "pretrained doubts": pretrained_doubts,
     "head factors": head_factors,
+    "study table1": study("table1", "ours", ("FL", "FB", "mIoU"), ("FL", "mIoU")),
+    "study table3": study("table3", "ours", ("FL", "FB", "mIoU"), ("FL", "mIoU")),
+    "study scunext": study("scunext", "UNeXt", ("DSC",), ("DSC",)),
+    "study finetune": study("finetune", "baseline", ("PA", "Dice", "mIoU"), ("Dice",)),
 }
 
 

@@ -1,4 +1,4 @@
-"""--backend, and what the tests of the native kernels (test_native_*.py) have in common."""
+"""--backend, --cases, and what the tests of the native kernels (test_native_*.py) have in common."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import hypothesis
 import pytest
 import torch
 from torch import Tensor
@@ -16,9 +17,20 @@ from tests.native import ISAS, NATIVE
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--backend", choices=BACKENDS, help="of tests with a backend, run only this one's")
+    parser.addoption("--cases", type=int, default=40, help="how many hypothesis draws for each test (default: 40)")
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # The same cases each time, but for a run that asks for others by --hypothesis-seed.
+    hypothesis.settings.register_profile(
+        "famseg",
+        max_examples=config.getoption("--cases"),
+        derandomize=config.getoption("--hypothesis-seed") is None,
+        database=None,
+        deadline=None,
+        suppress_health_check=[hypothesis.HealthCheck.too_slow],
+    )
+    hypothesis.settings.load_profile("famseg")
     for tag in ("ordinary", "options"):
         config.addinivalue_line("markers", f"{tag}: a tag of famseg_kernels.testing.case.Case")
 
