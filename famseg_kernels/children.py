@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn.modules import module as torch_module
 from torch.utils.module_tracker import ModuleTracker
 
-_CONV2D = nn.Conv2d.forward, nn.Conv2d._conv_forward
+_FORWARD, _CONV_FORWARD = nn.Conv2d.forward, nn.Conv2d._conv_forward
 
 
 def altered(conv: nn.Module) -> str:
@@ -23,14 +23,15 @@ def altered(conv: nn.Module) -> str:
 
 def patched() -> bool:
     """Whether all convolutions have another forward than torch's, as for seamless tiling."""
-    return (nn.Conv2d.forward, nn.Conv2d._conv_forward) != _CONV2D
+    return nn.Conv2d.forward is not _FORWARD or nn.Conv2d._conv_forward is not _CONV_FORWARD
 
 
 def watched() -> bool:
     """Whether there are hooks on all modules, other than those of FlopCounterMode, which counts the op itself."""
-    if not torch_module._has_any_global_hook():
-        return False
     forward = (torch_module._global_forward_pre_hooks, torch_module._global_forward_hooks)
     backward = (torch_module._global_backward_pre_hooks, torch_module._global_backward_hooks)
-    hooks = [hook for group in (*forward, *backward) for hook in group.values()]
+    groups = (*forward, *backward)
+    if not any(groups):
+        return False
+    hooks = [hook for group in groups for hook in group.values()]
     return not all(isinstance(getattr(hook, "__self__", None), ModuleTracker) for hook in hooks)

@@ -345,15 +345,17 @@ def _storage(t: Tensor) -> int:
     return t.untyped_storage().data_ptr()
 
 
-def autocast(tensors: Sequence[Any]) -> Sequence[Any]:
-    """The data tensors of a call, x first, as autocast wants them: `tensors` itself where it asks for nothing.
-
-    It leaves fp64 alone. What is no tensor is left to the checks.
-    """
-    x = tensors[0]
+def wants_autocast(x: Any) -> bool:
+    """Whether autocast has something to say of a call whose first tensor is `x`. It leaves fp64 alone."""
     if not isinstance(x, Tensor) or x.device.type == "meta" or x.dtype == torch.float64:
-        return tensors
-    if not torch.is_autocast_enabled(x.device.type):
+        return False
+    return torch.is_autocast_enabled(x.device.type)
+
+
+def autocast(tensors: Sequence[Any]) -> Sequence[Any]:
+    """The data tensors of a call, x first, as autocast wants them. What is no tensor is left to the checks."""
+    x = tensors[0]
+    if not wants_autocast(x):
         return tensors
     dtype = torch.get_autocast_dtype(x.device.type)
     return [t.to(dtype) if isinstance(t, Tensor) else t for t in tensors]

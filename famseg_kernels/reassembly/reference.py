@@ -41,7 +41,7 @@ def _upsample(
     n, _, h, w = x.shape
     logits = _wide(x).new_zeros(n, weight.shape[0], h, w)
     if compressed.numel():  # conv2d refuses an image without pixels or channels
-        padding = weight.shape[3] // 2 * dilation
+        padding = int(weight.shape[3]) // 2 * dilation  # while torch 2.6 traces, a size is a tensor
         logits = F.conv2d(_wide(compressed), _wide(weight), padding=padding, dilation=dilation)
     if bias is not None:
         logits = logits + _wide(bias)[:, None, None]

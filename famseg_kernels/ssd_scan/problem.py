@@ -134,7 +134,7 @@ def operations(
 
 
 def _sequence(call: spec.ScanArguments) -> Problem:
-    return Problem(*call[:TENSORS], spec.resets(call.seq_idx), *call.options)
+    return Problem(*call[:TENSORS], spec.resets(call.seq_idx), *spec.options_of(call))
 
 
 def _packed(call: spec.ScanArguments) -> Iterator[tuple[slice, Problem]]:
@@ -159,4 +159,4 @@ def _packed(call: spec.ScanArguments) -> Iterator[tuple[slice, Problem]]:
 
 def _image(*arguments: Any) -> Problem:
     call = spec.Scan2dArguments(*arguments)
-    return Problem(*call[:6], None, call.dt_bias, None, None, *call.options)
+    return Problem(*call[:6], None, call.dt_bias, None, None, *spec.options_of(call))

@@ -173,7 +173,7 @@ def _decay(log_decay: Tensor) -> Tensor:
 
 def _scan(*arguments: Any, form: Form = _chunked) -> list[Tensor]:
     call = spec.ScanArguments(*arguments)
-    chunk_size, softplus, low, high = call.options
+    chunk_size, softplus, low, high = spec.options_of(call)
     x, dt, A, B, C, D, z, dt_bias, initial = _wide(*call[:9])
     step = step_size(dt, dt_bias, softplus, low, high)
     y, state = form(x, step, A, B, C, initial, spec.resets(call.seq_idx), chunk_size)
@@ -199,7 +199,7 @@ def _scan_2d(*arguments: Any, form: Form = _chunked) -> Tensor:
     call = spec.Scan2dArguments(*arguments)
     n, h, w, heads, headdim = call.x.shape
     directions = call.dt.shape[3]
-    chunk_size, softplus, low, high = call.options
+    chunk_size, softplus, low, high = spec.options_of(call)
     x, dt, A, B, C, D, dt_bias = _wide(*call[:7])
     step = step_size(dt, dt_bias, softplus, low, high)
     # All that a pixel has in one row, so that a direction is unrolled once: a trace has few nodes.

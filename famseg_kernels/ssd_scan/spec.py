@@ -49,11 +49,6 @@ class ScanArguments(NamedTuple):
     return_final_states: bool
     return_varlen_states: bool
 
-    @property
-    def options(self) -> tuple[int | None, bool, float, float]:
-        """chunk_size, dt_softplus, dt_min and dt_max."""
-        return self[11:15]
-
 
 class Scan2dArguments(NamedTuple):
     """A call of ssd_scan_2d, likewise."""
@@ -70,10 +65,10 @@ class Scan2dArguments(NamedTuple):
     dt_min: float
     dt_max: float
 
-    @property
-    def options(self) -> tuple[int | None, bool, float, float]:
-        """chunk_size, dt_softplus, dt_min and dt_max."""
-        return self[7:]
+
+def options_of(call: ScanArguments | Scan2dArguments) -> tuple[int | None, bool, float, float]:
+    """No property of a call: torch.compile of torch 2.6 cannot trace that."""
+    return call.chunk_size, call.dt_softplus, call.dt_min, call.dt_max
 
 
 def check_scan(*arguments: Any) -> None:
@@ -113,7 +108,7 @@ def check_scan(*arguments: Any) -> None:
             raise ValueError("cu_seqlens: expected a tensor with return_varlen_states=True, got None")
         if b != 1:
             raise ValueError(f"x: expected batch 1 with return_varlen_states=True, got {b}")
-    _check_options(*call.options)
+    _check_options(*options_of(call))
 
 
 def check_scan_2d(*arguments: Any) -> None:
@@ -141,7 +136,7 @@ def check_scan_2d(*arguments: Any) -> None:
         _check_parameter("D", call.D, x, expected, "(heads,) or (directions, heads)")
     if call.dt_bias is not None:
         _check_parameter("dt_bias", call.dt_bias, x, (directions, heads), "(directions, heads)")
-    _check_options(*call.options)
+    _check_options(*options_of(call))
 
 
 def _check_parameter(name: str, value: Any, x: Tensor, expected: tuple[int, ...], meaning: str) -> None:

@@ -12,7 +12,7 @@ from famseg_kernels import checks
 from famseg_kernels.spec import Later
 from famseg_kernels.strip_conv import cpu, cuda, reference
 from famseg_kernels.strip_conv.spec import SPEC, packed
-from famseg_kernels.torch_op import Operation, autocast
+from famseg_kernels.torch_op import Operation, autocast, wants_autocast
 
 OPERATION = Operation(
     SPEC,
@@ -62,8 +62,8 @@ def strip_conv2d(
     flat = (x, square_weight, square_bias, *rows, *of_rows, *cols, *of_cols)
     if has_torch_function(flat):
         return handle_torch_function(strip_conv2d, flat, *args)
-    if (cast := autocast(flat)) is not flat:
-        args = OPERATION.replace(args, cast)
+    if wants_autocast(x):
+        args = OPERATION.replace(args, autocast(flat))
     SPEC.check(*args)
     x, square_weight, square_bias, rows, of_rows, cols, of_cols = args
     return OPERATION(x, square_weight, square_bias, rows, packed(of_rows, x), cols, packed(of_cols, x))
