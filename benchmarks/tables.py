@@ -325,7 +325,7 @@ def head_factors() -> str:
 
 
 def study(name: str, reference: str, scores: Sequence[str], differences: Sequence[str] = ()) -> Callable[[], str]:
-    """A table of famseg-study: `scores` in %, each beside the published one; `differences` from the cell `reference`."""
+    """A table of famseg-study: scores in %, each beside the published one; differences from the cell `reference`."""
 
     def table() -> str:
         rows = read(STUDIES / name / "table.csv")

@@ -12,6 +12,7 @@ What a miss costs is decided here, once, and never by leaving something out:
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from typing import Any, Literal
 import cv2
 import numpy as np
 
-from famseg.anatomy import BY_LABEL, Measure, Structure, measures_of, names_of
+from famseg.anatomy import BY_LABEL, MEASURES, Measure, Structure, measures_of, names_of
 from famseg.biometrics import doubts
 from famseg.data.sample import Sample
 from famseg.inference import Reading
@@ -129,10 +130,17 @@ class Evaluation:
         self._labels: list[np.ndarray] = []
 
     def add(self, sample: Sample, reading: Reading) -> None:
-        """Score what was found in a sample, at its own size, against its mask."""
+        """Score what was found in a sample, at its own size, against its mask.
+
+        A structure that the sample does not label is neither right nor wrong: where the mask is background it counts as
+        not found.
+        """
+        self._labels.append(cv2.imencode(".png", reading.labels)[1])
+        if unlabelled := [s.label for s in self.classes if s.name in sample.unlabelled]:
+            unknown = np.isin(reading.labels, unlabelled) & (sample.mask == 0)
+            reading = dataclasses.replace(reading, labels=np.where(unknown, np.uint8(0), reading.labels))
         self._overlap.update(reading.labels, sample.mask)
         self.images.append(score_image(sample, reading, self.classes))
-        self._labels.append(cv2.imencode(".png", reading.labels)[1])
 
     def labels(self, position: int) -> np.ndarray:
         """The label map of the image added as number `position`."""
@@ -216,7 +224,11 @@ def score_image(sample: Sample, reading: Reading, classes: Sequence[Structure] =
         measure = structure.measure
         if measure is not None and sample.pixel_size is not None:
             given = sample.true_length(measure.name)
-            lengths[structure.name] = _score_length(measure, truth, found, given, sample.pixel_size, reading)
+            source = "given"
+            # The structure's own fit: a network's takes off what annotators add to masks, and would do so here as well.
+            if given is None and (shape := MEASURES[structure.name].fit(truth)) is not None:
+                given, source = shape.length * sample.pixel_size, "mask"
+            lengths[structure.name] = _score_length(measure, given, source, found, sample.pixel_size, reading)
     height, width = sample.mask.shape
     overlap = SegmentationMetrics(len(classes))
     overlap.update(labels, sample.mask)
@@ -253,16 +265,8 @@ def _score_object(truth: np.ndarray, found: np.ndarray) -> ObjectScore:
 
 
 def _score_length(
-    measure: Measure,
-    truth: np.ndarray,
-    found: np.ndarray,
-    given: float | None,
-    pixel_size: float,
-    reading: Reading,
+    measure: Measure, given: float | None, source: str, found: np.ndarray, pixel_size: float, reading: Reading
 ) -> LengthScore:
-    source = "given"
-    if given is None and (shape := measure.fit(truth)) is not None:
-        given, source = shape.length * pixel_size, "mask"
     shape = measure.fit(found)
     return LengthScore(
         truth=given,

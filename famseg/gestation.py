@@ -17,6 +17,7 @@ _HADLOCK_TWO_SD = {
     "femur_length": (1.38, 1.80, 2.08, 2.96, 3.12),
 }
 _INTERGROWTH_WEEKS = (14.0, 40.0)
+_LARGEST_HEAD = 500.0  # mm; no fetus has one, and the formula overflows at those of a wrong pixel size
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,8 @@ def intergrowth(head_circumference: float, femur_length: float | None = None) ->
     Returns:
         None where the age is outside of 14 to 40 weeks.
     """
+    if not head_circumference <= _LARGEST_HEAD:
+        return None
     log = math.log(head_circumference)
     if femur_length is None:
         days = math.exp(0.05970 * log**2 + 6.409e-9 * head_circumference**3 + 3.3258)

@@ -73,6 +73,10 @@ class Network:
         """1: grey, 3: colour."""
         return int(self.config.get("in_channels", 1))
 
+    def views(self, flips: bool) -> int:
+        """How many views of an image are averaged: 1, 2 with its mirror image, or 4 (`readings`)."""
+        return 4 if self.expectations else 2 if flips else 1
+
     @property
     def parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.model.parameters())

@@ -7,14 +7,17 @@ import dataclasses
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
 
 from famseg.cli.evaluate import main
+from famseg.cli.train import main as train
 from famseg.data.folder import write_folder
 from famseg.data.phantom import Phantom
 from famseg.data.split import split_by_subject
+from famseg.inference import load_network
 from tests.checkpoints import write_checkpoint
 
 
@@ -102,6 +105,41 @@ def test_training_images_are_known_under_other_names_and_with_their_subjects(
     (tmp_path / "data/images/new.png").unlink()
     assert main([*arguments, str(tmp_path / "b")]) == 2
     assert "--split all" in capsys.readouterr().err
+
+
+def test_training_images_at_another_size_are_told_by_their_names(
+    checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = Phantom(10, (32, 32), 3)
+    trained, held_out = (own[part[0]] for part in split_by_subject(own, 0.3, 3))
+    larger = [
+        dataclasses.replace(
+            s, image=np.kron(s.image, np.ones((2, 2), np.uint8)), mask=np.kron(s.mask, np.ones((2, 2), np.uint8))
+        )
+        for s in (trained, held_out)
+    ]
+    write_folder(larger, tmp_path / "data")
+    assert main([checkpoint, "--data", f"folder:{tmp_path / 'data'}", "--out", str(tmp_path / "out")]) == 0
+    line = "1 of these 2 images have the names of images that trained the network, and other pixels"
+    assert line in capsys.readouterr().out and line in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_images_behind_the_weights_that_training_began_with_are_not_held_out(
+    checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    samples = [Phantom(10, (32, 32), 3)[i] for i in range(10)]
+    write_folder(samples, tmp_path / "data")
+    settings = ["--image-size", "32", "--batch-size", "2", "--val-fraction", "0.5", "--out", str(tmp_path / "run")]
+    data = ["--data", f"folder:{tmp_path / 'data'}", "--weights", checkpoint]
+    assert train([*settings, *data, "--phases", "adamw:1"]) == 0
+    assert "held-out images trained it: their scores are too good" in capsys.readouterr().out
+    assert train(["--out", str(tmp_path / "run"), "--resume", "auto", "--epochs", "2"]) == 0  # which reads no weights
+    best = str(tmp_path / "run" / "checkpoints" / "best.ckpt")
+    first, second = (load_network(path) for path in (checkpoint, best))
+    assert second.images["before"] == first.images["trained"]
+    main([best, "--out", str(tmp_path / "out")])
+    scored = {row["name"] for row in rows(tmp_path / "out")} if (tmp_path / "out").exists() else set()
+    assert not scored & {*first.images["trained"].values()}
 
 
 def test_options_reach_the_prediction(checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

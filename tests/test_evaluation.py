@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from typing import Any
@@ -11,6 +12,8 @@ import pytest
 import torch
 from monai.metrics import DiceMetric, MeanIoU
 
+from famseg.anatomy import BY_LABEL, BY_NAME
+from famseg.biometrics import fit_head
 from famseg.data.phantom import Phantom
 from famseg.data.sample import Sample
 from famseg.evaluation import Evaluation, evaluate, score_image
@@ -123,6 +126,32 @@ def test_a_length_not_given_is_measured_on_the_true_mask() -> None:
     given = score_image(sample(head, head_circumference=180.0), Reading(head)).lengths["FB"]
     assert (given.truth_from, given.truth) == ("given", 180)
     assert score_image(sample(head, pixel_size=None), Reading(head)).lengths == {}
+
+
+def test_a_length_measured_on_the_true_mask_is_the_same_for_every_network() -> None:
+    """One whose measures take off what annotators add to masks would take it off the truth as well."""
+    head = disc((160, 160), 60)
+    shorter = dataclasses.replace(BY_NAME["FB"].measure, fit=lambda mask: fit_head(mask).shortened(8))  # type: ignore[union-attr, type-var]
+    classes = tuple(dataclasses.replace(s, measure=shorter) if s.name == "FB" else s for s in BY_LABEL)
+    own, other = (score_image(sample(head), Reading(head), c).lengths["FB"] for c in (BY_LABEL, classes))
+    assert own.truth == other.truth and own.error == 0
+    assert other.error == pytest.approx(-8 * 0.5)
+
+
+def test_what_a_sample_does_not_label_is_neither_right_nor_wrong() -> None:
+    head = disc((60, 60), 15)
+    found = head.copy()
+    found[2:4, 2:30] = 1
+    blind, seeing = (
+        evaluate([dataclasses.replace(sample(head), unlabelled=names)], [found]) for names in (("FL",), ())
+    )
+    perfect = evaluate([sample(head)], [head])
+    assert blind.summary() == perfect.summary()
+    assert seeing.summary()["per_image"]["FL"]["invented"] == 1 and seeing.summary()["miou"] < 0.7
+    assert (blind.labels(0) == found).all()  # as it is drawn
+    hidden = np.where(head == 2, np.uint8(1), head)  # in the place of what is labelled it is wrong
+    wrong = evaluate([dataclasses.replace(sample(head), unlabelled=("FL",))], [hidden])
+    assert wrong.summary()["per_image"]["FB"]["missed"] == 1 and wrong.summary()["iou"]["FL"] == 0
 
 
 def test_the_summary_is_json_and_rows_have_one_shape() -> None:

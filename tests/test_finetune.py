@@ -289,6 +289,19 @@ def test_nothing_to_load_or_no_fit_is_named(content, message, tmp_path):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("classes", ["FB,FL", "FB", "FL,FB,lesion"])
+def test_a_checkpoint_of_other_classes_is_refused(classes, tmp_path, capsys):
+    """In another order its classifier would find femurs where it has learned heads."""
+    checkpoint = write_checkpoint(tmp_path / "a.ckpt", model="unext")
+    settings = [*SHORT, "--model", "unext", "--weights", str(checkpoint), "--data", "phantom:6"]
+    if "lesion" not in classes:  # which no phantom has
+        assert main([*settings, "--classes", classes]) == 2
+        line = f"it finds FL,FB, this one {classes}; start it with --classes FL,FB"
+        assert line in capsys.readouterr().err
+    with pytest.raises(DataError, match="it finds FL,FB"):
+        load_weights(create_model("unext", len(classes.split(",")) + 1), checkpoint, classes)
+
+
 def test_unext_starts_from_its_own_checkpoints_only(tmp_path, capsys):
     torch.save({}, tmp_path / "weights.pth")
     assert main([*SHORT, "--model", "unext", "--weights", str(tmp_path / "weights.pth")]) == 2

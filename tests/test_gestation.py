@@ -43,7 +43,9 @@ def test_a_femur_in_proportion_changes_little_and_a_short_one_makes_younger() ->
     assert short < both - 0.5
 
 
-@pytest.mark.parametrize(("measure", "mm"), [("head_circumference", 60.0), ("head_circumference", 370.0)])
+@pytest.mark.parametrize(
+    ("measure", "mm"), [("head_circumference", 60.0), ("head_circumference", 370.0), ("head_circumference", 150_000.0)]
+)
 def test_outside_of_the_formula_there_is_no_age(measure: str, mm: float) -> None:
     assert hadlock(measure, 50.0) is None
     assert hadlock(measure, 400.0) is None

@@ -24,7 +24,7 @@ from famseg.files.lock import locked
 from famseg.options import ConfigError
 from famseg.reporting.figures import curves_figure, plot_panel, svg
 from famseg.study.plan import SHIPPED, read_study
-from famseg.study.tables import Table, as_html, as_latex, as_markdown, difference
+from famseg.study.tables import Score, Table, as_html, as_latex, as_markdown, difference, notes_of
 from tests.samples import three_samples
 
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -120,6 +120,45 @@ def test_a_difference_is_paired_and_has_an_interval_from_two_pairs_on() -> None:
     assert mean == 3 and (low, high) == pytest.approx(stats.t.interval(0.95, 2, 3, 2 / math.sqrt(3)))
     assert difference({"seed 0": 3.0}, reference) == (1, None, None)
     assert difference({"seed 9": 3.0}, reference) is None
+
+
+@pytest.mark.parametrize(
+    ("key", "scale", "values", "best"),
+    [
+        ("iou.FL", 100, [0.5, 0.7], 0.7),
+        ("image_means.pixel_accuracy.mean", 100, [0.5, 0.7], 0.7),
+        ("per_image.FB.hd95_mm.mean", 1, [3.0, 5.0], 3.0),
+        ("per_image.FB.dice.count", 1, [3, 5], None),
+        ("per_image.FB.dice.sd", 100, [0.3, 0.5], None),
+        ("per_image.FB.missed", 1, [3, 5], 3),
+        ("per_image.FB.found", 1, [3, 5], None),
+        ("per_image.FB.jaggedness.mean", 1, [1.1, 1.3], 1.1),
+        ("head_circumference_mm.mean_error", 1, [-85.0, 0.07], 0.07),
+        ("head_circumference_mm.measured_only.mean_absolute_error", 1, [2.0, 3.0], 2.0),
+        ("head_circumference_mm.measured", 1, [2, 3], None),
+    ],
+)
+def test_a_score_is_shown_in_its_unit_and_the_best_is_the_best(
+    key: str, scale: float, values: list[float], best: float | None
+) -> None:
+    score = Score("column", key)
+    assert score.scale == scale
+    assert (None if score.best is None else score.best(values)) == best
+
+
+def test_runs_of_other_images_are_no_pair_and_what_has_no_value_is_told(file: str, tmp_path: Path) -> None:
+    study = read_study(file)
+    first, second = study.cells[:2]
+    key = next(iter(study.scores.values()))
+    rows = []
+    for run in study.runs:
+        digest = "other" if (run.cell, run.repeat) == (second, "seed 0") else "same"
+        row = {"cell": run.cell, "repeat": run.repeat, "state": "done", "reason": "", "val_digest": digest, key: 0.5}
+        rows.append(row | ({} if run.cell == first else {key: 0.75}))
+    rows[0] = {**rows[0], key: None}
+    notes = "\n".join(notes_of(study, rows))
+    assert "seed 0: the data changed between its runs" in notes and "seed 1" not in notes
+    assert f"{first}, {next(iter(study.scores))}: of 1 of its 2 runs" in notes
 
 
 def test_a_table_in_each_language_escapes_its_own_signs() -> None:

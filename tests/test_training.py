@@ -21,7 +21,7 @@ from famseg.training.config import ConfigError, TrainConfig, device_for
 from famseg.training.distributed import ALONE
 from famseg.training.log import ProgressBar, TimeLeft
 from famseg.training.loop import Loop
-from famseg.training.loss import SegmentationLoss
+from famseg.training.loss import SegmentationLoss, settled
 from famseg.training.module import SegmentationModule
 from famseg.training.profile import profile
 from famseg.training.run import Prepared, prepare
@@ -100,6 +100,13 @@ def test_what_an_image_does_not_label_is_left_out_of_its_loss(terms):
     assert all(gradient.isfinite().all() for gradient in gradients)
     closed = [loss(moved, target) for moved in (logits, logits + torch.tensor([0.0, 5.0, 0.0]).view(1, 3, 1, 1))]
     assert not torch.allclose(closed[0], closed[1])
+
+
+def test_what_an_image_does_not_label_counts_in_no_score() -> None:
+    target = torch.tensor([[[OPEN + 0b10, OPEN + 0b10, 2, OPEN + 0b10]], [[0, 1, 2, 0]]])
+    found, truth = settled(torch.tensor([[[1, 2, 1, 0]], [[1, 1, 1, 2]]]), target)
+    assert found.tolist() == [[[0, 2, 1, 0]], [[1, 1, 1, 2]]]
+    assert truth.tolist() == [[[0, 0, 2, 0]], [[0, 1, 2, 0]]]
 
 
 def test_pixels_without_any_weight_make_no_loss():

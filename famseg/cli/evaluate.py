@@ -118,6 +118,7 @@ def _score(network: Network, options: Options, device: str, out: Path) -> int:
     for reading in found:
         evaluation.add(pending.popleft(), reading)
 
+    views = network.views(options.flips)
     facts = {
         "data": selection.spec,
         "split": selection.split,
@@ -127,7 +128,7 @@ def _score(network: Network, options: Options, device: str, out: Path) -> int:
         "parameters": network.parameters,
         "epoch": network.epoch,
         "image_size": network.image_size,
-        "flips": options.flips,
+        "views": views,
     }
     summary = write_metrics(out, evaluation, facts)
     rows = [image.row() for image in evaluation.images]
@@ -137,7 +138,7 @@ def _score(network: Network, options: Options, device: str, out: Path) -> int:
         subtitle=f"Scored {selection.words}.",
         facts=(
             f"{network.path}, {network.parameters / 1e6:.2f} M parameters, epoch {network.epoch}, "
-            f"network input {network.image_size} px" + (", averaged with the mirror image" if options.flips else "")
+            f"network input {network.image_size} px" + (f", averaged over {views} views" if views > 1 else "")
         ),
         notes=selection.notes,
         summary=summary,
@@ -167,11 +168,14 @@ def select(network: Network, spec: str | None, split: str, data_seed: int | None
     samples = open_data(
         spec, image_size=network.image_size, seed=seed, classes=network.classes, in_channels=network.in_channels
     )
-    subjects, trained, unused = [], [], []
+    digests = {**network.images["trained"], **network.images.get("before", {})}
+    names = {*digests.values()}
+    subjects, trained, unused, alike = [], [], [], []
     for index in progress(range(len(samples)), "reading"):
         sample = samples[index]
         subjects.append(sample.subject)
-        trained.append(sample.digest in network.images["trained"])
+        trained.append(sample.digest in digests)
+        alike.append(sample.name in names and not sample.simulated)
         unused.append(sample.digest in network.images.get("unused", ()))
     known = {subject for subject, *seen in zip(subjects, trained, unused, strict=True) if any(seen)}
     indices = [i for i, subject in enumerate(subjects) if split == "all" or subject not in known]
@@ -191,6 +195,11 @@ def select(network: Network, spec: str | None, split: str, data_seed: int | None
     elif known:
         which = "trained the network" + (" or were set aside by --train-images" if any(unused) else "")
         notes.append(f"{len(samples) - len(indices)} images of subjects that {which} are left out.")
+    if resized := sum(alike[i] and not trained[i] for i in indices):
+        notes.append(
+            f"{resized} of these {len(indices)} images have the names of images that trained the network, and other "
+            "pixels: if they are the same ones at another size, their numbers are too good."
+        )
     if left_out := left_out_of(samples):
         notes.append(f"{', '.join(left_out)} in the masks: no class of the network, counted as background.")
     if any(part.strip().split(":")[0] == "phantom" for part in spec.split(",")):

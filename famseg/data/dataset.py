@@ -43,7 +43,7 @@ class SegmentationDataset(torch.utils.data.Dataset):
     400x270 pair).
 
     `partly` has the labels of classes that some samples label and others do not (`Sample.unlabelled`): the background
-    of the latter may hold them, and is `OPEN` plus their bits in place of 0.
+    of the latter may hold them, and is `OPEN` plus their bits in place of 0. To score, also of those that none labels.
     """
 
     def __init__(

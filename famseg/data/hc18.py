@@ -19,7 +19,7 @@ from famseg.data.sample import Sample, all_but
 from famseg.files.errors import DataError
 from famseg.files.images import read_grey
 from famseg.files.labels import require_same_size
-from famseg.files.listing import given_path, list_images, same_name, stem, tell_left_out
+from famseg.files.listing import by_name, given_path, list_images, tell_left_out
 from famseg.files.tables import read_table
 
 HEAD = CLASSES.index("FB")
@@ -48,7 +48,7 @@ class HC18(Sequence[Sample]):
     def __init__(self, directory: str | os.PathLike[str]) -> None:
         self.directory, table = _training_set(given_path(directory))
         rows = read_table(table, (_PIXEL_SIZE, _CIRCUMFERENCE))
-        paths = {same_name(stem(path)): path for path in list_images(self.directory)}
+        paths = by_name(list_images(self.directory))
         outlines = {name.removesuffix(_SUFFIX): path for name, path in paths.items() if name.endswith(_SUFFIX)}
         images = {name: path for name, path in paths.items() if not name.endswith(_SUFFIX)}
         if not images:

@@ -51,17 +51,29 @@ class Score:
     key: str
 
     @property
-    def is_length(self) -> bool:
-        """In mm or px, where less is better; everything else is a part of 1, where more is, shown in %."""
-        return re.search(r"_(mm|px)\b", self.key) is not None
-
-    @property
     def scale(self) -> float:
-        return 1.0 if self.is_length else 100.0
+        """Parts of 1 are shown in %."""
+        return 100.0 if self._is_part and not self._is_count else 1.0
 
     @property
-    def best(self) -> Callable[[Sequence[float]], float]:
-        return min if self.is_length else max
+    def best(self) -> Callable[[Sequence[float]], float] | None:
+        """None where neither more nor less is better."""
+        if self.key.endswith("mean_error"):
+            return lambda values: min(values, key=abs)
+        if self._is_count or self.key.endswith((".sd", ".sd_error", ".low", ".high")):
+            return min if self.key.endswith((".missed", ".invented")) else None
+        if self._is_part:
+            return max
+        return min if re.search(r"_(mm|px)\b|jaggedness\b", self.key) else None
+
+    @property
+    def _is_part(self) -> bool:
+        return re.search(r"(^|\.)(m?iou|m?dice|(class|pixel)_accuracy)(\.|$)", self.key) is not None
+
+    @property
+    def _is_count(self) -> bool:
+        counts = "images|subjects|count|found|missed|invented|absent|measured|truth_from_mask"
+        return re.search(rf"(^|\.)({counts})$", self.key) is not None
 
 
 def rows_of(study: Study, results: Sequence[tuple[Run, Mapping[str, Any]]]) -> list[dict[str, Any]]:
@@ -81,8 +93,8 @@ def mean_and_sd(values: Sequence[float]) -> tuple[float, float | None]:
     return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else None
 
 
-def difference(ours: Mapping[str, float], reference: Mapping[str, float]) -> Difference | None:
-    """Ours minus the reference's, paired by seed or fold; None where no pair is there."""
+def difference(ours: Mapping[Any, float], reference: Mapping[Any, float]) -> Difference | None:
+    """Ours minus the reference's, paired by their keys; None where no pair is there."""
     pairs = [value - reference[repeat] for repeat, value in ours.items() if repeat in reference]
     if not pairs:
         return None
@@ -125,12 +137,24 @@ def notes_of(study: Study, rows: Sequence[Mapping[str, Any]]) -> list[str]:
     for row in rows:
         if row["state"] != DONE:
             notes.append(f"{row['cell']}, {row['repeat']}: {row['reason'] or row['state']}")
+    counted = [row for run, row in zip(study.runs, rows, strict=True) if not run.searches and row["state"] == DONE]
+    for repeat in dict.fromkeys(row["repeat"] for row in counted):
+        if len({row.get("val_digest") for row in counted if row["repeat"] == repeat}) > 1:
+            notes.append(
+                f"{repeat}: the data changed between its runs; only those of the same held-out images are pairs."
+            )
+    for cell in study.cells:
+        done = [row for row in counted if row["cell"] == cell]
+        for column, key in study.scores.items():
+            if len(there := _values(done, cell, key)) < len(done):
+                notes.append(f"{cell}, {column}: of {len(there)} of its {len(done)} runs; the others have no value.")
     return notes
 
 
-def _values(rows: Sequence[Mapping[str, Any]], cell: str, key: str) -> dict[str, float]:
-    """The cell's values by repeat, of the runs that have one."""
-    return {row["repeat"]: row[key] for row in rows if row["cell"] == cell and row.get(key) is not None}
+def _values(rows: Sequence[Mapping[str, Any]], cell: str, key: str) -> dict[tuple[str, str | None], float]:
+    """The cell's values by repeat and held-out images, of the runs that have one."""
+    mine = [row for row in rows if row["cell"] == cell and row.get(key) is not None]
+    return {(row["repeat"], row.get("val_digest")): row[key] for row in mine}
 
 
 def _numbers(study: Study, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -164,7 +188,8 @@ def _tables(study: Study, numbers: Sequence[Mapping[str, Any]]) -> list[Table]:
             there = [value for value in values if value is not None]
             texts = [_spread(line[f"{score.column} sd"]) if name == "mean" else "" for line in numbers]
             columns.append([_fixed(value) + text for value, text in zip(values, texts, strict=True)])
-            best |= {(i, len(head)) for i, value in enumerate(values) if there and value == score.best(there)}
+            if there and score.best is not None:
+                best |= {(i, len(head)) for i, value in enumerate(values) if value == score.best(there)}
             head.append(score.column + (f" {'here' if name == 'mean' else name}" if known else ""))
     if any(line["trained"] != line["parameters"] for line in numbers):
         head.append("trained, M")

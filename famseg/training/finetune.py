@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from famseg.anatomy import DEFAULT
 from famseg.data.augment import MEAN, STD
 from famseg.files.errors import DataError
 from famseg.inference import PRETRAINED, read_checkpoint, weights_of
@@ -75,7 +76,23 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
     return sum(size for size, learns in sizes if learns), sum(size for size, _ in sizes)
 
 
-def load_weights(model: nn.Module, path: str | Path) -> str:
+def images_behind(path: str | Path) -> dict[str, str]:
+    """Names by digest of the images that trained a checkpoint of famseg-train and what it began with; else none.
+
+    Raises:
+        DataError: the file cannot be read.
+    """
+    content = _read(PRETRAINED if path == "pretrained" else Path(path))
+    if not _is_checkpoint(content):
+        return {}
+    return {**content["images"].get("trained", {}), **content["images"].get("before", {})}
+
+
+def _is_checkpoint(content: object) -> bool:
+    return isinstance(content, dict) and "optimizer_states" in content and "images" in content
+
+
+def load_weights(model: nn.Module, path: str | Path, classes: str = DEFAULT) -> str:
     """Start from weights in a file; returns what was loaded and what was not, in words.
 
     Takes a checkpoint of famseg-train or the state dict of the same network, or a published encoder: MSCAN for SegNeXt
@@ -83,13 +100,19 @@ def load_weights(model: nn.Module, path: str | Path) -> str:
     it. "pretrained" is the network that comes with famseg.
     A classifier of ImageNet's 1000 classes goes on seeing what it was trained on (`for_our_pixels`).
 
+    Args:
+        classes: the network's, as in `TrainConfig.classes`.
+
     Raises:
-        DataError: the file cannot be read, does not fit, or holds what is not finite.
+        DataError: the file cannot be read, does not fit, is a checkpoint of other classes, or holds what is not finite.
     """
     path = PRETRAINED if path == "pretrained" else Path(path)
     content = _read(path)
     try:
-        if isinstance(content, dict) and "optimizer_states" in content and "images" in content:
+        if _is_checkpoint(content):
+            theirs = content["config"].get("classes", DEFAULT)
+            if theirs.replace(" ", "") != classes.replace(" ", ""):
+                raise ValueError(f"it finds {theirs}, this one {classes}; start it with --classes {theirs}")
             model.load_state_dict(weights_of(read_checkpoint(path)))  # read again: with its checksums
             return f"all weights of {path}"
         tensors = _tensors(content)
@@ -101,8 +124,8 @@ def load_weights(model: nn.Module, path: str | Path) -> str:
             model.load_state_dict(own)
             return _report("the network", len(own), tensors, path)
         if isinstance(model, UNetMobileNetV2) and tensors:
-            classes = (value for name, value in tensors.items() if name.endswith("classifier.1.weight"))
-            imagenet = any(len(value) == 1000 for value in classes)
+            classifiers = (value for name, value in tensors.items() if name.endswith("classifier.1.weight"))
+            imagenet = any(len(value) == 1000 for value in classifiers)
             loaded = model.load_encoder(for_our_pixels(encoder) if imagenet else encoder)
             return f"{_report('the encoder', loaded, tensors, path)}; {_origin(path, imagenet)}"
         if isinstance(model, SegNeXt) and tensors:

@@ -21,6 +21,7 @@ from famseg.metrics import SegmentationMetrics
 from famseg.training.config import Diverged
 from famseg.training.distributed import ALONE, Processes, sum_over_processes
 from famseg.training.graph import RecordedStep
+from famseg.training.loss import settled
 from famseg.training.module import SegmentationModule
 from famseg.training.schedule import phase_at
 
@@ -217,9 +218,11 @@ class Loop:
             image, mask = self._to_device(batch)
             with self._autocast():
                 logits = self.module(image)
-                metrics.update(logits.argmax(1), mask)
+                found, truth = settled(logits.argmax(1), mask)
+                metrics.update(found, truth)
                 images = logits.new_tensor([len(mask)], dtype=torch.float32)
-                parts.append(torch.cat([images, self.module.loss.sums(logits, mask)]))
+                target = mask if self.module.loss.partly else truth
+                parts.append(torch.cat([images, self.module.loss.sums(logits, target)]))
             if after_step is not None:
                 after_step(index)
         sums = torch.stack(parts)
@@ -238,9 +241,9 @@ class Loop:
             raise self._diverged(f"the loss of the validation images is {loss:g}")
         scores = metrics.compute()
         ious = zip(self.classes, scores["iou"], strict=True)
-        found = {"val_miou": scores["miou"]} | {f"val_iou_{name}": iou for name, iou in ious}
+        measured = {"val_miou": scores["miou"]} | {f"val_iou_{name}": iou for name, iou in ious}
         # In fp32, as the scores in every checkpoint are, which those of a resumed run are compared with.
-        return {"val_loss": loss.item(), **{name: float(np.float32(score)) for name, score in found.items()}}
+        return {"val_loss": loss.item(), **{name: float(np.float32(score)) for name, score in measured.items()}}
 
     # --- divergence ---------------------------------------------------------------------------------
 

@@ -59,6 +59,14 @@ def _closed(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat([merged, rest], 1), torch.where(is_open, 0, target)
 
 
+def settled(labels: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Labels found and true ones, (N, H, W), both background where the image says nothing of the class found."""
+    is_open = target >= OPEN
+    bits = torch.where(is_open, target - OPEN, 0)
+    unknown = ((bits >> labels) & 1).bool()
+    return labels.masked_fill(unknown, 0), torch.where(is_open, 0, target)
+
+
 class SegmentationLoss(nn.Module):
     """The sum of some of these terms, in fp32:
 

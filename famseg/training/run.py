@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import importlib.util
 import os
 import sys
@@ -49,7 +50,7 @@ from famseg.training.distributed import (
     synchronise_batch_norm,
     this_process,
 )
-from famseg.training.finetune import count_parameters, load_weights
+from famseg.training.finetune import count_parameters, images_behind, load_weights
 from famseg.training.log import MetricsTable, ProgressBar, TimeLeft, epoch_line
 from famseg.training.loop import Loop
 from famseg.training.loss import parse_class_weights
@@ -136,6 +137,7 @@ def prepare(config: TrainConfig, processes: Processes) -> Prepared:
                 labelled |= {*names_of(classes)} - {*sample.unlabelled}
                 unlabelled |= {*sample.unlabelled}
     training.partly = {c.name: c.label for c in classes if c.name in labelled & unlabelled}
+    validation.partly = {c.name: c.label for c in classes if c.name in unlabelled}
     if training.partly and processes.rank == 0:
         print(f"images whose masks do not have {', '.join(training.partly)} say nothing of it in the loss")
     for name, dataset in (("training", training), ("validation", validation)):
@@ -240,6 +242,8 @@ def _train(processes: Processes, config: TrainConfig, out: Path) -> None:
     run = prepare(config, processes)
     checkpoint = None if checkpoint_path is None else _checkpoint(checkpoint_path)
     if checkpoint is not None:
+        if before := checkpoint["images"].get("before"):
+            run.images["before"] = before
         if checkpoint["images"] != run.images:
             raise ConfigError(
                 f"resume: the images of '{config.data}' are not those that the run began with; put them back as they "
@@ -251,9 +255,13 @@ def _train(processes: Processes, config: TrainConfig, out: Path) -> None:
             reason = str(error).split("\n")[1].strip()
             raise ConfigError(f"resume: the weights in {checkpoint_path} do not fit {config.model}: {reason}") from None
     elif config.weights:
-        loaded = load_weights(run.module.model, config.weights)
+        loaded = load_weights(run.module.model, config.weights, config.classes)
         if processes.rank == 0:
             print(f"starting from {loaded}")
+        if before := images_behind(config.weights):
+            run.images["before"] = before
+            if (seen := len(before.keys() & run.images["held_out"].keys())) and processes.rank == 0:
+                print(f"{seen} of {len(run.images['held_out'])} held-out images trained it: their scores are too good")
     if processes.rank == 0:
         print("training {:,} of {:,} parameters".format(*count_parameters(run.module.model)))
     join_processes(processes, run.device)
@@ -337,6 +345,7 @@ def _write_results(out: Path, run: Prepared, epochs: int, table: MetricsTable, b
         "parameters": network.parameters,
         "train_images": len(run.training),
         "val_images": len(run.validation),
+        "val_digest": hashlib.blake2b("".join(sorted(run.images["held_out"])).encode(), digest_size=8).hexdigest(),
         "seed": config.seed,
         "train_seconds": round(table.seconds, 1),
     }
