@@ -23,7 +23,7 @@ PRETRAINED = RESULTS / "pretrained.csv"
 FACTORS = RESULTS / "head_factors.csv"
 STUDIES = RESULTS / "studies"
 PAPERS = ROOT / "docs" / "papers"
-PAGES = (ROOT / "README.md", ROOT / "docs" / "cpu.md", ROOT / "docs" / "model-card.md", PAPERS / "famseg.md")
+PAGES = (ROOT / "README.md", ROOT / "docs" / "cpu.md", ROOT / "docs" / "model-card.md", PAPERS / "famseg.md", PAPERS / "sc-unext.md")
 MARKED = re.compile(r"(<!-- table: (?P<name>.*?) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 
 # The rows, in the order of the tables. A case of benchmarks/shapes.py → what it is.
