@@ -73,6 +73,7 @@ UPSAMPLE = (
     feature_aware_upsample("wide", (1, 4, 3, 41), compressed=20),
     feature_aware_upsample("dilated", (2, 4, 9, 11), dilation=3, g=2, compressed=3, tags="options"),
     feature_aware_upsample("dilation_beyond_the_image", (1, 4, 4, 5), encoder=5, dilation=4),
+    feature_aware_upsample("encoder_beyond_the_window", (1, 2, 5, 12), k=3, encoder=5, compressed=2),
     feature_aware_upsample("pointwise", (1, 6, 7, 5), k=3, encoder=1, compressed=5, bias=False, tags="options"),
     feature_aware_upsample("no_compressed_channels", (1, 4, 3, 5), k=3, compressed=0),
 )

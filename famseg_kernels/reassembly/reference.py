@@ -45,7 +45,7 @@ def _upsample(
         logits = F.conv2d(_wide(compressed), _wide(weight), padding=padding, dilation=dilation)
     if bias is not None:
         logits = logits + _wide(bias)[:, None, None]
-    weights = logits.view(n * groups, kernel_size**2, scale**2, h, w).softmax(dim=1)
+    weights = logits.reshape(n * groups, kernel_size**2, scale**2, h, w).softmax(dim=1)
     return _weighted_sum(x, weights, groups, kernel_size, scale)
 
 

@@ -42,7 +42,7 @@ class _Call:
             (A, wide),
             (B, None),
             (C, None),
-            (problem.skip(), wide),
+            (problem.skip(wide), wide),
             (z, None),
             (dt_bias, wide),
             (initial_states, wide),

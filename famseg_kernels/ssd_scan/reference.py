@@ -66,10 +66,12 @@ def _by_token(
         resets = torch.zeros(b, length, dtype=torch.bool, device=x.device)
     # What a reset does not read is replaced: in the backward, too, a product with zero would not stop a NaN.
     decay = (dt.masked_fill(resets[..., None], 0.0) * A.expand_as(dt).masked_fill(resets[..., None], 0.0)).exp()
+    if not length:
+        return x.new_zeros(b, 0, heads, headdim), state
     # Autograd keeps every token's state: of one stretch at a time.
-    size = max(math.isqrt(length), 1)
+    size = math.isqrt(length)
     stretches = zip(*(t.split(size, 1) for t in (decay, dt[..., None] * x, B, C, resets)), strict=True)
-    outputs = [x.new_zeros(b, 0, heads, headdim)]
+    outputs = []
     for stretch in stretches:
         y, state = checkpoint(_stretch, state, *stretch, use_reentrant=False)
         outputs.append(y)

@@ -133,15 +133,17 @@ struct Places {
   int count = 0;
 };
 
-// Calls f(places) for the vectors of a region, of as many rows as there are places for at a time.
+// Calls f(places) for the vectors of a region, of as many rows as there are places for at a time. No
+// two of them overlap, so that a sum may be added to what lies there: rows shorter than a vector are
+// one run, however many there are.
 template <typename T, typename F>
 [[gnu::always_inline]] inline void for_each_place(const Geometry& g, const Region& region,
                                                   int64_t side, int64_t in_pitch, int64_t out_pitch,
                                                   const F& f) {
   Places places;
-  for (int64_t row = 0; row < region.rows; row += g.run_rows) {
-    const int64_t rows = min(g.run_rows, region.rows - row);
-    const int64_t end = (rows - 1) * g.pitch + region.columns + side;
+  const int64_t together = g.width < kLanes<T> ? region.rows : 1;
+  for (int64_t row = 0; row < region.rows; row += together) {
+    const int64_t end = (together - 1) * g.pitch + region.columns + side;
     for (int64_t j = -side; j < end; j += kLanes<T>) {
       if (places.count == Places::kMost) {
         f(places);
