@@ -21,9 +21,13 @@ NETWORKS = RESULTS / "intel-xeon-processor-network.csv"
 RIVALS = RESULTS / "amd-epyc-rivals.csv"
 PRETRAINED = RESULTS / "pretrained.csv"
 FACTORS = RESULTS / "head_factors.csv"
+LONG_RUNS = RESULTS / "long_runs.csv"
 STUDIES = RESULTS / "studies"
-PAPERS = ROOT / "docs" / "papers"
-PAGES = (ROOT / "README.md", ROOT / "docs" / "cpu.md", ROOT / "docs" / "model-card.md", PAPERS / "famseg.md", PAPERS / "sc-unext.md")
+DOCS = ROOT / "docs"
+PAGES = (
+    ROOT / "README.md",
+    *(DOCS / name for name in ("cpu.md", "model-card.md", "promises.md", "papers/famseg.md", "papers/sc-unext.md")),
+)
 MARKED = re.compile(r"(<!-- table: (?P<name>.*?) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 
 # The rows, in the order of the tables. A case of benchmarks/shapes.py → what it is.
@@ -359,6 +363,14 @@ def study(name: str, reference: str, scores: Sequence[str], differences: Sequenc
     return table
 
 
+def long_runs() -> str:
+    lines = [
+        [f"`{row['command']}`", f"{int(row['cases']):,}", row["findings"], row["commit"], row["date"]]
+        for row in read(LONG_RUNS)
+    ]
+    return markdown(("command", "cases", "faults found", "commit", "date"), lines)
+
+
 def spread(mean: str, sd: str) -> str:
     return f"{float(mean):.1f} ± {float(sd):.1f}"
 
@@ -387,6 +399,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "pretrained phantoms": pretrained_phantoms,
     "pretrained doubts": pretrained_doubts,
     "head factors": head_factors,
+    "long runs": long_runs,
     "study table1": study("table1", "ours", ("FL", "FB", "mIoU"), ("FL", "mIoU")),
     "study table3": study("table3", "ours", ("FL", "FB", "mIoU"), ("FL", "mIoU")),
     "study scunext": study("scunext", "UNeXt", ("DSC",), ("DSC",)),

@@ -41,6 +41,14 @@ def test_speed_tables_are_those_of_the_result_files(page):
     assert text == tables.filled(text), "run python -m benchmarks.tables"
 
 
+def test_each_promise_names_a_test_that_is_there():
+    page = (ROOT / "docs" / "promises.md").read_text()
+    lines = [line for line in page.splitlines() if line.startswith("| ") and "promise |" not in line and "::" in line]
+    assert len(lines) > 20
+    for file, name in re.findall(r"`(tests/\w+\.py)::(\w+)`", page):
+        assert re.search(rf"^def {name}\(", (ROOT / file).read_text(), re.MULTILINE), f"{file}::{name}"
+
+
 def anchors(path: Path) -> set[str]:
     """What GitHub and the site make of a page's headings."""
     headings = re.findall(r"^#+ (.*)$", re.sub(r"^```.*?^```", "", path.read_text(), flags=re.DOTALL | re.M), re.M)

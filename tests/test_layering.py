@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import ast
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -106,6 +108,15 @@ def test_the_base_knows_no_operation_and_points_one_way():
         path = KERNELS / (name.replace(".", "/") + ".py")
         for other in imports(path) - {"famseg_kernels", "famseg_kernels.testing"}:
             assert any(is_in(other, module) for module in earlier), f"{path.relative_to(ROOT)} imports {other}"
+
+
+def test_the_layers_need_torch_and_numpy_alone():
+    """And what these bring along: the installation without dependencies is promised to whoever wants no more."""
+    code = "import torch, sys; before = {*sys.modules}; import famseg_kernels; print(*sys.modules.keys() - before)"
+    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    new = {name.partition(".")[0] for name in found.stdout.split()} - sys.stdlib_module_names
+    ours = {"famseg_kernels", "torch", "numpy", "triton"}
+    assert {name for name in new if not name.startswith("_sysconfigdata")} <= ours
 
 
 def test_kernels_know_neither_famseg_nor_benchmarks():
