@@ -21,6 +21,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "lightham": {"context": "lightham"},
     "no context": {"context": "none"},
     "no fusion": {"fusion": False},
+    "fusion to stride 4": {"skip_stride": 4},
+    "fusion to stride 2": {"skip_stride": 2},
     "one direction": {"directions": 1},
     "two directions": {"directions": 2},
     "independent strips": {"strip_form": "independent"},

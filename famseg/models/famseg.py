@@ -45,7 +45,9 @@ class FAMSegConfig:
     d_state, headdim, directions, shared_bc: of the bottle block's Mamba2Scan2d.
     upsample: "fam" or "bilinear" (ablation of the decoder).
     fam_kernel, fam_groups: odd size of FAM's reassembly kernels; how many a pixel has, each for a group of channels.
-    fusion: whether the decoder fuses stages 3 and 2 (Table 3, feature fusion).
+    fusion: whether the decoder fuses features of the encoder (Table 3, feature fusion).
+    skip_stride: the finest stride whose features it fuses: 8, of stages 3 and 2, as the paper has it; 4, of stage 1 as
+        well; 2, of the stem as well.
     stage_norm: whether a group norm of one group ends every stage. Without it features of many strip blocks can grow
         past all bounds in evaluation, while batch norms lag behind: their attention multiplies what it has by itself.
     drop_path: probability of leaving out the last strip block in training; it rises linearly from 0 at the first one.
@@ -73,6 +75,7 @@ class FAMSegConfig:
     fam_kernel: int = 5
     fam_groups: int = 1
     fusion: bool = True
+    skip_stride: int = 8
     drop_path: float = 0.1
 
     def __post_init__(self) -> None:
@@ -102,6 +105,8 @@ class FAMSegConfig:
             raise ValueError("fusion: lightham fuses stages 2 to 4 by itself; leave fusion out or take another context")
         if self.context_stride == 8 and not self.fusion:
             raise ValueError("fusion: a context at stride 8 has stages 2 and 3 in it; leave one of the two out")
+        if self.skip_stride < 8 and not self.fusion:
+            raise ValueError("fusion: without it there are no skips at any stride; leave fusion or skip_stride out")
         if self.fam_kernel % 2 == 0 or not 3 <= self.fam_kernel <= 63:
             raise ValueError(f"fam_kernel: expected an odd size from 3 to 63, got {self.fam_kernel}")
         if self.upsample == "fam":
@@ -117,6 +122,13 @@ class FAMSegConfig:
         # SegNeXt's head fuses the three stages at stride 8 by itself.
         start = 8 if self.context == "lightham" else self.context_stride
         return [max(self.context_channels * stride // 16, 8) for stride in (16, 8, 4, 2, 1) if stride < start]
+
+    @property
+    def skip_widths(self) -> list[int]:
+        """Channels of the encoder's features that enter the decoder's steps, 0 where none do."""
+        channels = {16: self.widths[2], 8: self.widths[1], 4: self.widths[0], 2: self.widths[0] // 2}
+        skips = [width if self.fusion and stride >= self.skip_stride else 0 for stride, width in channels.items()]
+        return [*skips, 0][-len(self.decoder_widths) :]
 
     def context_pixels(self, image_size: int) -> int:
         """Pixels of the context of a square image, which its `context_rank` bases describe."""
@@ -137,6 +149,7 @@ _CHOICES: dict[str, tuple[object, ...]] = {
     "upsample": ("fam", "bilinear"),
     "context": ("hamburger", "lightham", "none"),
     "context_stride": (32, 16, 8),
+    "skip_stride": (8, 4, 2),
     "fusion": _SWITCH,
     "stage_norm": _SWITCH,
     "shared_bc": _SWITCH,
@@ -196,12 +209,18 @@ class FAMSeg(nn.Module):
 
 
 class Encoder(nn.Module):
-    """SegNeXt's stem to stride 4, then four stages; returns their features at strides 4, 8, 16, 32."""
+    """SegNeXt's stem to stride 4, then four stages; returns their features at strides 4, 8, 16, 32.
+
+    Before them, where the decoder wants it, stands the stem's map at stride 2.
+    """
 
     def __init__(self, config: FAMSegConfig) -> None:
         super().__init__()
         width = config.widths[0]
         self.stem = segnext_stem(config.in_channels, width)
+        self.halves = config.skip_stride == 2
+        if self.halves:
+            self.stem = nn.Sequential(self.stem[:3], self.stem[3:])
         rates = iter(torch.linspace(0, config.drop_path, sum(config.strips), device="cpu").tolist())
         self.stages = Levels()
         cin = width
@@ -216,45 +235,45 @@ class Encoder(nn.Module):
             cin = cout
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        return self.stages(self.stem(x))
+        if not self.halves:
+            return self.stages(self.stem(x))
+        half = self.stem[0](x)
+        return [half, *self.stages(self.stem[1](half))]
 
 
 class Decoder(nn.Module):
     """Context at stride 32, fused upwards with stages 3 and 2, upsampled to full size (section 3.3).
 
-    Only the last three encoder stages enter: the first one carries the raw noise.
+    In the paper only the last three encoder stages enter: the first one carries the raw noise. `skip_stride` lets finer
+    features in.
     """
 
     def __init__(self, config: FAMSegConfig) -> None:
         super().__init__()
-        _, c2, c3, _ = config.widths
         width, rank = config.context_channels, config.context_rank
         self.context: nn.Module
-        skips: list[int | None] = [None, None, None]  # at strides 4, 2, 1
         if config.context == "lightham":
             self.context = LightHam(config.widths[1:], width, rank)
         else:
             aggregate = AggregatedDepthConv(config.widths[1:], width, config.context_stride)
             ham = [Hamburger(width, rank)] if config.context == "hamburger" else []
             self.context = nn.Sequential(aggregate, *ham)
-            skips = [*([c3, c2] if config.fusion else [0, 0]), *skips]
-        steps = config.decoder_widths
         self.steps = nn.ModuleList()
-        self.skips = [bool(skip) for skip in skips[-len(steps) :]]
-        for cout, skip in zip(steps, skips[-len(steps) :], strict=True):
-            self.steps.append(UpStep(width, skip or 0, cout, config))
+        self.skips = [skip > 0 for skip in config.skip_widths]
+        for cout, skip in zip(config.decoder_widths, config.skip_widths, strict=True):
+            self.steps.append(UpStep(width, skip, cout, config))
             width = cout
         self.out_channels = width
 
     def forward(self, features: Sequence[Tensor], size: torch.Size) -> Tensor:
-        x = self.context(features[1:])
+        x = self.context(features[-3:])
         # Every size is the ceiling of the input's over the stride, so an upsampled map is cropped by one at most.
         sizes = {1: size}
         for stride in (2, 4, 8, 16):
             # Not -(-extent // stride): exported, a division may round towards zero.
             sizes[stride] = torch.Size((extent + stride - 1) // stride for extent in size)
         stride = 2 ** (len(self.steps) - 1)
-        skips = {16: features[2], 8: features[1]}
+        skips = dict(zip((16, 8, 4, 2), features[-2::-1], strict=False))
         for step, has_skip in zip(self.steps, self.skips, strict=True):
             x = step(x, skips[stride] if has_skip else None, sizes[stride])
             stride //= 2

@@ -36,7 +36,7 @@ class Diverged(RuntimeError):
 # Fields that are options of FAMSeg; None: the model's own value.
 _ABLATIONS = (
     *("shortcut", "upsample", "context", "fusion", "strip_form", "fam_kernel", "fam_groups", "context_stride"),
-    *("context_rank", "directions", "shared_bc", "d_state", "headdim", "drop_path", "bottleneck_ratio"),
+    *("skip_stride", "context_rank", "directions", "shared_bc", "d_state", "headdim", "drop_path", "bottleneck_ratio"),
 )
 
 
@@ -112,6 +112,9 @@ class TrainConfig:
     upsample: Literal["fam", "bilinear"] = option("fam", "decoder upsampling: fam or bilinear (ablation)")
     context: Literal["hamburger", "lightham", "none"] = option("hamburger", "hamburger, lightham or none")
     fusion: bool = option(True, "fuse encoder stages 2 and 3 in the decoder (false: ablation)")
+    skip_stride: int | None = option(
+        None, "finest stride of the encoder's features that the decoder fuses: 8 (the default), 4, or 2 (the stem's)"
+    )
     strip_form: str | None = option(
         None, "how rows and columns are scanned: cascade (the default), independent, stacked, or square (5x5 alone)"
     )
