@@ -372,12 +372,14 @@ def long_runs() -> str:
 
 
 def spread(mean: str, sd: str) -> str:
+    if not mean:  # not run
+        return "–"
     return f"{float(mean):.1f} ± {float(sd):.1f}"
 
 
 def bracketed(mean: str, low: str, high: str) -> str:
-    """With its 95 % interval; a dash for the reference itself."""
-    if float(low) == float(high):
+    """With its 95 % interval; a dash for the reference itself, and for what has not been run."""
+    if not low or float(low) == float(high):
         return "–"
     return f"{float(mean):+.1f} ({float(low):+.1f} to {float(high):+.1f})".replace("-", "−")
 
