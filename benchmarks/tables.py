@@ -26,7 +26,17 @@ STUDIES = RESULTS / "studies"
 DOCS = ROOT / "docs"
 PAGES = (
     ROOT / "README.md",
-    *(DOCS / name for name in ("cpu.md", "model-card.md", "promises.md", "papers/famseg.md", "papers/sc-unext.md")),
+    *(
+        DOCS / name
+        for name in (
+            "cpu.md",
+            "model-card.md",
+            "promises.md",
+            "papers/famseg.md",
+            "papers/fine-tuning.md",
+            "papers/sc-unext.md",
+        )
+    ),
 )
 MARKED = re.compile(r"(<!-- table: (?P<name>.*?) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 
