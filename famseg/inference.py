@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import math
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -115,10 +116,40 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     except Exception as error:  # damaged bytes raise nearly anything from inside zipfile, pickle and torch
         reason = " ".join(str(error).split())[:80] or type(error).__name__
         raise DataError(f"{path}: is damaged or no checkpoint ({reason}); {_ANOTHER}") from error
-    keys = {"config": dict, "state_dict": dict, "epoch": int, "images": dict, "optimizer_states": list}
-    if not isinstance(checkpoint, dict) or any(not isinstance(checkpoint.get(k), kind) for k, kind in keys.items()):
+    if not _as_written(checkpoint):
         raise DataError(f"{path}: was not written by this version of famseg-train; {_ANOTHER}")
     return checkpoint
+
+
+def _as_written(checkpoint: Any) -> bool:
+    """Whether what famseg-train writes has the types that it writes."""
+    keys = {"config": dict, "state_dict": dict, "epoch": int, "images": dict, "optimizer_states": list}
+    if not isinstance(checkpoint, dict) or any(not isinstance(checkpoint.get(k), kind) for k, kind in keys.items()):
+        return False
+    excess = checkpoint.get("excess", {})
+    return (
+        checkpoint["epoch"] >= 0
+        and all(_maps_to(Tensor, part) for part in (checkpoint["state_dict"], checkpoint.get("ema") or {}))
+        and _maps_to(dict, checkpoint["images"])
+        and all(_maps_to(str, names) for names in checkpoint["images"].values())
+        and _maps_to(float, excess)
+        and all(map(math.isfinite, excess.values()))
+    )
+
+
+def _maps_to(kind: type, value: object) -> bool:
+    """Whether `value` is a dict of names to values of one kind."""
+    return isinstance(value, dict) and all(isinstance(k, str) and isinstance(v, kind) for k, v in value.items())
+
+
+def expect_numbers(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """ValueError for a tensor that is none of real numbers, or has more than the file: one may stand for many."""
+    size = path.stat().st_size
+    for name, value in tensors.items():
+        if value.is_complex() or value.is_quantized or value.is_meta or value.layout is not torch.strided:
+            raise ValueError(f"{name}: expected real numbers, found {value.dtype}, {value.layout}, {value.device}")
+        if value.numel() * value.element_size() > size:
+            raise ValueError(f"{name}: claims {value.numel()} numbers in a file of {size} bytes")
 
 
 def weights_of(checkpoint: dict[str, Any]) -> dict[str, torch.Tensor]:
@@ -155,23 +186,33 @@ def load_network(path: str | Path) -> Network:
         names = option_names(config["model"])
         options = {name: value for name, value in config.items() if name in names and value is not None}
         classes = parse_classes(config.get("classes", DEFAULT))
-        model = create_model(config["model"], len(classes), config.get("in_channels", 1), **options)
         weights = weights_of(checkpoint)
+        expect_numbers(weights, path)
+        network = (config["model"], len(classes), config.get("in_channels", 1))
+        with torch.device("meta"):  # no memory yet, whatever size the settings ask for
+            outline = create_model(*network, **options)
+        if sum(t.numel() for t in outline.state_dict().values()) > sum(t.numel() for t in weights.values()):
+            raise ValueError("its settings are those of a larger network")
+        model = create_model(*network, **options)
         model.load_state_dict(weights)
-    except (KeyError, ValueError, TypeError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()
+        size = config["image_size"]
+        if type(size) is not int or not 16 <= size <= 8192 or network[2] not in (1, 3):
+            raise ValueError(f"image_size {size!r}, in_channels {network[2]!r}")
+        expectations = {n: Expectation(**values) for n, values in checkpoint.get("expectations", {}).items()}
+    except (AttributeError, KeyError, ValueError, TypeError, RuntimeError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()
         raise DataError(f"{path}: was made by another version of this network ({reason[0]})") from error
-    if bad := next((name for name, value in weights.items() if not value.isfinite().all()), None):
+    if bad := next((name for name, value in model.state_dict().items() if not value.isfinite().all()), None):
         raise DataError(f"{path}: {bad} is not finite, its training diverged; use another checkpoint")
     return Network(
         model.eval(),
         config,
         checkpoint["images"],
         checkpoint["epoch"] + 1,
-        int(config["image_size"]),
+        size,
         path,
         checkpoint.get("excess", {}),
-        {name: Expectation(**values) for name, values in checkpoint.get("expectations", {}).items()},
+        expectations,
     )
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+import yaml
 
 from famseg_kernels import available_backends
 from famseg_kernels.backends import CHOICES as BACKENDS
@@ -38,6 +39,12 @@ def expect_number(name: str, value: float, minimum: float, maximum: float = _LAR
         raise ConfigError(f"{name}: expected at least {minimum}, got {value}")
     if not value <= maximum:
         raise ConfigError(f"{name}: expected at most {maximum}, got {value}")
+
+
+def expect_no_references(text: str) -> None:
+    """yaml.YAMLError where a name stands for values: ten lines of such names can stand for billions of values."""
+    if "*" in text and any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
+        raise yaml.YAMLError("references like *name are not known here; write their values out")
 
 
 def device_for(device: str, backend: str) -> str:

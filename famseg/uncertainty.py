@@ -6,6 +6,7 @@ Which sign means how much is fitted to errors on images that a network was not t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -24,6 +25,11 @@ class Expectation:
 
     weights: tuple[float, ...]  # of the signs
     doubtful: float  # mm; what is expected to be off by more is flagged
+
+    def __post_init__(self) -> None:
+        numbers = (*self.weights, self.doubtful)
+        if len(self.weights) != _SIGNS or not all(isinstance(n, float) and math.isfinite(n) for n in numbers):
+            raise ValueError(f"expected {_SIGNS} weights and an error, got {self.weights} and {self.doubtful}")
 
     def error(self, signs: np.ndarray) -> float:
         """In the unit of the signs."""

@@ -80,7 +80,7 @@ def integer(name: str, value: Any, minimum: int) -> None:
 
 def boolean(name: str, value: Any) -> None:
     if not isinstance(value, bool):
-        raise TypeError(f"{name}: expected True or False, got {value!r}")
+        raise TypeError(f"{name}: expected True or False, got {value!r:.80}")
 
 
 def odd(name: str, value: int, maximum: int | None = None) -> None:

@@ -17,18 +17,28 @@ from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
 
 import cv2
 import torch
-from jsonargparse import ActionConfigFile, ArgumentParser
+import yaml
+from jsonargparse import ActionConfigFile, ArgumentParser, get_loader, set_loader
 from rich.console import Console
 from rich.progress import track
 
 from famseg.files.errors import one_line
 from famseg.memory import keep_freed_memory
-from famseg.options import ConfigError
+from famseg.options import ConfigError, expect_no_references
 
 if TYPE_CHECKING:
     from famseg.inference import Network
 
 Item = TypeVar("Item")
+_load_yaml = get_loader("yaml")
+
+
+def _load_plain_yaml(text: str) -> Any:
+    expect_no_references(text)
+    return _load_yaml(text)
+
+
+set_loader("yaml", _load_plain_yaml, exceptions=(yaml.YAMLError,))
 
 
 def build_parser(
@@ -68,7 +78,7 @@ def parse(parser: ArgumentParser, options: type, arguments: Sequence[str] | None
     """
     try:
         parsed = vars(parser.parse_args(arguments))
-    except argparse.ArgumentError as error:
+    except (argparse.ArgumentError, ArithmeticError, ValueError, RecursionError) as error:  # of files that are no YAML
         words = re.sub(r'^Parser key "(\w+)":', r"\1:", " ".join(str(error).split()))
         raise ConfigError(f"{words}; {parser.prog} --help lists all options") from None
     for field in dataclasses.fields(options):

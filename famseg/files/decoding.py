@@ -18,8 +18,12 @@ from famseg.files.errors import DataError
 LARGEST = 2**26  # px; beyond any scanner's frame, and labelling one that large takes 1 GB
 
 # libjpeg ("Corrupt JPEG data: 523 extraneous bytes before marker 0xd9", "Premature end of JPEG file"), libtiff
-# ("LZWDecode: Not enough data", "tempfile.tif: Using code not yet in table"), and what pydicom and Pillow warn of.
-_COMPLAINT = re.compile(r".*(?:[Cc]orrupt|[Pp]remature|[Tt]runcated|End of file|Decode: |tempfile\.tif|JPEGLib).*")
+# ("LZWDecode: Not enough data", "tempfile.tif: Using code not yet in table"), libpng ("libpng warning: IDAT: incorrect
+# data check"), and what pydicom and Pillow warn of.
+_COMPLAINT = re.compile(
+    r".*(?:[Cc]orrupt|[Pp]remature|[Tt]runcated|End of file|Decode: |tempfile\.tif|JPEGLib|"
+    r"libpng warning: I(?:DAT|END))"
+)
 _one_listener = threading.Lock()
 
 

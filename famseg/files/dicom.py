@@ -46,10 +46,14 @@ def read_dicom(path: Path, content: bytes, *, colour: bool = False) -> tuple[np.
     """
     try:
         from pydicom import dcmread
+        from pydicom.filereader import read_file_meta_info
         from pydicom.pixels import pixel_array
+        from pydicom.uid import DeflatedExplicitVRLittleEndian
     except ImportError:
         raise DataError(f"{path}: is a DICOM file; to read it, pip install 'famseg[dicom]'") from None
     with decoding(path, _EXPORT):
+        if read_file_meta_info(path).get("TransferSyntaxUID") == DeflatedExplicitVRLittleEndian:
+            raise DataError(f"is deflated as a whole, which is not known here; {_EXPORT}")  # 1 kB may hold 1 MB
         record = dcmread(io.BytesIO(content))
         _lift_functional_groups(record)
         _expect_displayable(record)
@@ -116,6 +120,8 @@ def _rgb(record: Any, pixels: np.ndarray) -> np.ndarray:
             raise DataError(f"has a palette of {count} entries of 8 bits, which is not known here; {_EXPORT}")
         # Only to unpack the table: pydicom subtracts in the type of the entries, where an index far outside wraps.
         entries = apply_color_lut(np.arange(first, first + count), record)[:, :3]
+        if entries.shape[1] != 3:  # pydicom passes over an empty table
+            raise DataError(f"has a palette without one of red, green and blue; {_EXPORT}")
         pixels = entries[np.clip(pixels.astype(np.int64) - first, 0, count - 1)]
         bits = 16 if entries.max() > 255 else 8  # whatever the descriptor says of 8-bit entries in 16
     return eight_bit(pixels, 0, 2**bits - 1)

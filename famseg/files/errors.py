@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+_LONGEST = 1000  # signs of a line
+
 
 class DataError(ValueError):
     """The data cannot be used as they are.
@@ -17,5 +19,9 @@ class DataError(ValueError):
 
 
 def one_line(text: str) -> str:
-    """The text with its line ends escaped: a file's name may hold them."""
-    return text.replace("\n", "\\n").replace("\r", "\\r")
+    """The text with all that is not printable escaped, and the middle of a long one left out.
+
+    A file's name and its content may hold ends of lines, and what a terminal takes for a command.
+    """
+    text = "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in text)
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST // 2 - 2]} … {text[1 - _LONGEST // 2 :]}"

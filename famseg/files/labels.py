@@ -21,7 +21,7 @@ def read_labels(path: Path) -> np.ndarray:
     Raises:
         DataError: as `open_picture`, the format is a lossy one, or it holds colours instead of one label per pixel.
     """
-    picture = open_picture(path, exact=True)
+    picture = open_picture(path, exact=True, colour=True)
     if picture.mode not in ("1", "L", "P", "I;16", "I;16B", "I"):
         raise DataError(
             f"{path}: expected one label per pixel (8-bit grey or palette PNG), found mode {picture.mode}; "

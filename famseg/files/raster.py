@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import struct
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,8 @@ _EXACT = ("PNG", "BMP", "TIFF")
 _LOSSY_TIFF = ("jpeg", "tiff_jpeg", "webp", "tiff_sgilog", "tiff_sgilog24")
 _SUBFILE, _REDUCED_OR_MASK = 254, 5  # TIFF: a smaller copy of another page, or its transparency
 _PHOTOMETRIC, _WHITE_IS_ZERO = 262, 0
+_SAMPLES = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # PNG: a pixel, by colour type
+_ADAM7 = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
 _STRIPS, _TILES, _JPEG_TABLES = (273, 279), (324, 325), 347  # TIFF: where they are, and how long
 
 
@@ -50,6 +54,7 @@ def open_picture(path: Path, *, exact: bool = False, colour: bool = False) -> Im
         expect_size(picture.height, picture.width)
         if picture.format == "PNG":
             Image.open(io.BytesIO(content), formats=("PNG",)).verify()  # checksums, which decoding passes over
+            _check_rows(content)
         elif picture.format in ("JPEG", "MPO"):
             hear_jpeg(content)
         elif picture.format == "TIFF":
@@ -66,7 +71,7 @@ def _expect_exact(picture: Image.Image) -> None:
 
 
 def _seek_only_page(picture: Any) -> None:
-    pages = list(range(getattr(picture, "n_frames", 1)))
+    pages: Sequence[int] = range(getattr(picture, "n_frames", 1))  # no list: a PNG may claim 2³¹
     if picture.format == "TIFF":
 
         def is_picture(page: int) -> bool:
@@ -79,9 +84,30 @@ def _seek_only_page(picture: Any) -> None:
     picture.seek(pages[0])
 
 
+def _check_rows(content: bytes) -> None:
+    """What Pillow passes over in a PNG: pixels that end before the last row does."""
+    width, height, depth, kind, _, _, interlaced = struct.unpack_from(">IIBBBBB", content, 16)
+    grids = _ADAM7 if interlaced else ((0, 0, 1, 1),)
+    sizes = [(-(-(width - x) // dx), -(-(height - y) // dy)) for x, y, dx, dy in grids if x < width and y < height]
+    expected = sum(rows * (1 + -(-columns * depth * _SAMPLES[kind] // 8)) for columns, rows in sizes)
+    pixels, at, parts = zlib.decompressobj(), 8, []
+    while at < len(content):
+        length, name = struct.unpack_from(">I4s", content, at)
+        parts += [content[at + 8 : at + 8 + length]] if name == b"IDAT" else []
+        at += 12 + length
+    found = len(pixels.decompress(b"".join(parts), expected))
+    if found < expected:
+        raise DataError(
+            f"cannot be decoded: ends after {found / expected:.0%} of its pixels; replace or remove the file"
+        )
+
+
 def _check_strips(picture: Any, content: bytes) -> None:
-    """What libtiff passes over: the checksum at a deflated strip's end, and libjpeg's remarks."""
+    """What libtiff and Pillow pass over: the checksum at a deflated strip's end, libjpeg's remarks, missing strips."""
     tags, compression = picture.tag_v2, picture.info.get("compression")
+    boxes = {tile[1] for tile in picture.tile}  # several of one place where a strip has one colour
+    if sum((right - left) * (lower - upper) for left, upper, right, lower in boxes) < picture.width * picture.height:
+        raise DataError("cannot be decoded: has strips for a part of its pixels; replace or remove the file")
     for offsets, lengths in (_STRIPS, _TILES):
         for start, length in zip(tags.get(offsets, ()), tags.get(lengths, ()), strict=True):
             strip = content[start : start + length]

@@ -85,12 +85,13 @@ class FAMSegConfig:
                 raise ValueError(f"{name}: expected one of {', '.join(map(str, choices))}, got {value!r}")
         for name in _COUNTS:
             expect_count(name, getattr(self, name))
-        for name, least in (("widths", 2), ("strips", 0), ("bottles", 0), ("mlp_ratios", 1)):
+        ranges = {"widths": (2, 4096), "strips": (0, 32), "bottles": (0, 32), "mlp_ratios": (1, 100)}
+        for name, (least, most) in ranges.items():
             stages = getattr(self, name)
             if isinstance(stages, str) or not isinstance(stages, Sequence) or len(stages) != 4:
                 raise ValueError(f"{name}: expected four numbers, one a stage, got {stages!r}")
             for value in stages:
-                expect_count(name, value, least)
+                expect_count(name, value, least, most)
         for width, bottles in zip(self.widths, self.bottles, strict=True):
             if self.shortcut == "mamba" and bottles and 2 * width % self.headdim:
                 raise ValueError(f"headdim: expected a divisor of {2 * width} (twice a width), got {self.headdim}")
@@ -136,10 +137,12 @@ class FAMSegConfig:
         return (-(-image_size // stride)) ** 2
 
 
-def expect_count(name: str, value: object, least: int = 1) -> None:
-    """ValueError where `value` is not a whole number of at least `least`."""
+def expect_count(name: str, value: object, least: int = 1, most: int = 4096) -> None:
+    """ValueError where `value` is not a whole number from `least` to `most`, which is more than any network has."""
     if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
         raise ValueError(f"{name}: expected a whole number of at least {least}, got {value!r}")
+    if not value <= most:
+        raise ValueError(f"{name}: expected at most {most}, got {value}")
 
 
 _SWITCH = (True, False)

@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -35,11 +36,12 @@ from famseg.data.sample import Sample
 from famseg.evaluation import evaluate
 from famseg.models import create_model
 from famseg.models.summary import cost
-from famseg.options import ConfigError
+from famseg.options import ConfigError, expect_no_references
 from famseg.training.config import TrainConfig
 from famseg.training.finetune import STRATEGIES, count_parameters, freeze
 
 SHIPPED = {path.stem: path for path in sorted((Path(__file__).parent / "studies").glob("*.yaml"))}
+_MOST = 1000  # runs of a cell
 _KEYS = ("title", "about", "scores", "reference", "options", "budgets", "cells")
 _OF_THE_STUDY = (
     *("data", "classes", "in_channels", "image_size", "val_fraction"),
@@ -143,8 +145,9 @@ def read_study(
         options = dict(_mapping(options or {}, where))
         figures, references[cell] = options.pop("published", []), options.pop("against", content["reference"])
         _expect(f"{where}: against", [references[cell]], cells)
-        if not isinstance(figures, list) or len(figures) not in (0, len(scores)):
-            raise ConfigError(f"{where}: published: expected {len(scores)} figures ({', '.join(scores)}) or none")
+        if not isinstance(figures, list) or len(figures) not in (0, len(scores)) or not all(map(_is_figure, figures)):
+            names = ", ".join(map(str, scores))
+            raise ConfigError(f"{where}: published: expected {len(scores)} figures ({names}) or none")
         published[cell] = {column: float(f) for column, f in zip(scores, figures, strict=False) if f is not None}
         own = list(options)
         if common := [key for key in _OF_THE_STUDY if key in own]:
@@ -222,8 +225,10 @@ def _content(name: str) -> dict[str, Any]:
     if not path.is_file():
         raise ConfigError(f"study: expected a file or one of {', '.join(SHIPPED)}, got {name!r}")
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        text = path.read_text(encoding="utf-8")
+        expect_no_references(text)
+        content = yaml.safe_load(text)
+    except (OSError, yaml.YAMLError, ValueError, RecursionError) as error:  # 2001-99-99 is a ValueError
         raise ConfigError(f"study: {path} cannot be read: {' '.join(str(error).split())}") from None
     content = _mapping(content, str(path))
     _expect("study key", content, _KEYS)
@@ -243,16 +248,21 @@ def _mapping(value: object, where: str) -> dict[str, Any]:
 
 
 def _expect(what: str, given: Any, known: Any) -> None:
+    known = list(known)  # YAML has names that cannot be hashed
     if unknown := [name for name in given if name not in known]:
         raise ConfigError(f"{what}: expected one of {', '.join(map(str, known))}, got {unknown[0]!r}")
+
+
+def _is_figure(value: object) -> bool:
+    return value is None or (type(value) in (int, float) and math.isfinite(value))  # type: ignore[arg-type]
 
 
 def _repeats(where: str, budget: Mapping[str, Any], smoke: bool) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
     """What differs from run to run of a cell, by its name; and the budget's options."""
     options = {name: value for name, value in budget.items() if name not in ("seeds", "folds")}
     given = [name for name in ("seeds", "folds") if name in budget]
-    if len(given) != 1 or type(count := budget[given[0]]) is not int or count < 1:
-        raise ConfigError(f"{where}: expected `seeds: N` or `folds: N` with a whole number")
+    if len(given) != 1 or type(count := budget[given[0]]) is not int or not 1 <= count <= _MOST:
+        raise ConfigError(f"{where}: expected `seeds: N` or `folds: N` with a whole number from 1 to {_MOST}")
     numbers = range(1 if smoke else count)
     if given == ["seeds"]:
         return {f"seed {i}": {"seed": i} for i in numbers}, options

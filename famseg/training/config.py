@@ -149,6 +149,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         self._expect("model", tuple(MODELS))
         for name, hint in get_type_hints(TrainConfig).items():
+            if getattr(self, name) is None and type(None) not in get_args(hint):  # null in a YAML file
+                raise ConfigError(f"{name}: expected a value, got none; leave it out")
             if get_origin(hint) is Literal:
                 self._expect(name, get_args(hint))
         defaults = {field.name: field.default for field in dataclasses.fields(self)}

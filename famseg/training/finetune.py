@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from famseg.anatomy import DEFAULT
 from famseg.data.augment import MEAN, STD
 from famseg.files.errors import DataError
-from famseg.inference import PRETRAINED, read_checkpoint, weights_of
+from famseg.inference import PRETRAINED, expect_numbers, read_checkpoint, weights_of
 from famseg.models import FAMSeg, SegNeXt, UNetMobileNetV2, load_mscan
 
 # By letter: does it start from weights, and what learns.
@@ -82,9 +82,10 @@ def images_behind(path: str | Path) -> dict[str, str]:
     Raises:
         DataError: the file cannot be read.
     """
-    content = _read(PRETRAINED if path == "pretrained" else Path(path))
-    if not _is_checkpoint(content):
+    path = PRETRAINED if path == "pretrained" else Path(path)
+    if not _is_checkpoint(_read(path)):
         return {}
+    content = read_checkpoint(path)
     return {**content["images"].get("trained", {}), **content["images"].get("before", {})}
 
 
@@ -110,14 +111,17 @@ def load_weights(model: nn.Module, path: str | Path, classes: str = DEFAULT) -> 
     content = _read(path)
     try:
         if _is_checkpoint(content):
-            theirs = content["config"].get("classes", DEFAULT)
+            content = read_checkpoint(path)  # again: with its checksums
+            theirs = str(content["config"].get("classes", DEFAULT))
             if theirs.replace(" ", "") != classes.replace(" ", ""):
                 raise ValueError(f"it finds {theirs}, this one {classes}; start it with --classes {theirs}")
-            model.load_state_dict(weights_of(read_checkpoint(path)))  # read again: with its checksums
+            expect_numbers(weights_of(content), path)
+            model.load_state_dict(weights_of(content))
+            _expect_finite(model.state_dict())
             return f"all weights of {path}"
         tensors = _tensors(content)
-        if bad := next((name for name, value in tensors.items() if not value.isfinite().all()), None):
-            raise ValueError(f"{bad} is not finite")
+        expect_numbers(tensors, path)
+        _expect_finite({name: value.float() for name, value in tensors.items()})
         own = _named_as(model.state_dict(), tensors)
         encoder = _named_as(model.get_submodule("encoder").state_dict(), tensors)
         if len(own) > len(encoder):
@@ -135,7 +139,9 @@ def load_weights(model: nn.Module, path: str | Path, classes: str = DEFAULT) -> 
             return _report("the encoder", len(encoder), tensors, path)
         if isinstance(model, FAMSeg) and tensors:
             return _report("the strip blocks", load_mscan(model, _named_as({}, tensors)), tensors, path)
-    except (ValueError, RuntimeError) as error:
+    except DataError:
+        raise
+    except (TypeError, ValueError, RuntimeError) as error:
         # torch's first line only says that there was an error.
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         raise DataError(f"weights: {path} does not fit this network: {lines[:2][-1]}") from error
@@ -146,6 +152,12 @@ def load_weights(model: nn.Module, path: str | Path, classes: str = DEFAULT) -> 
     raise DataError(
         f"weights: {path}: holds no weights for this network, which starts from checkpoints of famseg-train{published}"
     )
+
+
+def _expect_finite(tensors: Mapping[str, Tensor]) -> None:
+    """ValueError for a number that is not finite in fp32."""
+    if bad := next((name for name, value in tensors.items() if not value.isfinite().all()), None):
+        raise ValueError(f"{bad} is not finite")
 
 
 def for_our_pixels(encoder: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -255,7 +267,9 @@ def _tensors(content: Any) -> dict[str, Tensor]:
     def inside(content: Mapping[Any, Any]) -> Any:
         return next((content[name] for name in _WRAPPERS if isinstance(content.get(name), Mapping)), None)
 
-    while isinstance(content, Mapping) and (inner := inside(content)) is not None:
+    for _ in _WRAPPERS:  # as deep as anybody wraps: a dict may hold itself
+        if not isinstance(content, Mapping) or (inner := inside(content)) is None:
+            break
         content = inner
     found: dict[str, Tensor] = {}
     for name, value in content.items() if isinstance(content, Mapping) else ():
