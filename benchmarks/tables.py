@@ -23,21 +23,8 @@ PRETRAINED = RESULTS / "pretrained.csv"
 FACTORS = RESULTS / "head_factors.csv"
 LONG_RUNS = RESULTS / "long_runs.csv"
 STUDIES = RESULTS / "studies"
-DOCS = ROOT / "docs"
-PAGES = (
-    ROOT / "README.md",
-    *(
-        DOCS / name
-        for name in (
-            "cpu.md",
-            "model-card.md",
-            "promises.md",
-            "papers/famseg.md",
-            "papers/fine-tuning.md",
-            "papers/sc-unext.md",
-        )
-    ),
-)
+WITH_TABLES = ("cpu", "model-card", "promises", "papers/famseg", "papers/fine-tuning", "papers/sc-unext")
+PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in WITH_TABLES))
 MARKED = re.compile(r"(<!-- table: (?P<name>.*?) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 
 # The rows, in the order of the tables. A case of benchmarks/shapes.py → what it is.
@@ -343,11 +330,7 @@ def study(name: str, reference: str, scores: Sequence[str], differences: Sequenc
 
     def table() -> str:
         rows = read(STUDIES / name / "table.csv")
-        rates: dict[str, str] = {}
-        for row in read(STUDIES / name / "runs.csv"):
-            if not row["repeat"].startswith("search"):
-                rates[row["cell"]] = row.get("learning_rate", "")
-        searched = any(rates.values())
+        searched = "learning_rate" in rows[0]
         head = [
             "",
             *(text for score in scores for text in (f"{score} published, %", f"{score} here, %")),
@@ -366,7 +349,7 @@ def study(name: str, reference: str, scores: Sequence[str], differences: Sequenc
                 bracketed(*(row[f"{score} {part}"] for part in ("difference", "difference_low", "difference_high")))
                 for score in differences
             ]
-            found = [rates[row["cell"]]] if searched else []
+            found = [row["learning_rate"] or "–"] if searched else []
             lines.append([row["cell"], *cells, f"{int(row['parameters']) / 1e6:.2f}", *found])
         return markdown(head, lines)
 

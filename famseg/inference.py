@@ -152,6 +152,16 @@ def expect_numbers(tensors: Mapping[str, Tensor], path: Path) -> None:
             raise ValueError(f"{name}: claims {value.numel()} numbers in a file of {size} bytes")
 
 
+def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
+    """The name of the first tensor that holds a number that is not finite."""
+    return next((name for name, value in tensors.items() if not value.isfinite().all()), None)
+
+
+def trained_by(images: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
+    """Of a checkpoint's images those that trained it or the weights it began with: names by digest."""
+    return {**images.get("trained", {}), **images.get("before", {})}
+
+
 def weights_of(checkpoint: dict[str, Any]) -> dict[str, torch.Tensor]:
     """The network's weights in a checkpoint of famseg-train: the averaged ones where the run kept them."""
     states = checkpoint["state_dict"]
@@ -202,7 +212,7 @@ def load_network(path: str | Path) -> Network:
     except (AttributeError, KeyError, ValueError, TypeError, RuntimeError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()
         raise DataError(f"{path}: was made by another version of this network ({reason[0]})") from error
-    if bad := next((name for name, value in model.state_dict().items() if not value.isfinite().all()), None):
+    if bad := not_finite(model.state_dict()):
         raise DataError(f"{path}: {bad} is not finite, its training diverged; use another checkpoint")
     return Network(
         model.eval(),

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from famseg_kernels.children import altered
 from famseg_kernels.reassembly.layer import Carafe, FeatureAwareUpsample
 from famseg_kernels.reassembly.op import carafe
+from famseg_kernels.ssd_scan.layer import rates
 from famseg_kernels.ssd_scan.op import ssd_scan_2d
 from famseg_kernels.strip_conv.layer import StripAttention, unfusable
 
@@ -382,7 +383,7 @@ def _scan_core(module: Any, x: Tensor) -> Tensor:
     state = (weight.shape[1] - heads) // 2
     projected = F.linear(x, weight.flatten(0, 1)).unflatten(-1, (directions, -1))
     dt, B, C = projected.split([heads, state, state], -1)
-    A = -module.A_logs[_ORDER].to(torch.promote_types(module.A_logs.dtype, torch.float32)).exp()
+    A = rates(module.A_logs[_ORDER])
     image = x.unflatten(-1, (heads, headdim))
     y = ssd_scan_2d(
         image, dt, A, B.unsqueeze(-2), C.unsqueeze(-2), dt_bias=module.dt_projs_bias[_ORDER], dt_softplus=True

@@ -26,7 +26,7 @@ from famseg.files.errors import DataError
 from famseg.files.lock import folder_for, locked
 from famseg.files.tables import write_table
 from famseg.files.writing import write_atomic
-from famseg.inference import Network, readings
+from famseg.inference import Network, readings, trained_by
 from famseg.options import (
     CHECKPOINT_HELP,
     LARGEST_SEED,
@@ -168,7 +168,7 @@ def select(network: Network, spec: str | None, split: str, data_seed: int | None
     samples = open_data(
         spec, image_size=network.image_size, seed=seed, classes=network.classes, in_channels=network.in_channels
     )
-    digests = {**network.images["trained"], **network.images.get("before", {})}
+    digests = trained_by(network.images)
     names = {*digests.values()}
     subjects, trained, unused, alike = [], [], [], []
     for index in progress(range(len(samples)), "reading"):

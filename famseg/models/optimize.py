@@ -28,7 +28,7 @@ from famseg.models.famseg import FAMSeg
 from famseg.models.segnext import MLP_RATIOS, WIDTHS, SegNeXt
 from famseg_kernels import DepthwiseConv2d, Mamba2Scan2d, ssd_scan_2d, strip_conv2d
 from famseg_kernels.children import altered, patched
-from famseg_kernels.ssd_scan.layer import NORM_EPSILON
+from famseg_kernels.ssd_scan.layer import NORM_EPSILON, rates
 from famseg_kernels.strip_conv.layer import other_convolution
 
 # Elements of the largest map that a CPU makes at once: as many images of a batch go through a FAMSeg together. Larger
@@ -329,7 +329,7 @@ class _Scan(nn.Module):
         self.z, self.xbc, self.dt = z, nn.ModuleList(xbc), dt
         self.convolutions = nn.ModuleList(_Convolution(scan.conv2d, "silu", part) for part in parts)
         self.out = _Product(scan.out_proj.weight, None, before=(scan.norm_weight.double(), None))
-        self.register_buffer("A", -torch.exp(scan.A_log.to(torch.promote_types(scan.A_log.dtype, torch.float32))))
+        self.register_buffer("A", rates(scan.A_log))
         self.register_buffer("D", scan.D.detach())
         self.register_buffer("dt_bias", scan.dt_bias.detach())
         self.epsilon, self.chunk_size = norm.eps, scan.chunk_size

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from famseg.anatomy import DEFAULT
 from famseg.data.augment import MEAN, STD
 from famseg.files.errors import DataError
-from famseg.inference import PRETRAINED, expect_numbers, read_checkpoint, weights_of
+from famseg.inference import PRETRAINED, expect_numbers, not_finite, read_checkpoint, trained_by, weights_of
 from famseg.models import FAMSeg, SegNeXt, UNetMobileNetV2, load_mscan
 
 # By letter: does it start from weights, and what learns.
@@ -83,10 +83,7 @@ def images_behind(path: str | Path) -> dict[str, str]:
         DataError: the file cannot be read.
     """
     path = PRETRAINED if path == "pretrained" else Path(path)
-    if not _is_checkpoint(_read(path)):
-        return {}
-    content = read_checkpoint(path)
-    return {**content["images"].get("trained", {}), **content["images"].get("before", {})}
+    return trained_by(read_checkpoint(path)["images"]) if _is_checkpoint(_read(path)) else {}
 
 
 def _is_checkpoint(content: object) -> bool:
@@ -156,7 +153,7 @@ def load_weights(model: nn.Module, path: str | Path, classes: str = DEFAULT) -> 
 
 def _expect_finite(tensors: Mapping[str, Tensor]) -> None:
     """ValueError for a number that is not finite in fp32."""
-    if bad := next((name for name, value in tensors.items() if not value.isfinite().all()), None):
+    if bad := not_finite(tensors):
         raise ValueError(f"{bad} is not finite")
 
 

@@ -16,7 +16,7 @@ _GATE_ONE = 1.2784645427610738
 
 
 @torch.fx.wrap  # or torch.fx of torch 2.6 asks for the dtype of what has none
-def _rates(A_log: Tensor) -> Tensor:
+def rates(A_log: Tensor) -> Tensor:
     """A of the scan, in fp32 or wider."""
     return -torch.exp(A_log.to(torch.promote_types(A_log.dtype, torch.float32)))
 
@@ -127,7 +127,7 @@ class Mamba2Scan2d(nn.Module):
         y = ssd_scan_2d(
             inputs.reshape(n, h, w, self.heads, self.headdim),
             dt.permute(0, 2, 3, 1).reshape(n, h, w, self.directions, self.heads),
-            _rates(self.A_log),
+            rates(self.A_log),
             B.reshape(n, h, w, self.bc_directions, self.ngroups, self.d_state),
             C.reshape(n, h, w, self.bc_directions, self.ngroups, self.d_state),
             self.D,
