@@ -97,6 +97,13 @@ def test_what_hc18_does_not_label_is_not_said_to_become_background(hc18: Path) -
     assert left_out_of(both) == ["FL"]
 
 
+def test_classes_that_nobody_looked_for_are_an_error(hc18: Path) -> None:
+    """A network that finds none of them would be right everywhere: mIoU 1.000."""
+    with pytest.raises(DataError, match="expected masks with FL, found FB and no FL"):
+        open_data(f"hc18:{hc18}", image_size=64, seed=0, classes=parse_classes("FL"))
+    assert len(open_data(f"hc18:{hc18}", image_size=64, seed=0)) == 3
+
+
 def break_hc18(root: Path, what: str) -> Path:
     """Damage the data set; returns the file that the message must name."""
     inner = root / "training_set"

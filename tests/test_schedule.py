@@ -190,6 +190,7 @@ def test_the_default_goes_with_every_decay():
         ({"learning_rate": 0.1, "phases": "adam:9:lr=0.01"}, "learning_rate: no phase of adam:9:lr=0.01"),
         ({"lr_limit_max": 0.1, "phases": "adam:9:limits=0.01..0.1"}, "lr_limit_max: no phase"),
         ({"lr_limit_min": 1e-5, "phases": "adam:9:lr=0.01"}, "lr_limit_min: no phase"),
+        ({"decay_epochs": 2, "decay": "constant"}, "decay_epochs: no phase of .* with decay constant uses it"),
         ({"min_learning_rate": 1e-5, "decay": "constant"}, "min_learning_rate: no phase of .* with decay constant"),
         ({"phases": "adam:9,sgd:3:lr=0.1", "decay": "adadelta"}, "phases: decay adadelta takes the place"),
     ],

@@ -27,23 +27,29 @@ def left_out_of(samples: Sequence[Sample]) -> list[str]:
     return list(getattr(samples, "left_out", ()))
 
 
+def _unlabelled(samples: Sequence[Sample]) -> tuple[str, ...]:
+    """The structures that a source has labels for, and that nobody looked for in any of its images."""
+    return tuple(getattr(samples, "unlabelled", ()))
+
+
 def adapted(
     sources: Sequence[Sequence[Sample]], spec: str, classes: Sequence[Structure], colour: bool
 ) -> list[Sequence[Sample]]:
     """The sources of a specification with the labels of `classes`, in colour images as (H, W, 3).
 
     Raises:
-        DataError: no source has one of the classes.
+        DataError: no source has one of the classes, or labels any of them.
     """
     names = names_of(classes)
     known = list(dict.fromkeys(name for source in sources for name in labels_of(source)))
-    for name in names:
-        if name not in known:
-            wanted, found = ", ".join(names[1:]), ", ".join(known[1:])
-            raise DataError(
-                f"data '{spec}': expected masks with {wanted}, found {found} and no {name}; use other data, or "
-                "train with other --classes"
-            )
+    looked_for = {name for source in sources for name in labels_of(source) if name not in _unlabelled(source)}
+    missing = [name for name in names if name not in known]
+    if missing or looked_for.isdisjoint(names[1:]):
+        found = ", ".join(name for name in known[1:] if name in looked_for) or "none"
+        raise DataError(
+            f"data '{spec}': expected masks with {', '.join(names[1:])}, found {found} and no "
+            f"{missing[0] if missing else names[1]}; use other data, or train with other --classes"
+        )
     return [s if labels_of(s) == names and not colour else _Adapted(s, names, colour) for s in sources]
 
 
@@ -54,7 +60,7 @@ class _Adapted(Sequence[Sample]):
         self._source, self._colour = source, colour
         known = labels_of(source)
         self.labels = tuple(names)
-        unlabelled = getattr(source, "unlabelled", ())  # of all of its images: nothing there to leave out
+        unlabelled = _unlabelled(source)  # nothing there to leave out
         self.left_out = [name for name in known if name not in self.labels and name not in unlabelled]
         self._new = np.array([self.labels.index(name) if name in self.labels else 0 for name in known], np.uint8)
         self._same = self._new.tolist() == list(range(len(known)))

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from famseg.models.famseg import FAMSeg
+from famseg.models.loading import load_all
 from famseg.models.segnext import SegNeXt
 
-_FIRST = "patch_embed1.proj.0.weight"
 _HEAD = "decode_head."
 
 
@@ -26,19 +26,7 @@ def load_mscan(model: FAMSeg | SegNeXt, state_dict: Mapping[str, Tensor]) -> int
     """
     source = {key.removeprefix("backbone."): value for key, value in state_dict.items()}
     with_head = any(key.startswith(_HEAD) for key in source)
-    targets, found = model.published_tensors(), {}
-    for name, target in targets.items():
-        if name.startswith(_HEAD) and not with_head:
-            continue
-        value = source.get(name, source.get(name.replace("dwconv.dwconv", "dwconv")))
-        if value is None and name.endswith("num_batches_tracked"):
-            continue
-        if value is not None and name == _FIRST and target.shape[1] == 1 and value.shape[1:2] == (3,):
-            value = value.sum(1, keepdim=True)
-        if value is None or value.shape != target.shape:
-            came = "nothing" if value is None else f"shape {tuple(value.shape)}"
-            raise ValueError(f"{name}: expected shape {tuple(target.shape)}, got {came}")
-        found[name] = value
-    for name, value in found.items():
-        targets[name].copy_(value)
-    return len(found)
+    targets = {n: t for n, t in model.published_tensors().items() if with_head or not n.startswith(_HEAD)}
+    theirs = {name: name if name in source else name.replace("dwconv.dwconv", "dwconv") for name in targets}
+    found = {name: source[key] for name, key in theirs.items() if key in source}
+    return load_all(targets, found, others=source.keys() - theirs.values())

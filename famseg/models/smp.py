@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib.util
 from typing import Any, NamedTuple
 
-from torch import Tensor, nn
+from torch import nn
 
 from famseg.models.padded import PaddedNetwork
 
@@ -71,24 +71,3 @@ class UNetMobileNetV2(SmpNetwork):
 
     def __init__(self, num_classes: int = 3, in_channels: int = 1) -> None:
         super().__init__("unet_mobilenetv2", num_classes, in_channels)
-
-    def load_encoder(self, state_dict: dict[str, Tensor]) -> int:
-        """Load a classifier's MobileNetV2 (torchvision's keys, `features.…`); returns how many tensors were loaded.
-
-        For a grey network the colour kernels of the first convolution are summed: a grey image is one with three equal
-        channels.
-
-        Raises:
-            ValueError: it is not a MobileNetV2.
-        """
-        target = self.encoder.state_dict()
-        first = "features.0.0.weight"
-        found = {key: value for key, value in state_dict.items() if key in target}
-        if first in found and target[first].shape[1] == 1:
-            found[first] = found[first].sum(1, keepdim=True)
-        for key, value in target.items():
-            if key not in found or found[key].shape != value.shape:
-                came = f"shape {tuple(found[key].shape)}" if key in found else "nothing"
-                raise ValueError(f"{key}: expected shape {tuple(value.shape)} of a MobileNetV2, got {came}")
-        self.encoder.load_state_dict(found)
-        return len(found)

@@ -228,6 +228,7 @@ class TrainConfig:
             "min_learning_rate": bool(shared) and self.decay != "constant",
             "lr_limit_min": any(phase.limits is None for phase in shared),
             "lr_limit_max": any(phase.limits is None for phase in shared),
+            "decay_epochs": self.decay != "constant" and bool(decaying),
         }
         for name, usable in used.items():
             if not usable and getattr(self, name) != defaults[name]:

@@ -20,6 +20,8 @@ from famseg.data.augment import MEAN, STD
 from famseg.files.errors import DataError
 from famseg.inference import PRETRAINED, expect_numbers, not_finite, read_checkpoint, trained_by, weights_of
 from famseg.models import FAMSeg, SegNeXt, UNetMobileNetV2, load_mscan
+from famseg.models.loading import load_all
+from famseg.models.smp import SmpNetwork
 
 # By letter: does it start from weights, and what learns.
 STRATEGIES = {
@@ -96,7 +98,7 @@ def load_weights(model: nn.Module, path: str | Path, classes: str = DEFAULT) -> 
     Takes a checkpoint of famseg-train or the state dict of the same network, or a published encoder: MSCAN for SegNeXt
     and a FAMSeg's strip blocks, MobileNetV2 (torchvision) for U-Net; saved by torch.save, with what others wrap around
     it. "pretrained" is the network that comes with famseg.
-    A classifier of ImageNet's 1000 classes goes on seeing what it was trained on (`for_our_pixels`).
+    What ImageNet's 1000 classes, or mmseg, trained goes on seeing what it was trained on (`for_our_pixels`).
 
     Args:
         classes: the network's, as in `TrainConfig.classes`.
@@ -112,36 +114,38 @@ def load_weights(model: nn.Module, path: str | Path, classes: str = DEFAULT) -> 
             theirs = str(content["config"].get("classes", DEFAULT))
             if theirs.replace(" ", "") != classes.replace(" ", ""):
                 raise ValueError(f"it finds {theirs}, this one {classes}; start it with --classes {theirs}")
-            expect_numbers(weights_of(content), path)
-            model.load_state_dict(weights_of(content))
-            _expect_finite(model.state_dict())
+            weights = weights_of(content)
+            expect_numbers(weights, path)
+            _expect_finite(weights)
+            load_all(model.state_dict(), weights)
             return f"all weights of {path}"
         tensors = _tensors(content)
         expect_numbers(tensors, path)
-        _expect_finite({name: value.float() for name, value in tensors.items()})
+        _expect_finite(tensors)
         own = _named_as(model.state_dict(), tensors)
-        encoder = _named_as(model.get_submodule("encoder").state_dict(), tensors)
+        targets = model.get_submodule("encoder").state_dict()
+        encoder = _named_as(targets, tensors)
         if len(own) > len(encoder):
-            model.load_state_dict(own)
+            load_all(model.state_dict(), own, _others(tensors, own))
             return _report("the network", len(own), tensors, path)
-        if isinstance(model, UNetMobileNetV2) and tensors:
-            classifiers = (value for name, value in tensors.items() if name.endswith("classifier.1.weight"))
-            imagenet = any(len(value) == 1000 for value in classifiers)
-            loaded = model.load_encoder(for_our_pixels(encoder) if imagenet else encoder)
-            return f"{_report('the encoder', loaded, tensors, path)}; {_origin(path, imagenet)}"
-        if isinstance(model, SegNeXt) and tensors:
-            return _report("the network", load_mscan(model, _named_as({}, tensors)), tensors, path)
-        if encoder:
-            model.get_submodule("encoder").load_state_dict(encoder)
-            return _report("the encoder", len(encoder), tensors, path)
-        if isinstance(model, FAMSeg) and tensors:
+        if isinstance(model, FAMSeg) and tensors and not encoder:
             return _report("the strip blocks", load_mscan(model, _named_as({}, tensors)), tensors, path)
+        imagenet = _is_of_imagenet(tensors, model)
+        tensors = for_our_pixels(tensors) if imagenet else tensors
+        left = "; ImageNet's normalisation is left out" if isinstance(model, (SegNeXt, SmpNetwork)) else ""
+        normalised = "; ImageNet's normalisation is in the first layer" if imagenet else left
+        if isinstance(model, SegNeXt) and tensors:
+            loaded = load_mscan(model, _named_as({}, tensors))
+            return _report("the network", loaded, tensors, path) + normalised
+        if encoder or (isinstance(model, UNetMobileNetV2) and tensors):
+            whose = f"; {_origin(path)}" if isinstance(model, UNetMobileNetV2) else ""
+            encoder = _named_as(targets, tensors)
+            loaded = load_all(targets, encoder, _others(tensors, encoder))
+            return _report("the encoder", loaded, tensors, path) + whose + normalised
     except DataError:
         raise
     except (TypeError, ValueError, RuntimeError) as error:
-        # torch's first line only says that there was an error.
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        raise DataError(f"weights: {path} does not fit this network: {lines[:2][-1]}") from error
+        raise DataError(f"weights: {path} does not fit this network: {' '.join(str(error).split())}") from error
     published = {
         **dict.fromkeys((FAMSeg, SegNeXt), ", and from MSCAN"),
         UNetMobileNetV2: ", and from MobileNetV2",
@@ -151,41 +155,61 @@ def load_weights(model: nn.Module, path: str | Path, classes: str = DEFAULT) -> 
     )
 
 
+def _others(tensors: Mapping[str, Tensor], used: Mapping[str, Tensor]) -> list[str]:
+    known = {id(value) for value in used.values()}
+    return [name for name, value in tensors.items() if id(value) not in known]
+
+
 def _expect_finite(tensors: Mapping[str, Tensor]) -> None:
     """ValueError for a number that is not finite in fp32."""
-    if bad := not_finite(tensors):
+    if bad := not_finite({name: value.float() for name, value in tensors.items()}):
         raise ValueError(f"{bad} is not finite")
 
 
-def for_our_pixels(encoder: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A MobileNetV2 for images (v − MEAN) / STD of `famseg.data.augment`, v in [0, 1], from one for ImageNet's.
+def _is_of_imagenet(tensors: Mapping[str, Tensor], model: nn.Module) -> bool:
+    """A classifier of its 1000 classes, or mmseg's SegNeXt: they see colours normalised by its statistics."""
+    kernel = next((value for value in tensors.values() if value.dim() == 4), None)
+    if kernel is None or kernel.shape[1] != 3:
+        return False
+    mmseg = isinstance(model, SegNeXt) and any(name.startswith("decode_head.") for name in tensors)
+    return mmseg or any(value.dim() > 1 and len(value) == 1000 for value in tensors.values())
+
+
+def for_our_pixels(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """An encoder for images (v − MEAN) / STD of `famseg.data.augment`, v in [0, 1], from one for ImageNet's.
 
     With W, m, s the first kernel and ImageNet's mean and deviation, W·(v − m)/s is (W·STD/s)·x, plus a constant a
-    channel that the batch norm behind takes into its mean. So the normalisation is part of the weights, wherever they
-    go. What the first layer pads with is 0 as before: here MEAN, nearly black as outside a sector, and not ImageNet's
-    mean grey, so the first row and column see another border than in the classifier.
+    channel that the bias takes, or the mean of the batch norm behind. So the normalisation is part of the weights,
+    wherever they go. What the first layer pads with is 0 as before: here MEAN, nearly black as outside a sector, and
+    not ImageNet's mean grey, so the first row and column see another border than in the classifier.
+
+    Raises:
+        ValueError: the first kernel has neither a bias nor a batch norm behind it.
     """
-    kernel, norm = "features.0.0.weight", "features.0.1.running_mean"
-    if kernel not in encoder or norm not in encoder or encoder[kernel].shape[1] != 3:
-        return dict(encoder)  # which will be refused, by name
-    weight = encoder[kernel].double()
+    names = list(tensors)
+    kernel = next(name for name in names if tensors[name].dim() == 4)
+    bias = f"{kernel.removesuffix('weight')}bias"
+    norm = next((name for name in names[names.index(kernel) :] if name.endswith("running_mean")), bias)
+    takes = bias if bias in tensors else norm
+    if takes not in tensors or len(tensors[takes]) != len(tensors[kernel]):
+        raise ValueError(f"it saw images normalised as ImageNet's, and {kernel} has no bias or batch norm to take that")
+    weight = tensors[kernel].double()
     mean, deviation = (torch.tensor(values, dtype=torch.float64).view(3, 1, 1) for values in _IMAGENET)
-    constant = (weight * ((MEAN - mean) / deviation)).sum((1, 2, 3))
+    constant = (weight * ((MEAN - mean) / deviation)).sum((1, 2, 3)) * (1 if takes == bias else -1)
     return {
-        **encoder,
-        kernel: (weight * (STD / deviation)).to(encoder[kernel].dtype),
-        norm: (encoder[norm].double() - constant).to(encoder[norm].dtype),
+        **tensors,
+        kernel: (weight * (STD / deviation)).to(tensors[kernel].dtype),
+        takes: (tensors[takes].double() + constant).to(tensors[takes].dtype),
     }
 
 
-def _origin(path: Path, imagenet: bool) -> str:
+def _origin(path: Path) -> str:
     """Whose weights a MobileNetV2's are, by the file's hash."""
     name, published = _TORCHVISION
     is_published = hashlib.sha256(path.read_bytes()).hexdigest() == published
     if path.name == name and not is_published:
         raise ValueError(f"its SHA-256 is not {published[:16]}…, which torchvision's {name} has; get it again")
-    whose = "torchvision's, by its SHA-256" if is_published else "not the file that torchvision publishes"
-    return f"{whose}; ImageNet's normalisation is {'in the first layer' if imagenet else 'left out'}"
+    return "torchvision's, by its SHA-256" if is_published else "not the file that torchvision publishes"
 
 
 def _report(what: str, loaded: int, tensors: Mapping[str, Tensor], path: Path) -> str:
