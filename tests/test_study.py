@@ -25,6 +25,7 @@ from famseg.options import ConfigError
 from famseg.reporting.figures import curves_figure, plot_panel, svg
 from famseg.study.plan import SHIPPED, read_study
 from famseg.study.tables import Score, Table, as_html, as_latex, as_markdown, difference, notes_of
+from tests.isic import write_isic
 from tests.samples import three_samples
 
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -311,6 +312,34 @@ def test_shipped_studies_are_valid(name: str, tmp_path: Path) -> None:
         study = read_study(name, budget, "phantom:10", weights)
         assert study.repeats >= 3 and len(study.runs) >= 3 * len(content["cells"])
     assert len(read_study(name, smoke=True).runs) == len(content["cells"])
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_published_figures_agree_with_each_other(name: str) -> None:
+    """A slip of the pen would show: a mean IoU is the classes' mean, and IoU follows nearly from Dice."""
+    content = yaml.safe_load(SHIPPED[name].read_text())
+    compared = 0
+    for cell in content["cells"].values():
+        figures = dict(zip(content["scores"], cell.get("published", []), strict=False))
+        if figures.get("BG"):
+            mean = (figures["BG"] + figures["FL"] + figures["FB"]) / 3
+            assert figures["mIoU"] == pytest.approx(mean, abs=0.02), cell
+            compared += 1
+        dice, iou = figures.get("Dice"), figures.get("mIoU", figures.get("IoU"))
+        if dice and iou:
+            assert iou == pytest.approx(100 * dice / (200 - dice), abs=3.0), cell
+            compared += 1
+    assert compared >= 3 or name == "scunext"  # whose table has Dice alone
+
+
+def test_sc_unexts_study_runs_on_its_own_images(tmp_path: Path) -> None:
+    """As docs/papers/sc-unext.md makes it of the shipped file."""
+    write_isic(tmp_path / "isic")
+    text = SHIPPED["scunext"].read_text().replace("FB", "lesion")
+    (tmp_path / "isic.yaml").write_text(text.replace("classes: lesion", "classes: lesion, in_channels: 3"))
+    study = read_study(str(tmp_path / "isic.yaml"), "gpu", f"isic:{tmp_path / 'isic'}")
+    assert len(study.runs) == 40 and study.runs[0].config.in_channels == 3
+    assert study.scores["DSC"] == "per_image.lesion.dice.mean"
 
 
 def test_the_list_names_them_all(capsys: pytest.CaptureFixture[str]) -> None:
