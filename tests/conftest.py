@@ -1,4 +1,4 @@
-"""--backend, --cases, and what the tests of the native kernels (test_native_*.py) have in common."""
+"""--backend, --cases, --kills, and what the tests of the native kernels (test_native_*.py) have in common."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from tests.native import ISAS, NATIVE
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--backend", choices=BACKENDS, help="of tests with a backend, run only this one's")
     parser.addoption("--cases", type=int, default=40, help="how many hypothesis draws for each test (default: 40)")
+    parser.addoption("--kills", type=int, default=10, help="how often test_resume kills a training (default: 10)")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -3,7 +3,7 @@
 The kernels under AddressSanitizer and UBSan (Python itself is not built for them, hence the preload; once before:
 pip install cmake ninja pybind11):
 
-    cmake -S . -B build/sanitize -G Ninja -DFAMSEG_SANITIZE=ON -DFAMSEG_PYBIND11_INCLUDE=$(python -c
+    cmake -S . -B build/sanitize -G Ninja -DFAMSEG_SANITIZE=address,undefined -DFAMSEG_PYBIND11_INCLUDE=$(python -c
         'import pybind11; print(pybind11.get_include())') && cmake --build build/sanitize
     FAMSEG_NATIVE_MODULE=build/sanitize/modules ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD="$(gcc
         -print-file-name=libasan.so) $(gcc -print-file-name=libubsan.so)" python -m pytest tests -k test_native
@@ -11,6 +11,15 @@ pip install cmake ninja pybind11):
 The contract too: copy build/sanitize/modules/_cpu*.so over the one in famseg_kernels/ and, with the same ASAN_OPTIONS
 and LD_PRELOAD, run python -m pytest tests/test_contract.py -k "cpu and (matches or layout or gradcheck)", once for each
 FAMSEG_CPU_ISA (amx, avx512, avx2, baseline). Reinstall afterwards.
+
+ThreadSanitizer takes Clang and its OpenMP, whose Archer tells it what barriers order (Debian: clang-16 libomp-16-dev; a
+barrier left out of csrc/common/parallel.h is then a report):
+
+    cmake -S . -B build/threads -G Ninja -DCMAKE_CXX_COMPILER=clang++-16 -DFAMSEG_SANITIZE=thread
+        -DCMAKE_MODULE_LINKER_FLAGS=-shared-libsan -DFAMSEG_PYBIND11_INCLUDE=… && cmake --build build/threads
+    FAMSEG_NATIVE_MODULE=build/threads/modules OMP_NUM_THREADS=4 TSAN_OPTIONS="ignore_noninstrumented_modules=1 exitcode=66"
+        OMP_TOOL_LIBRARIES=/usr/lib/llvm-16/lib/libarcher.so LD_PRELOAD=$(clang-16 -print-file-name=libclang_rt.tsan-x86_64.so)
+        setarch -R python -m pytest tests -k test_native
 """
 
 from __future__ import annotations

@@ -63,10 +63,15 @@ def sitting(arguments: list[str], signal_number: int, tick: int, limit: int | No
     raise SystemExit(main(arguments))
 
 
-def run_sitting(arguments: list[str], signal_number: int = 0, tick: int = 0, limit: int | None = None) -> int:
+def run_sitting(
+    arguments: list[str], signal_number: int = 0, tick: int = 0, limit: int | None = None, seconds: float = 120
+) -> int:
+    """The exit code; `seconds` after its start a sitting is killed."""
     process = CONTEXT.Process(target=sitting, args=(arguments, signal_number, tick, limit))
     process.start()
-    process.join(120)
+    process.join(seconds)
+    process.kill()
+    process.join()
     assert process.exitcode is not None
     return process.exitcode
 
@@ -102,18 +107,22 @@ def whole(tmp_path_factory):
     return out
 
 
-def test_ten_kills_at_random_moments(whole, tmp_path):
-    moments, kills, runs = random.Random(0), 0, 0
-    while kills < 10:
-        out = tmp_path / f"run{runs}"
-        while (tick := moments.randint(1, 14) if kills < 10 else 0) is not None:
-            code = run_sitting([*RUN, "--out", str(out), "--resume", "auto"], signal.SIGKILL, tick)
-            if code == 0:
-                break
-            assert code == -signal.SIGKILL
-            kills += 1
+def test_kills_at_random_moments(whole, tmp_path, request):
+    """At a tick, where a file may be half written, or at any moment. More of them: --kills 1000."""
+    moments, kills, most = random.Random(0), 0, request.config.getoption("--kills")
+    while kills < most:
+        out = tmp_path / "run"
+        code = -signal.SIGKILL
+        while code != 0:
+            tick, seconds = (moments.randint(1, 14), 120) if moments.random() < 0.5 else (0, moments.uniform(0.1, 2))
+            if kills >= most:
+                tick, seconds = 0, 120
+            code = run_sitting([*RUN, "--out", str(out), "--resume", "auto"], signal.SIGKILL, tick, seconds=seconds)
+            assert code in (0, -signal.SIGKILL)
+            kills += code != 0
+            assert kills < most + 10, "what nobody kills does not end"
         assert_same_run(out, whole)
-        runs += 1
+        shutil.rmtree(out)
 
 
 def test_a_kill_in_a_phase_with_rates_of_its_own(tmp_path):

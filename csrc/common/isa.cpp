@@ -3,14 +3,24 @@
 #include <cstdlib>
 #include <stdexcept>
 
-#if defined(FAMSEG_AMX)
+#if defined(__x86_64__)
 #include <cpuid.h>
+#endif
+#if defined(FAMSEG_AMX)
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
 
 namespace famseg {
 namespace {
+
+#if defined(__x86_64__)
+// Clang before 19 has no name for it in __builtin_cpu_supports.
+bool has_f16c() {
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  return __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx & (1u << 29)) != 0;
+}
+#endif
 
 #if defined(FAMSEG_AMX)
 bool has_amx() {
@@ -32,8 +42,7 @@ std::vector<Isa> detect() {
   std::vector<Isa> isas = {Isa::baseline};
 #if defined(__x86_64__)
   // __builtin_cpu_supports also asks whether the operating system saves the wide registers.
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-      __builtin_cpu_supports("f16c")) {
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c()) {
     isas.push_back(Isa::avx2);
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {

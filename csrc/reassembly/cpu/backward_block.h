@@ -195,7 +195,8 @@ void store_x_gradient(const Geometry& g, const Space<T>& space, const Region& re
 template <typename S, typename T, typename MakeWeights>
 void compute_block(const Problem& p, const Gradients& gradients, const Geometry& g,
                    const Space<T>& space, const Block& block, const MakeWeights& make_weights) {
-  const auto [index, region] = block;
+  const int64_t index = block.index;
+  const Region region = block.region;
   const Region with_halo = region.grown(g.halo, g.halo_side);
   const Region with_reach = region.grown(g.reach_y, g.side);
   const bool wants_x = gradients.x != nullptr, wants_weights = gradients.of_weights();
