@@ -395,7 +395,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "pretrained doubts": pretrained_doubts,
     "head factors": head_factors,
     "long runs": long_runs,
-    "study table1": study("table1", "ours", ("FL", "FB", "mIoU")),
+    "study table1": study("table1", "fusion to stride 2", ("FL", "FB", "mIoU"), ("FL",)),
     "study table3": study("table3", "ours", ("FL", "FB", "mIoU"), ("FL", "mIoU")),
     "study scunext": study("scunext", "UNeXt", ("DSC",), ("DSC",)),
     "study finetune": study("finetune", "baseline", ("PA", "Dice", "mIoU"), ("Dice",)),
