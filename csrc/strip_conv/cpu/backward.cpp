@@ -296,7 +296,7 @@ struct Cut {
 template <typename T>
 Cut cut_of(const Problem& p, const BackwardSpace<T>& s) {
   Cut cut{};
-  cut.groups = round_up(p.c, kLanes<T>) / kLanes<T>;
+  cut.groups = groups_of(p, kLanes<T>);
   if (p.n * p.c * p.h * p.w == 0) return cut;
   cut.blocks = s.blocks;
   const int64_t runs = min(p.n, max(kPieces / (cut.groups * cut.blocks), 1));
@@ -313,9 +313,9 @@ void backward_piece(const Problem& p, const Gradients& gradients, int64_t piece,
   const BackwardSpace<T> s = lay_out<T>(p, arena);
   const Cut cut = cut_of(p, s);
   const int64_t left = piece % cut.blocks * s.width;
-  const int64_t channel = piece / cut.blocks % cut.groups * lanes;
   const int64_t first = piece / cut.blocks / cut.groups * cut.images;
-  Block block{{channel, min(lanes, p.c - channel)}, 0, left, min(s.width, p.w - left), p.w};
+  const Group channels = group_at<S>(p, piece / cut.blocks % cut.groups);
+  Block block{channels, 0, left, min(s.width, p.w - left), p.w};
   load_weights<S>(p, block.channels, s);
   for (int64_t k = 0; k < s.sums * lanes; ++k) s.sum[k] = 0;
   if (cut.blocks > 1) {
@@ -348,7 +348,7 @@ struct Reduction {
   const Problem& p;
   const Cut& cut;
   const T* partials;
-  int64_t sums, group;
+  int64_t sums, position;  // of the group
 
   // The gradient (C, height, width), of which the taps `first` ... of the partial sums are the
   // middle; the others meet only zeros.
@@ -356,7 +356,7 @@ struct Reduction {
               void* gradient) const {
     constexpr int64_t lanes = kLanes<T>;
     if (gradient == nullptr) return;
-    const Group channels{group * lanes, min(lanes, p.c - group * lanes)};
+    const Group channels = group_at<S>(p, position);
     const int64_t top = (height - taps.height) / 2, left = (width - taps.width) / 2;
     const int64_t count = height * width;
     constexpr int64_t some = 64;
@@ -369,7 +369,7 @@ struct Reduction {
         double total[lanes] = {};
         for (int64_t run = 0; run < cut.runs; ++run) {
           for (int64_t k = 0; k < cut.blocks; ++k) {
-            const int64_t piece = (run * cut.groups + group) * cut.blocks + k;
+            const int64_t piece = (run * cut.groups + position) * cut.blocks + k;
             const T* partial = partials + (piece * sums + first + i * taps.width + j) * lanes;
             for (int l = 0; l < lanes; ++l) total[l] += static_cast<double>(partial[l]);
           }
@@ -383,12 +383,12 @@ struct Reduction {
 };
 
 template <typename S, typename T>
-void reduce_group(const Problem& p, const Gradients& gradients, int64_t group, const void* partials,
-                  void* scratch) {
+void reduce_group(const Problem& p, const Gradients& gradients, int64_t position,
+                  const void* partials, void* scratch) {
   Arena arena{static_cast<char*>(scratch)};
   const BackwardSpace<T> s = lay_out<T>(p, arena);
   const Cut cut = cut_of(p, s);
-  const Reduction<S, T> sums{p, cut, static_cast<const T*>(partials), s.sums, group};
+  const Reduction<S, T> sums{p, cut, static_cast<const T*>(partials), s.sums, position};
   const ReversibleTaps<T> one{nullptr, nullptr, 1, 1};
   sums.reduce(s.square_sums, s.square, p.square.size, p.square.size, gradients.square.weight);
   sums.reduce(s.square_bias_sums, one, 1, 1, gradients.square.bias);

@@ -287,10 +287,6 @@ void store_image(const Problem& p, const ForwardSpace<T>& s, const Block& block,
   }
 }
 
-int64_t groups_of(const Problem& p, int64_t lanes) {
-  return round_up(p.c, lanes) / lanes;
-}
-
 int64_t columns_of(const Problem& p) {
   return round_up(p.w, kBlockWidth) / kBlockWidth;
 }
@@ -315,12 +311,8 @@ void forward_block(const Problem& p, void* y, int64_t index, void* scratch) {
   const ForwardSpace<T> s = lay_out<T>(p, arena);
   const int64_t left = index % columns_of(p) * kBlockWidth;
   index /= columns_of(p);
-  const int64_t channel = index % groups_of(p, lanes) * lanes;
-  const Block block = {{channel, min(lanes, p.c - channel)},
-                       index / groups_of(p, lanes),
-                       left,
-                       min(kBlockWidth, p.w - left),
-                       p.w};
+  const Block block = {group_at<S>(p, index % groups_of(p, lanes)), index / groups_of(p, lanes),
+                       left, min(kBlockWidth, p.w - left), p.w};
   load_weights<S>(p, block.channels, s);
   // a holds the rows [top, ready) of the image.
   int64_t ready = 0;

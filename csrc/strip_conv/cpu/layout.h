@@ -26,6 +26,29 @@ struct Group {
   int64_t first, count;
 };
 
+constexpr int64_t kLineBytes = 64;  // of the cache
+
+inline int64_t groups_of(const Problem& p, int64_t lanes) {
+  return round_up(p.c, lanes) / lanes;
+}
+
+// The channels that come `position`-th. Blocks that follow each other run at the same time. In a
+// channels-last image of 16 bits a pixel's cache line holds several groups, and threads that store
+// parts of one line take it from each other at every store, which doubled the time of one thread.
+// So all first groups of a line come before all second ones.
+template <typename S>
+Group group_at(const Problem& p, int64_t position) {
+  constexpr int64_t lanes = kLanes<Compute<S>>;
+  constexpr int64_t shared = max(kLineBytes / (lanes * static_cast<int64_t>(sizeof(S))), 1);
+  const int64_t groups = groups_of(p, lanes), lines = groups / shared, more = groups % shared;
+  // The last line may be short: the first `more` rounds have a group of it too.
+  const int64_t longer = more * (lines + 1);
+  const int64_t group =
+      position < longer ? position % (lines + 1) * shared + position / (lines + 1)
+                        : (position - longer) % lines * shared + more + (position - longer) / lines;
+  return {group * lanes, min(lanes, p.c - group * lanes)};
+}
+
 // A block of work: some channels and some columns of an image. Pixels are counted from the block's
 // first column.
 struct Block {
