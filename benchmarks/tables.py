@@ -16,7 +16,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-OPERATIONS = RESULTS / "intel-xeon-processor-torch2.11.0.csv"
+OPERATIONS = RESULTS / "amd-epyc-torch2.11.0.csv"
 NETWORKS = RESULTS / "intel-xeon-processor-network.csv"
 RIVALS = RESULTS / "amd-epyc-rivals.csv"
 PRETRAINED = RESULTS / "pretrained.csv"

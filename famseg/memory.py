@@ -20,3 +20,8 @@ def keep_freed_memory() -> None:
         libc = ctypes.CDLL(None)
         libc.mallopt(mmap_max, 0)
         libc.mallopt(trim_threshold, 2**31 - 1)
+
+
+def keeps_freed_memory() -> bool:
+    """Whether `keep_freed_memory` was called."""
+    return keep_freed_memory.cache_info().currsize > 0

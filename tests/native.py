@@ -17,8 +17,9 @@ barrier left out of csrc/common/parallel.h is then a report):
 
     cmake -S . -B build/threads -G Ninja -DCMAKE_CXX_COMPILER=clang++-16 -DFAMSEG_SANITIZE=thread
         -DCMAKE_MODULE_LINKER_FLAGS=-shared-libsan -DFAMSEG_PYBIND11_INCLUDE=… && cmake --build build/threads
-    FAMSEG_NATIVE_MODULE=build/threads/modules OMP_NUM_THREADS=4 TSAN_OPTIONS="ignore_noninstrumented_modules=1 exitcode=66"
-        OMP_TOOL_LIBRARIES=/usr/lib/llvm-16/lib/libarcher.so LD_PRELOAD=$(clang-16 -print-file-name=libclang_rt.tsan-x86_64.so)
+    FAMSEG_NATIVE_MODULE=build/threads/modules OMP_NUM_THREADS=4 OMP_TOOL_LIBRARIES=/usr/lib/llvm-16/lib/libarcher.so
+        TSAN_OPTIONS="ignore_noninstrumented_modules=1 exitcode=66"
+        LD_PRELOAD=$(clang-16 -print-file-name=libclang_rt.tsan-x86_64.so)
         setarch -R python -m pytest tests -k test_native
 """
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from famseg import FAMSeg, FAMSegConfig, create_model, optimize_for_inference
-from famseg.models import MODELS
+from famseg.models import MODELS, optimize
 from famseg.models.smp import NETWORKS
 
 SMALL = {"context_channels": 64, "widths": (8, 16, 24, 32), "d_state": 4, "headdim": 8, "mlp_ratios": (2, 3, 2, 2)}
@@ -79,8 +79,14 @@ def test_every_network_gives_the_same_logits(name: str) -> None:
     agree(trained(create_model(name)), torch.randn(2, 1, 64, 96))
 
 
+@pytest.mark.parametrize("least", [0, 1 << 60], ids=["onednn", "torch"])
 @pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS)
-def test_every_option_gives_the_same_logits(options: dict[str, Any]) -> None:
+def test_every_option_gives_the_same_logits(
+    options: dict[str, Any], least: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Products and convolutions go to oneDNN from some size on."""
+    monkeypatch.setattr(optimize, "_LEAST_PRODUCT", least)
+    monkeypatch.setattr(optimize, "_LEAST_FUSED", least)
     torch.manual_seed(0)
     config = FAMSegConfig(**(SMALL | options))
     model = trained(FAMSeg(config), config.in_channels)
@@ -144,12 +150,17 @@ def test_it_records_no_gradients_and_refuses_training() -> None:
         optimized.train()
 
 
-def test_a_large_batch_is_that_of_its_images() -> None:
-    optimized = optimize_for_inference(trained(FAMSeg(FAMSegConfig(**SMALL))))
-    x = torch.randn(5, 1, 64, 64)
+@pytest.mark.parametrize(("kept", "calls"), [(False, [2, 2, 1]), (True, [5])])
+def test_a_large_batch_is_that_of_its_images(kept: bool, calls: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    optimized = optimize_for_inference(trained(FAMSeg(FAMSegConfig(**SMALL))).double())
+    x = torch.randn(5, 1, 64, 64, dtype=torch.float64)
     alone = torch.cat([optimized(image) for image in x.split(1)])
     optimized.pixels = 2 * 64 * 64
-    assert error(optimized(x), alone) < 1e-4
+    monkeypatch.setattr(optimize, "keeps_freed_memory", lambda: kept)
+    sizes: list[int] = []
+    optimized.model.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
+    assert error(optimized(x), alone) < 1e-12
+    assert sizes == calls
     assert optimized(x[:0]).shape == (0, 3, 64, 64)
 
 

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import fuse_conv_bn_eval
 
+from famseg.memory import keeps_freed_memory
 from famseg.models.blocks import BottleMamba, ConvBlock, StripBlock, strip_maps
 from famseg.models.famseg import FAMSeg
 from famseg.models.segnext import MLP_RATIOS, WIDTHS, SegNeXt
@@ -31,8 +32,8 @@ from famseg_kernels.children import altered, patched
 from famseg_kernels.ssd_scan.layer import NORM_EPSILON, rates
 from famseg_kernels.strip_conv.layer import other_convolution
 
-# Elements of the largest map that a CPU makes at once: as many images of a batch go through a FAMSeg together. Larger
-# maps do not stay in the caches, and from 32 MB on malloc has the system map, and clear, new pages for each.
+# Elements of the largest map that a CPU makes at once, where freed memory is not kept (famseg.memory): as many images
+# of a batch go through a FAMSeg together. From 32 MB on malloc has the system map, and clear, new pages for each.
 _LARGEST_MAP = 1 << 22
 
 
@@ -99,7 +100,10 @@ def _keep_memory() -> None:
 
 
 class _Optimized(nn.Module):
-    """What `optimize_for_inference` returns: on a CPU whole images of about `pixels` pixels, if given, at a time."""
+    """What `optimize_for_inference` returns.
+
+    Where this process gives freed memory back, a CPU takes whole images of about `pixels` pixels, if given, at a time.
+    """
 
     def __init__(self, model: nn.Module, pixels: int | None = None) -> None:
         super().__init__()
@@ -109,7 +113,7 @@ class _Optimized(nn.Module):
 
     @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
-        if self.pixels is None or x.device.type != "cpu":
+        if self.pixels is None or x.device.type != "cpu" or keeps_freed_memory():
             return self.model(x)
         together = max(self.pixels // max(x.shape[2] * x.shape[3], 1), 1)
         parts = [self.model(part) for part in x.split(together)]
@@ -168,13 +172,24 @@ _ACTIVATIONS: dict[str, tuple[str, str, Callable[[Tensor], Tensor]]] = {
 }
 
 
+# Multiply–adds from which on oneDNN's preparation of a call is worth while. MKL, which torch's own product goes to, has
+# half of oneDNN's rate on an AMD CPU with AVX-512, and oneDNN's with an activation needs no second pass.
+_LEAST_PRODUCT = 1 << 22
+
+
+def _by_onednn(x: Tensor, weight: Tensor) -> bool:
+    here = x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32
+    plain = not torch.compiler.is_compiling() and not torch.is_autocast_enabled("cpu")
+    return here and plain and torch.backends.mkldnn.is_available()
+
+
 class _Product(nn.Module):
     """A 1×1 convolution of pixels: (P, C) → (P, C').
 
     y = after(W · before(x) + b), where `before` and `after` are (scale, shift) of each channel, then the activation.
     """
 
-    weight: Tensor  # (C, C')
+    weight: Tensor  # (C', C)
     bias: Tensor | None
 
     def __init__(
@@ -197,13 +212,15 @@ class _Product(nn.Module):
             scale, shift = after
             bias = shift if bias is None else scale * bias + shift
             weight = scale[:, None] * weight
-        self.register_buffer("weight", weight.T.to(dtype).contiguous())
+        self.register_buffer("weight", weight.to(dtype).contiguous())
         self.register_buffer("bias", None if bias is None else bias.to(dtype))
         self.activation = activation
 
     def forward(self, x: Tensor) -> Tensor:
-        y = x.mm(self.weight) if self.bias is None else torch.addmm(self.bias, x, self.weight)
-        return _ACTIVATIONS[self.activation][2](y)
+        name, algorithm, activate = _ACTIVATIONS[self.activation]
+        if x.shape[0] * self.weight.numel() >= _LEAST_PRODUCT and _by_onednn(x, self.weight):
+            return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, name, [], algorithm)
+        return activate(F.linear(x, self.weight, self.bias))
 
 
 def _pixels(x: Tensor) -> Tensor:
@@ -254,8 +271,7 @@ class _Convolution(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         weight, bias, groups = self.weight, self.bias, self.groups
         name, algorithm, activate = _ACTIVATIONS[self.activation]
-        here = x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32 and x.numel() >= _LEAST_FUSED
-        if here and torch.backends.mkldnn.is_available() and not torch.compiler.is_compiling():
+        if x.numel() >= _LEAST_FUSED and _by_onednn(x, weight):
             shape = self.padding, self.stride, self.dilation, groups
             return torch.ops.mkldnn._convolution_pointwise(x, weight, bias, *shape, name, [], algorithm)
         if self.depthwise:
