@@ -36,7 +36,7 @@ _DEEDS = (
     *("os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.link", "os.symlink", "os.chmod", "shutil.rmtree"),
     *("socket.connect", "ctypes.dlopen", "pickle.find_class"),
 )
-_WRITES_CODE = ("typing", "dataclasses", "collections")  # for annotations and classes, not from files
+_WRITES_CODE = ("typing", "dataclasses", "annotationlib", "collections")  # for annotations and classes, not from files
 # What a library may say of a file that is read nevertheless is no more than a remark on its form.
 _DAMAGE = re.compile(
     r"error|corrupt|invalid(?! SOS)|incorrect data|not enough|too (?:few|little|short)|fail|overrun|bad |premature|"
